@@ -1,0 +1,39 @@
+# `make quickstart` and `make test` need only Python 3.11, pip and make: they build .venv first.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: quickstart test test-all lint clean
+
+quickstart: .venv/run
+	$(BIN)/python -m farmer_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: .venv/dev lint
+	$(BIN)/python -m pytest -q -m "not slow" --durations=15
+
+# With the tests marked slow.
+test-all: .venv/dev lint
+	$(BIN)/python -m pytest -q --durations=15
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy farmer_jax
+
+clean:
+	rm -rf .venv runs
+
+# Debian's Python comes without ensurepip; virtualenv stands in for venv there.
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), sys.version' 2>/dev/null || \
+	  { echo "error: $(PYTHON) is not Python 3.11, for which requirements.txt is pinned;" \
+	    "name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv && \
+	  $(PYTHON) -m pip install -q --target .virtualenv virtualenv && \
+	  PYTHONPATH=.virtualenv $(PYTHON) -m virtualenv -q .venv && rm -rf .virtualenv; }
+
+.venv/run: .venv/bin/python requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,1 @@
+"""FARMER (Flow AutoRegressive Transformer over Pixels) for JAX."""

@@ -1,0 +1,395 @@
+"""Every setting of every job: its default, its unit and what it means.
+
+Config files build on `defaults()`, an `ml_collections.ConfigDict`, which is what command-line
+overrides act on. `from_config_dict` turns it into the frozen dataclasses below; everything else in
+the project sees only those. `describe()` lists all keys for `--config_help`.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+  """A setting that cannot work; the message is one line that says what to change."""
+
+
+def key(default, doc, choices=None, changeable=False, least=None, below=None):
+  """Declares a setting.
+
+  Args:
+    default: its default.
+    doc: its unit and meaning.
+    choices: its allowed values, if they are few.
+    least: the smallest allowed number; without it numbers must be above 0.
+    below: what a number must stay below, if anything.
+    changeable: whether a run may go on with another value, because nothing that is computed depends
+      on it.
+  """
+  metadata = {
+    'doc': doc,
+    'choices': choices,
+    'changeable': changeable,
+    'least': least,
+    'below': below,
+  }
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(cls):
+  """Declares a group of settings."""
+  return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Where the images come from and how they are read."""
+
+  source: str = key(
+    'digits', 'digits, fashion_mnist, folder, synthetic, or the name of a TFDS data set'
+  )
+  path: str | None = key(
+    None,
+    'folder: the image folder; fashion_mnist: folder of the IDX .gz files; TFDS: its data_dir',
+    changeable=True,
+  )
+  image_size: int = key(8, 'side of the square images, pixels; larger ones are resized and cropped')
+  channels: int = key(1, '1 (grey) or 3 (RGB)', choices=(1, 3))
+  num_classes: int = key(10, 'classes; 0 trains without labels', least=0)
+  valid_fraction: float = key(
+    0.1,
+    'share held out for validation by sources that have no split of their own',
+    least=0,
+    below=1,
+  )
+  valid_split: str = key('test', 'TFDS: the name of the split used for validation')
+  bad_files: str = key(
+    'stop', 'folder: what to do about a file that is no image', choices=('stop', 'skip')
+  )
+  synthetic_examples: int = key(1024, 'synthetic: number of images')
+  flip: bool = key(False, 'mirror training images at random')
+  threads: int = key(2, 'threads that read images, in each process', changeable=True)
+  prefetch: int = key(8, 'batches read ahead', changeable=True)
+  workers: int = key(
+    0, 'worker processes that read and decode images; 0 uses threads alone', least=0
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+  """How bytes become real numbers."""
+
+  kind: str = key(
+    'uniform',
+    'uniform (dequantisation: gives bits/dim) or gaussian (annealed noise: for generation)',
+    choices=('uniform', 'gaussian'),
+  )
+  std_start: float = key(
+    0.1, 'gaussian: standard deviation at the first step, pixels in [-1, 1]', least=0
+  )
+  std_end: float = key(
+    0.005, 'gaussian: standard deviation at the last step, and in evaluation', least=0
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+  """The autoregressive flow."""
+
+  blocks: int = key(4, 'flow blocks T; 0 turns the flow off', least=0)
+  layers: int = key(2, 'transformer layers in a block')
+  width: int = key(128, 'width of the blocks')
+  head_dim: int = key(64, 'width of an attention head')
+  mlp_ratio: float = key(4.0, 'width of the MLP over the width of the block')
+  final_permutation: bool = key(
+    True, 'reverse the tokens once more between the last block and the prior'
+  )
+  class_conditional: bool = key(False, 'show the class to the flow too')
+
+
+@dataclasses.dataclass(frozen=True)
+class Prior:
+  """The autoregressive prior and its mixture heads."""
+
+  kind: str = key(
+    'mixture',
+    'mixture (autoregressive Gaussian mixtures), or normal (independent standard normals: TARFlow)',
+    choices=('mixture', 'normal'),
+  )
+  layers: int = key(2, 'transformer layers')
+  width: int = key(128, 'width')
+  head_dim: int = key(64, 'width of an attention head')
+  mlp_ratio: float = key(4.0, 'width of the MLP over the width of the prior')
+  condition_copies: int = key(8, 'copies M of the condition embedding before the sequence')
+  components: int = key(16, 'mixture components K_I of the informative head')
+  informative_channels: int | None = key(
+    None, 'informative channels d_I of a token, the first ones; None makes all of them informative'
+  )
+  redundant: str = key(
+    'mixture',
+    'density of the redundant channels: mixture (one an image, shared by its tokens) or normal',
+    choices=('mixture', 'normal'),
+  )
+  redundant_components: int = key(64, 'mixture components K_R of the redundant head')
+  scale_floor: float = key(1e-3, 'smallest standard deviation of a mixture component', least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """The model."""
+
+  patch_size: int = key(2, 'side of a patch, pixels')
+  label_dropout: float = key(
+    0.1, 'probability that training replaces a label by "no class"', least=0, below=1
+  )
+  dtype: str = key(
+    'float32',
+    'dtype of the transformers; parameters, log-dets and mixtures stay at least float32',
+    choices=('float32', 'bfloat16', 'float64'),
+  )
+  remat: str = key(
+    'none',
+    'what the backward pass computes again to save memory: none, dots (all but matmuls), full',
+    choices=('none', 'dots', 'full'),
+  )
+  scan_unroll: int = key(
+    1, 'flow blocks, and layers, compiled in a row: 1 compiles fastest, more may run faster'
+  )
+  flow: Flow = section(Flow)
+  prior: Prior = section(Prior)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW with warm-up and cosine decay."""
+
+  learning_rate: float = key(2e-3, 'highest learning rate, reached after the warm-up')
+  final_learning_rate: float = key(1e-6, 'learning rate at the last step', least=0)
+  warmup_steps: int = key(50, 'steps of linear warm-up', least=0)
+  b1: float = key(0.9, 'AdamW beta 1', least=0, below=1)
+  b2: float = key(0.95, 'AdamW beta 2', least=0, below=1)
+  weight_decay: float = key(
+    0.03, 'decoupled weight decay of matrices; biases and embeddings have none', least=0
+  )
+  clip_norm: float = key(1.0, 'largest global gradient norm; 0 does not clip', least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """The training loop. Intervals count steps; 0 turns the thing off."""
+
+  steps: int = key(1000, 'optimizer steps')
+  batch_size: int = key(64, 'images a step, over all devices')
+  accumulate: int = key(1, 'parts the batch is cut into; their gradients are averaged')
+  ema_decay: float = key(
+    0.0, 'decay of the running average of the parameters; 0 keeps none', least=0, below=1
+  )
+  log_every: int = key(20, 'interval of training metrics', changeable=True)
+  validate_every: int = key(
+    500, 'interval of validation; it also runs at the end', changeable=True, least=0
+  )
+  sample_every: int = key(
+    500, 'interval of sample grids; one is also made at the end', changeable=True, least=0
+  )
+  checkpoint_every: int = key(
+    500, 'interval of checkpoints; one is also written at the end', changeable=True, least=0
+  )
+  keep_checkpoints: int = key(2, 'newest checkpoints kept', changeable=True)
+  valid_batch_size: int = key(250, 'images a validation batch')
+  valid_examples: int | None = key(
+    None, 'validation images used; None uses the whole split', changeable=True
+  )
+  optimizer: Optimizer = section(Optimizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """Drawing images."""
+
+  per_class: int = key(
+    8, 'images a class in a grid (of unconditional models: images a row)', changeable=True
+  )
+  max_classes: int = key(
+    10, 'classes shown in a grid (of unconditional models: rows)', changeable=True
+  )
+  seed: int = key(0, 'seed of the samples', least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The whole configuration."""
+
+  name: str = key(
+    'farmer', 'name of the run; the workdir is runs/<name> unless --workdir says otherwise'
+  )
+  job: str = key('pretrain', 'what to do', choices=('pretrain',))
+  seed: int = key(0, 'seed of initialisation, data order and noise', least=0)
+  data: Data = section(Data)
+  noise: Noise = section(Noise)
+  model: Model = section(Model)
+  train: Train = section(Train)
+  sampling: Sampling = section(Sampling)
+
+
+def defaults():
+  """A ConfigDict of all keys at their defaults, for config files to change."""
+  return to_config_dict(Config())
+
+
+def to_config_dict(config):
+  """The ConfigDict of a dataclass; a key that may be None stays overridable."""
+  result = ml_collections.ConfigDict()
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      result[field.name] = to_config_dict(value)
+    elif type(None) in typing.get_args(field.type):
+      (concrete,) = (t for t in typing.get_args(field.type) if t is not type(None))
+      result[field.name] = ml_collections.config_dict.placeholder(concrete)
+      result[field.name] = value
+    else:
+      result[field.name] = value
+  return result
+
+
+def to_dict(config):
+  """Plain nested dict, as written to `config.json`."""
+  return dataclasses.asdict(config)
+
+
+def from_config_dict(values, cls=Config, prefix=''):
+  """Builds the dataclass `cls` from a ConfigDict or dict; unknown keys and wrong types are
+  errors."""
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  for name in values:
+    if name not in fields:
+      raise ConfigError(unknown_key(prefix + name))
+  built = {}
+  for name, value in values.items():
+    field, path = fields[name], prefix + name
+    if dataclasses.is_dataclass(field.type):
+      if not hasattr(value, 'items'):
+        raise ConfigError(f'config.{path} is a section, not a value; set one of its keys')
+      built[name] = from_config_dict(value, field.type, path + '.')
+    else:
+      built[name] = _checked(path, value, field)
+  return cls(**built)
+
+
+def _checked(path, value, field):
+  """`value` if it has the type and is among the choices of `field`; an int may stand for a
+  float."""
+  union = isinstance(field.type, types.UnionType)
+  allowed = typing.get_args(field.type) if union else (field.type,)
+  if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+    names = ' or '.join(t.__name__ for t in allowed).replace('NoneType', 'None')
+    raise ConfigError(f'config.{path} must be {names}, not {value!r}')
+  choices = field.metadata['choices']
+  if choices and value not in choices:
+    raise ConfigError(f'config.{path} must be one of {", ".join(map(str, choices))}, not {value!r}')
+  return value
+
+
+def leaves(cls=Config, prefix=''):
+  """Yields (dotted path, field) for every key."""
+  for field in dataclasses.fields(cls):
+    if dataclasses.is_dataclass(field.type):
+      yield from leaves(field.type, f'{prefix}{field.name}.')
+    else:
+      yield prefix + field.name, field
+
+
+def get(config, path):
+  """The value at a dotted path."""
+  for name in path.split('.'):
+    config = getattr(config, name)
+  return config
+
+
+def unknown_key(path):
+  """The message for a key that does not exist: the likely meant one, and the known ones beside
+  it."""
+  paths = [known for known, _ in leaves()]
+  section_path, _, name = path.rpartition('.')
+  siblings = [p for p in paths if p.rpartition('.')[0] == section_path]
+  if not siblings:  # The section does not exist either.
+    siblings = sorted({p.partition('.')[0] for p in paths})
+  close = difflib.get_close_matches(path, paths, n=1, cutoff=0.7) or [
+    p for p in paths if p.rpartition('.')[2] == name
+  ]
+  hint = f' Did you mean {close[0]}?' if close else ''
+  return f'config.{path} is not a setting.{hint} Known there: {", ".join(siblings)}'
+
+
+def describe():
+  """All keys with their defaults and meanings, one a line."""
+  lines = []
+  for path, field in leaves():
+    lines.append(f'--config.{path}={field.default}\n    {field.metadata["doc"]}')
+  return '\n'.join(lines)
+
+
+def check(config):
+  """Raises `ConfigError` for settings that contradict each other."""
+  data, model, train = config.data, config.model, config.train
+  flow, prior = model.flow, model.prior
+
+  def require(condition, message):
+    if not condition:
+      raise ConfigError(message)
+
+  _check_ranges(config, require)
+  require(
+    data.image_size % model.patch_size == 0,
+    f'config.data.image_size={data.image_size} is not divisible by'
+    f' config.model.patch_size={model.patch_size}',
+  )
+  parts = [('prior', prior)] if prior.kind == 'mixture' else []
+  for name, part in parts + ([('flow', flow)] if flow.blocks else []):
+    require(
+      part.width % part.head_dim == 0,
+      f'config.model.{name}.width={part.width} is not a multiple of'
+      f' config.model.{name}.head_dim={part.head_dim}',
+    )
+  channels = data.channels * model.patch_size**2
+  informative = prior.informative_channels
+  require(
+    informative is None or 1 <= informative < channels,
+    f'config.model.prior.informative_channels={informative} must be from 1 to {channels - 1}: a'
+    f' token has {channels} channels (None makes all of them informative)',
+  )
+  require(
+    data.image_size // model.patch_size > 1 or not flow.blocks,
+    'an image of one patch leaves the flow nothing to do; take a smaller config.model.patch_size,'
+    ' or turn it off with config.model.flow.blocks=0',
+  )
+  require(
+    train.batch_size % train.accumulate == 0,
+    f'config.train.batch_size={train.batch_size} is not divisible by'
+    f' config.train.accumulate={train.accumulate}',
+  )
+  require(
+    data.num_classes or not flow.class_conditional,
+    'config.model.flow.class_conditional needs classes; config.data.num_classes is 0',
+  )
+
+
+def _check_ranges(config, require):
+  """Requires each number to lie where it has a meaning."""
+  for path, field in leaves():
+    value = get(config, path)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+      continue
+    require(math.isfinite(value), f'config.{path}={value} must be finite')
+    least, below = field.metadata['least'], field.metadata['below']
+    if least is None:
+      require(value > 0, f'config.{path}={value} must be above 0')
+    else:
+      require(value >= least, f'config.{path}={value} must not be below {least}')
+    require(below is None or value < below, f'config.{path}={value} must be below {below}')

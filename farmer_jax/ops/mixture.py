@@ -1,0 +1,73 @@
+"""Diagonal Gaussian mixtures: densities and samples.
+
+A mixture over d channels is three arrays whose leading axes ([B, N] for one mixture a token, [B]
+for one an image) are shared. All arithmetic happens in the dtype of those arrays, which the heads
+make at least float32.
+"""
+
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+@flax.struct.dataclass
+class Mixture:
+  """A batch of diagonal Gaussian mixtures with K components over d channels."""
+
+  logits: jax.Array  # [..., K], unnormalised log-weights
+  means: jax.Array  # [..., K, d]
+  log_scales: jax.Array  # [..., K, d], logarithms of standard deviations
+
+
+def log_prob(mixture, z):  # z [..., d]
+  """Log-density of `z` under a mixture of its own; nats, [...]."""
+  scaled = (z[..., None, :] - mixture.means) * jnp.exp(-mixture.log_scales)  # [..., K, d]
+  d = z.shape[-1]
+  components = -(0.5 * scaled**2 + mixture.log_scales).sum(-1) - 0.5 * d * LOG_2PI
+  return jax.nn.logsumexp(jax.nn.log_softmax(mixture.logits) + components, axis=-1)
+
+
+def shared_log_prob(mixture, z):  # mixture [B, K, d], z [B, N, d]
+  """Log-density of N tokens under the one mixture of their image; nats, [B, N].
+
+  The direct form would need [B, N, K, d] numbers. Expanding (z - mean)² / scale² turns it into two
+  matrix products. The tokens are first centred on the mixture's mean of means, so that the three
+  terms that are summed stay close to the result: without that, means far from zero cancel
+  catastrophically.
+  """
+  centre = mixture.means.mean(-2, keepdims=True)  # [B, 1, d]
+  z = z - centre
+  means = mixture.means - centre
+  precision = jnp.exp(-2 * mixture.log_scales)  # [B, K, d]
+  highest = jax.lax.Precision.HIGHEST
+  quadratic = jnp.einsum('bnd,bkd->bnk', z**2, precision, precision=highest)
+  cross = jnp.einsum('bnd,bkd->bnk', z, means * precision, precision=highest)
+  constant = (0.5 * means**2 * precision + mixture.log_scales + 0.5 * LOG_2PI).sum(-1)  # [B, K]
+  components = cross - 0.5 * quadratic - constant[:, None]  # [B, N, K]
+  return jax.nn.logsumexp(jax.nn.log_softmax(mixture.logits)[:, None] + components, axis=-1)
+
+
+def sample(key, mixture, shape=()):
+  """Draws from each mixture; returns [..., *shape, d] for a mixture with leading axes [...]."""
+  key_component, key_noise = jax.random.split(key)
+  lead, d = mixture.logits.shape[:-1], mixture.means.shape[-1]
+  flat = (-1, *mixture.logits.shape[-1:])
+  logits = mixture.logits.reshape(flat)[:, None]  # [L, 1, K]
+  draws = math.prod(shape)
+  component = jax.random.categorical(key_component, logits, axis=-1, shape=(logits.shape[0], draws))
+
+  def pick(parameters):
+    return jnp.take_along_axis(parameters.reshape(*flat, d), component[..., None], axis=1)
+
+  noise = jax.random.normal(key_noise, (*component.shape, d), mixture.means.dtype)
+  z = pick(mixture.means) + jnp.exp(pick(mixture.log_scales)) * noise
+  return z.reshape(*lead, *shape, d)
+
+
+def standard_normal_log_prob(z):
+  """Log-density under independent standard normals; nats, summed over the last axis."""
+  return -0.5 * (z**2 + LOG_2PI).sum(-1)
