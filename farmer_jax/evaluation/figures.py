@@ -1,0 +1,71 @@
+"""Pictures that a run leaves behind."""
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Small images are enlarged to about this many pixels a side, so that people can see them.
+_CELL_PIXELS = 56
+
+
+def sample_grid(images, row_names=()):  # uint8 [rows, columns, H, W, C]
+  """Lays out images in rows with a name before each; returns uint8 [height, width, 3]."""
+  rows, columns, height, width, _ = images.shape
+  scale = max(1, _CELL_PIXELS // height)
+  images = images.repeat(scale, axis=2).repeat(scale, axis=3)
+  gap = 4
+  cell_height, cell_width = height * scale + gap, width * scale + gap
+  font = ImageFont.load_default(size=14)
+  margin = gap + max((int(font.getlength(name)) + 2 * gap for name in row_names), default=0)
+  canvas = Image.new('RGB', (margin + columns * cell_width, gap + rows * cell_height), 'white')
+  draw = ImageDraw.Draw(canvas)
+  for row in range(rows):
+    top = gap + row * cell_height
+    if row_names:
+      middle = top + height * scale // 2
+      draw.text((gap, middle), row_names[row], fill='black', font=font, anchor='lm')
+    for column in range(columns):
+      image = images[row, column]
+      image = image if image.shape[-1] == 3 else image.repeat(3, axis=-1)
+      canvas.paste(Image.fromarray(image), (margin + column * cell_width, top))
+  return np.asarray(canvas)
+
+
+def save_png(path, image):  # uint8 [H, W, 3]
+  """Writes a picture, to any path that etils knows; the folder is made."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open('wb') as file:
+    Image.fromarray(image).save(file, format='png')
+
+
+def training_curves(path, records, title):
+  """Draws training and validation loss over steps from the records of metrics.jsonl."""
+  # Imported late: matplotlib takes a second to load, and only the end of a run needs it.
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  name = 'bits_per_dim' if any('bits_per_dim' in r for r in records) else 'loss'
+  figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout='constrained')
+  for split, style in (('train', '-'), ('valid', 'o-')):
+    points = [(r['step'], r[name]) for r in records if r['split'] == split and name in r]
+    if points:
+      left.plot(*zip(*points, strict=True), style, label=split)
+  values = [r[name] for r in records if r['split'] == 'train' and name in r]
+  if values and np.isfinite(values).all():
+    # The first steps are far above the rest and would hide it.
+    low, high = min(values), np.quantile(values, 0.9)
+    left.set_ylim(low - 0.1 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)
+  left.set(xlabel='step', ylabel=name.replace('_', ' ') + ('' if name != 'loss' else ' (nats/dim)'))
+  left.legend()
+  for term in ('nll_informative', 'nll_redundant', 'log_det'):
+    points = [(r['step'], r[term]) for r in records if r['split'] == 'train' and term in r]
+    if points:
+      right.plot(*zip(*points, strict=True), label=term)
+  right.set(xlabel='step', ylabel='terms of the loss, nats/dim')
+  right.legend()
+  figure.suptitle(title)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open('wb') as file:
+    figure.savefig(file, format='png', dpi=100)
+  pyplot.close(figure)

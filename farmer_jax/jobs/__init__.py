@@ -1,0 +1,11 @@
+"""What a user can ask for: one module a job, each with `run(config, workdir)`."""
+
+import importlib
+
+from farmer_jax.runtime import host
+
+
+def run(config, workdir):
+  """Prepares this process and runs the job that `config` names."""
+  host.keep_memory()
+  importlib.import_module(f'farmer_jax.jobs.{config.job}').run(config, workdir)

@@ -1,0 +1,91 @@
+"""The command line: `python -m farmer_jax.main --config=configs/quickstart.py`."""
+
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from farmer_jax import config as config_lib
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config',
+  None,
+  'Configuration file, for example configs/quickstart.py; overrides follow it, as in'
+  ' --config.train.steps=100.',
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir',
+  None,
+  'Folder of the run: results go there, and a run found there goes on. Default: runs/<name>, with'
+  ' the name from the configuration.',
+)
+_JOB = flags.DEFINE_string('job', None, 'What to do; default: the job of the configuration.')
+_CONFIG_HELP = flags.DEFINE_bool('config_help', False, 'List all keys of the configuration.')
+
+
+def main(argv):
+  """Runs the job that the configuration names."""
+  if _CONFIG_HELP.value:
+    print(config_lib.describe())
+    return
+  if len(argv) > 1:
+    raise config_lib.ConfigError(f'unexpected argument {argv[1]!r}; options start with --')
+  values = _config_values()
+  if _JOB.value:
+    values.job = _JOB.value
+  config = config_lib.from_config_dict(values)
+  config_lib.check(config)
+  # Imported here: the command line answers before JAX has loaded.
+  from farmer_jax import jobs
+
+  jobs.run(config, _WORKDIR.value or f'runs/{config.name}')
+
+
+def _config_values():
+  """The ConfigDict that --config and its overrides make."""
+  if _CONFIG.value is None:
+    raise config_lib.ConfigError('no --config given, for example --config=configs/quickstart.py')
+  try:
+    return _CONFIG.value.unlock()
+  except OSError as error:  # The library remembers that the file could not be read until here.
+    reason = ' '.join(str(error).split()).partition('Attempted ')[2] or error
+    raise config_lib.ConfigError(f'cannot read the --config file: {reason}') from error
+
+
+def _parse_flags(argv):
+  """Parses flags; what is wrong with them is reported like any other mistake of the user's."""
+  try:
+    return flags.FLAGS(argv)
+  except config_lib.ConfigError:
+    raise
+  except (AttributeError, KeyError, flags.Error, OSError, TypeError, ValueError) as error:
+    message = _unknown_override(argv) or ' '.join(str(error).split())
+    raise config_lib.ConfigError(message) from error
+
+
+def _unknown_override(argv):
+  """The message about the first override of a key that does not exist, or None."""
+  known = {path for path, _ in config_lib.leaves()}
+  for argument in argv[1:]:
+    if argument.lstrip('-').startswith('config.'):
+      path = argument.lstrip('-').removeprefix('config.').partition('=')[0]
+      if path not in known:
+        return config_lib.unknown_key(path)
+  return None
+
+
+def run():
+  """Entry point: mistakes of the user's end with one line on standard error and exit code 1."""
+  # The libraries report every file they touch; --verbosity=0 brings that back.
+  logging.set_verbosity(logging.WARNING)
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  try:
+    app.run(main, flags_parser=_parse_flags)
+  except config_lib.ConfigError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == '__main__':
+  run()

@@ -1,0 +1,70 @@
+"""Metrics on disk: `metrics.jsonl`, and TensorBoard events beside it."""
+
+import json
+import time
+
+from farmer_jax.runtime import console
+from farmer_jax.runtime import workdir as workdir_lib
+
+
+class MetricWriter:
+  """Appends metrics to WORKDIR/metrics.jsonl, one JSON object a line, and to TensorBoard events.
+
+  A run that goes on from a checkpoint drops what was logged after it, so that each step stands
+  there once.
+  """
+
+  def __init__(self, workdir, first_step):
+    self._path = workdir / 'metrics.jsonl'
+    self._lines = []
+    if self._path.exists():
+      self._lines = [
+        line for line in self._path.read_text().splitlines() if _step(line) <= first_step
+      ]
+      workdir_lib.write_atomically(self._path, ''.join(line + '\n' for line in self._lines))
+    self._file = self._path.open('a')
+    self._events = _tensorboard_writer(workdir)
+
+  def write(self, step, split, values):
+    """Writes scalars of `split` ('train' or 'valid') at `step`."""
+    values = {name: float(value) for name, value in values.items()}
+    record = {'step': step, 'split': split, 'time': round(time.time(), 3), **values}
+    self._file.write(json.dumps(record) + '\n')
+    self._file.flush()
+    if self._events:
+      self._events.write_scalars(step, {f'{split}/{name}': v for name, v in values.items()})
+
+  def write_image(self, step, name, image):  # uint8 [H, W, C]
+    """Shows a picture in TensorBoard."""
+    if self._events:
+      self._events.write_images(step, {name: image[None]})
+
+  def close(self):
+    """Flushes everything to disk."""
+    self._file.close()
+    if self._events:
+      self._events.close()
+
+
+def read(workdir):
+  """The records of a run's metrics.jsonl, a list of dicts."""
+  path = workdir_lib.absolute(workdir) / 'metrics.jsonl'
+  return [json.loads(line) for line in path.read_text().splitlines() if _step(line) >= 0]
+
+
+def _step(line):
+  """The step of a line; a line cut short by a crash counts as none."""
+  try:
+    return json.loads(line)['step']
+  except (ValueError, KeyError, TypeError):
+    return float('nan')
+
+
+def _tensorboard_writer(workdir):
+  """CLU's writer, or None on machines without TensorFlow."""
+  try:
+    from clu import metric_writers
+  except ImportError as error:
+    console.say(f'No TensorBoard events, only metrics.jsonl: {error}')
+    return None
+  return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))

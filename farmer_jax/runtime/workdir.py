@@ -1,0 +1,98 @@
+"""The folder that a run lives in."""
+
+import json
+
+from etils import epath
+
+from farmer_jax import config as config_lib
+
+CONFIG_FILE = 'config.json'
+
+
+def prepare(config, path):
+  """Claims `path` for a run with `config`, or recognises it as this very run's.
+
+  Writes `config.json` if the folder is new. A folder of another configuration, or one that holds
+  something else, is refused with `ConfigError`, and nothing in it is touched.
+
+  Returns:
+    The folder, an absolute `epath.Path`.
+  """
+  workdir = absolute(path)
+  file = workdir / CONFIG_FILE
+  try:
+    if file.exists():
+      _refuse_other_config(config, workdir, read_config(workdir))
+    else:
+      _refuse_foreign(workdir)
+      workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(config_lib.to_dict(config), indent=2) + '\n')
+  except OSError as error:
+    raise config_lib.ConfigError(
+      f'cannot write to the workdir {workdir} ({error.strerror or error}); choose another --workdir'
+    ) from error
+  return workdir
+
+
+def absolute(path):
+  """`path` as an absolute `epath.Path`; URLs such as gs://bucket/run already are."""
+  path = epath.Path(path)
+  return path if '://' in str(path) else epath.Path(path.expanduser().absolute())
+
+
+def read_config(workdir):
+  """The configuration that the run in `workdir` was made with, a nested dict."""
+  file = absolute(workdir) / CONFIG_FILE
+  try:
+    values = json.loads(file.read_text())
+    if not isinstance(values, dict):
+      raise ValueError('it holds no configuration')
+    return values
+  except FileNotFoundError:
+    raise config_lib.ConfigError(f'{workdir} is not a run: it has no {CONFIG_FILE}') from None
+  except (ValueError, OSError) as error:
+    raise config_lib.ConfigError(f'cannot read {file}: {error}') from error
+
+
+def write_atomically(file, text):
+  """Writes `text` so that a reader, or a crash, sees the old file or the new one, whole."""
+  temporary = file.with_name(file.name + '.tmp')
+  temporary.write_text(text)
+  temporary.replace(file)
+
+
+def _refuse_foreign(workdir):
+  if not workdir.exists():
+    return
+  if not workdir.is_dir():
+    raise config_lib.ConfigError(f'the workdir {workdir} is a file; choose another --workdir')
+  if any(workdir.iterdir()):
+    raise config_lib.ConfigError(
+      f'the workdir {workdir} holds files but no {CONFIG_FILE}, so it is not a run of this program;'
+      ' choose another --workdir'
+    )
+
+
+def _refuse_other_config(config, workdir, saved):
+  """Raises if `config` differs from `saved` in a key that decides what is computed."""
+  old = dict(_flatten(saved))
+  differences = []
+  for path, field in config_lib.leaves():
+    new = config_lib.get(config, path)
+    if path not in old:  # A key that did not exist when the run was made had its default's effect.
+      old[path] = field.default
+    if old[path] != new and not field.metadata['changeable']:
+      differences.append(f'{path} is {old[path]!r} there and {new!r} here')
+  if differences:
+    raise config_lib.ConfigError(
+      f'the workdir {workdir} holds a run with another configuration ({"; ".join(differences)});'
+      ' choose another --workdir, or the settings of that run'
+    )
+
+
+def _flatten(tree, prefix=''):
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flatten(value, f'{prefix}{name}.')
+    else:
+      yield prefix + name, value

@@ -1,0 +1,184 @@
+"""The training loop, shared by every job that trains."""
+
+import functools
+import sys
+import time
+
+import jax
+import tqdm
+from clu import parameter_overview
+
+from farmer_jax.runtime import checkpoint, console, metrics
+from farmer_jax.training import optimizer as optimizer_lib
+from farmer_jax.training import state as state_lib
+from farmer_jax.training import step as step_lib
+
+
+def train(config, workdir, *, init_params, loss_fn, iterator, validate, draw):
+  """Trains until `config.train.steps`, going on from the newest checkpoint in `workdir` if any.
+
+  Args:
+    config: the whole `config.Config`.
+    workdir: a prepared workdir.
+    init_params: init_params(key) -> parameters.
+    loss_fn: as `step.make_train_step` wants it.
+    iterator: checkpointable iterator over training batches.
+    validate: validate(params) -> dict of floats.
+    draw: draw(params, step) -> uint8 picture [H, W, 3], which it has also saved.
+
+  Returns:
+    The final `TrainState` and the last validation metrics.
+  """
+  settings = config.train
+  optimizer = optimizer_lib.create(settings)
+  state = _initial_state(config, init_params, optimizer)
+  checkpoints = checkpoint.Checkpoints(workdir, keep=settings.keep_checkpoints)
+  first_step = checkpoints.latest_step() or 0
+  if first_step:
+    state = checkpoints.restore(first_step, state, iterator)
+    console.say(f'Going on from step {first_step} of {settings.steps}.')
+  else:
+    print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+  writer = metrics.MetricWriter(workdir, first_step)
+  compiled = _compile(step_lib.make_train_step(loss_fn, optimizer, settings), state, iterator)
+  meter = Meter(config, first_step)
+  learning_rate = optimizer_lib.learning_rate_schedule(settings)
+  valid = {}
+
+  def finish(step, state):
+    """Whatever is due after `step`."""
+    nonlocal valid
+    due = functools.partial(_due, step, settings.steps)
+    if due(settings.validate_every):
+      valid = validate(state.best_params)
+      writer.write(step, 'valid', valid)
+      meter.note_validation(step, valid)
+    if due(settings.sample_every):
+      writer.write_image(step, 'samples', draw(state.best_params, step))
+    if due(settings.checkpoint_every):
+      checkpoints.save(step, state, iterator)
+
+  if first_step == settings.steps:
+    valid = validate(state.best_params)
+  for step in range(first_step + 1, settings.steps + 1):
+    with meter.input():
+      batch = next(iterator)
+    state, values = compiled(state, batch)
+    meter.advance(step, values)
+    if step % settings.log_every == 0 or step == settings.steps:
+      values = jax.device_get(values)
+      writer.write(
+        step, 'train', values | meter.rates() | {'learning_rate': learning_rate(step - 1)}
+      )
+    with meter.pause():
+      finish(step, state)
+  meter.close()
+  checkpoints.close()
+  writer.close()
+  return state, valid
+
+
+def _due(step, steps, every):
+  return every and (step % every == 0 or step == steps)
+
+
+def _initial_state(config, init_params, optimizer):
+  @jax.jit
+  def init(key):
+    return state_lib.create(init_params(key), optimizer, config.train.ema_decay)
+
+  return init(jax.random.key(config.seed))
+
+
+def _compile(step_fn, state, iterator):
+  """Compiles the step ahead of the first batch, so that its time is known and said."""
+  console.say('Compiling the training step ...')
+  start = time.monotonic()
+  place = iterator.get_state()
+  batch = next(iterator)
+  iterator.set_state(place)
+  compiled = jax.jit(step_fn, donate_argnums=0).lower(state, batch).compile()
+  console.say(f'... took {time.monotonic() - start:.1f} s.')
+  return compiled
+
+
+class Meter:
+  """Shows progress and measures speed, leaving out what is not training."""
+
+  def __init__(self, config, first_step):
+    self._batch_size = config.train.batch_size
+    self._log_every = config.train.log_every
+    interactive = sys.stderr.isatty()
+    self._bar = tqdm.tqdm(
+      total=config.train.steps,
+      initial=first_step,
+      desc='training',
+      unit='step',
+      dynamic_ncols=interactive,
+      ncols=None if interactive else 100,
+      # A log file wants a line now and then, not a redrawn bar.
+      mininterval=0.2 if interactive else 15,
+    )
+    self._previous = None  # metrics of the step before, whose computation is surely under way
+    self._reset()
+
+  def _reset(self):
+    self._start, self._paused, self._waited, self._steps = time.monotonic(), 0.0, 0.0, 0
+
+  def input(self):
+    """Context that counts its time as waiting for data."""
+    return _Timed(lambda seconds: setattr(self, '_waited', self._waited + seconds))
+
+  def pause(self):
+    """Context whose time does not count as training."""
+    return _Timed(lambda seconds: setattr(self, '_paused', self._paused + seconds))
+
+  def advance(self, step, values):
+    """Counts a step that was dispatched; waits for the one before, so that few are in flight."""
+    self._steps += 1
+    if self._previous is not None:
+      jax.block_until_ready(self._previous)
+      if step % self._log_every == 0:
+        self._bar.set_postfix(_shown(self._previous), refresh=False)
+    self._previous = values['loss'], values.get('bits_per_dim')
+    self._bar.update()
+
+  def rates(self):
+    """Speed since the last call; call it when the step's values are on the host."""
+    seconds = time.monotonic() - self._start - self._paused
+    rates = {
+      'step_seconds': seconds / self._steps,
+      'images_per_second': self._batch_size * self._steps / seconds,
+      'input_wait_seconds': self._waited / self._steps,
+    }
+    self._reset()
+    return rates
+
+  def note_validation(self, step, values):
+    """Prints validation metrics above the bar."""
+    figures = '  '.join(f'{name} {value:.4f}' for name, value in values.items())
+    console.say(f'step {step}  validation: {figures}')
+
+  def close(self):
+    """Leaves the finished bar standing."""
+    self._bar.close()
+
+
+class _Timed:
+  def __init__(self, record):
+    self._record = record
+
+  def __enter__(self):
+    self._start = time.monotonic()
+
+  def __exit__(self, *exception):
+    self._record(time.monotonic() - self._start)
+
+
+def _shown(values):
+  """The postfix of the progress bar."""
+  loss, bits = values
+  shown = {'loss': f'{float(loss):.3f}'}
+  if bits is not None:
+    shown['bits/dim'] = f'{float(bits):.3f}'
+  return shown

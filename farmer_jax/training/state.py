@@ -1,0 +1,30 @@
+"""What a training run carries from step to step."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a checkpoint must hold, beside the place in the data."""
+
+  step: jax.Array  # int32 scalar, optimizer steps done
+  params: dict
+  opt_state: tuple
+  average: dict | None  # running average of `params`, if one is kept
+
+  @property
+  def best_params(self):
+    """The parameters to evaluate and to sample with: the average where there is one."""
+    return self.params if self.average is None else self.average
+
+
+def create(params, optimizer, ema_decay):
+  """The state before the first step."""
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    average=jax.tree.map(jnp.copy, params) if ema_decay else None,
+  )

@@ -1,0 +1,49 @@
+"""One optimizer step."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def make_train_step(loss_fn, optimizer, train):
+  """Builds step(state, batch) -> (state, metrics).
+
+  Args:
+    loss_fn: loss_fn(params, batch, step, part) -> (scalar loss, dict of scalar metrics); `step` and
+      `part` (which part of an accumulated batch this is) name the randomness of the call.
+    optimizer: an optax transformation.
+    train: `config.Train`.
+  """
+  gradients = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def step_fn(state, batch):
+    (_, metrics), grads = _accumulated(gradients, state, batch, train.accumulate)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average is not None:
+      average = optax.incremental_update(params, average, 1 - train.ema_decay)
+    metrics['grad_norm'] = optax.global_norm(grads)
+    new_state = state.replace(
+      step=state.step + 1, params=params, opt_state=opt_state, average=average
+    )
+    return new_state, metrics
+
+  return step_fn
+
+
+def _accumulated(gradients, state, batch, parts):
+  """Loss, metrics and gradients of the whole batch, as the mean over `parts` equal parts of it."""
+  if parts == 1:
+    return gradients(state.params, batch, state.step, 0)
+  split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+
+  def add_part(total, inputs):
+    part, index = inputs
+    return jax.tree.map(jnp.add, total, gradients(state.params, part, state.step, index)), None
+
+  first = jax.tree.map(lambda a: a[0], split)
+  shapes = jax.eval_shape(gradients, state.params, first, state.step, 0)
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  total, _ = jax.lax.scan(add_part, zeros, (split, jnp.arange(parts)))
+  return jax.tree.map(lambda a: a / parts, total)

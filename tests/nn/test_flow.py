@@ -1,0 +1,230 @@
+"""The flow: exact inverse, exact log-determinants, causality, and the order of the tokens."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+pytestmark = pytest.mark.usefixtures('x64')
+
+N, D = 4, 2
+LABELS = jnp.asarray([0, 1, 3], jnp.int32)  # 3: no class
+
+FLOWS = {
+  'one block': dict(blocks=1),
+  'two blocks, two layers, no memory': dict(blocks=2, layers=2, remat='dots'),
+  'two blocks, no final permutation, classes, unrolled': dict(
+    blocks=2, final_permutation=False, num_classes=3, unroll=8
+  ),
+  'three blocks, no final permutation, classes, less memory': dict(
+    blocks=3, final_permutation=False, num_classes=3, remat='full'
+  ),
+}
+
+
+def jacobian_of(apply, mode=jax.jacfwd):
+  """Jacobians [B, N, d, N, d] of the first output of `apply(x, labels)`, an example at a time."""
+
+  def one(x, label):
+    return mode(lambda x: apply(x[None], label[None])[0][0])(x)
+
+  return jax.jit(jax.vmap(one))
+
+
+def log_abs_det(jacobian):  # [B, N, d, N, d]
+  return np.linalg.slogdet(np.asarray(jacobian).reshape(-1, N * D, N * D))[1]
+
+
+@pytest.fixture(scope='module', params=list(FLOWS))
+def flow(request, x64):
+  """A flow, its parameters, its two directions compiled, and what it makes of some data."""
+  module = tiny.make_flow(tokens=N, channels=D, **FLOWS[request.param])
+  x = tiny.normals(3, N, D)
+  params = tiny.filled_parameters(module, x, LABELS)
+
+  def forward(x, labels):
+    return module.apply({'params': params}, x, labels)
+
+  def inverse(z):
+    return module.apply({'params': params}, z, LABELS, method='inverse')
+
+  z, log_dets = (encode := jax.jit(forward))(x, LABELS)
+  return types.SimpleNamespace(
+    module=module,
+    params=params,
+    forward=forward,
+    encode=encode,
+    decode=jax.jit(inverse),
+    x=x,
+    z=z,
+    log_dets=np.asarray(log_dets),
+    jacobian=np.asarray(jacobian_of(forward)(x, LABELS)),
+  )
+
+
+def test_inverse_undoes_the_flow_and_the_flow_its_inverse(flow):
+  assert abs(flow.z - flow.x).max() > 0.5  # there is something to undo
+  assert abs(flow.decode(flow.z) - flow.x).max() < 1e-10
+  assert abs(flow.encode(flow.decode(flow.x), LABELS)[0] - flow.x).max() < 1e-10
+
+
+def test_log_det_is_that_of_the_jacobian(flow):
+  expected = log_abs_det(flow.jacobian)
+  assert abs(expected).min() > 0.05
+  np.testing.assert_allclose(flow.log_dets.sum(0), expected, atol=1e-10)
+
+
+def test_reverse_mode_agrees_with_forward_mode(flow):
+  """Training runs backwards, through whatever is computed again to save memory."""
+  backwards = jacobian_of(flow.forward, jax.jacrev)(flow.x, LABELS)
+  np.testing.assert_allclose(backwards, flow.jacobian, atol=1e-11)
+
+
+@functools.cache
+def one_block(layers):
+  """A compiled block: (params, z, condition) to its output, its log-det and its Jacobian."""
+  apply = tiny.make_block(tokens=N, channels=D, layers=layers).apply
+
+  @jax.jit
+  def run(params, z, condition):
+    block = functools.partial(apply, {'params': params})
+    return *block(z, condition), jacobian_of(block)(z, condition)
+
+  return run
+
+
+def test_log_det_of_each_block_is_that_of_its_jacobian(flow):
+  """The blocks one by one, by hand: their chain is the flow, their log-dets its entries."""
+  module, z, condition = flow.module, flow.x, jnp.zeros((3, flow.module.width))
+  if module.num_classes:
+    condition = flow.params['class_embedding']['embedding'][LABELS]
+  for t, log_det in enumerate(flow.log_dets):
+    params = jax.tree.map(lambda p, t=t: p[t], flow.params['stack'])
+    z, own_log_det, jacobian = one_block(module.layers)(params, z, condition)
+    np.testing.assert_allclose(own_log_det, log_abs_det(jacobian), atol=1e-11)
+    np.testing.assert_allclose(log_det, log_abs_det(jacobian), atol=1e-11)
+  np.testing.assert_allclose(flow.z, z if module.final_permutation else z[:, ::-1], atol=1e-11)
+
+
+@pytest.fixture(scope='module')
+def block(x64):
+  """A block's outputs, Jacobians of its output and log-det, all exact."""
+  module = tiny.make_block(tokens=N, channels=D, layers=2)
+  z = tiny.normals(3, N, D)
+  params = tiny.filled_parameters(module, z, None)
+
+  @jax.jit
+  def run(z):
+    def one(z):
+      value, log_det = module.apply({'params': params}, z[None], None)
+      return value[0], log_det[0]
+
+    return jax.vmap(one)(z), jax.vmap(jax.jacfwd(one))(z)
+
+  (value, log_det), (jacobian, log_det_gradient) = jax.tree.map(np.asarray, run(z))
+  # Back to the order in which the tokens came in.
+  return dict(
+    z=np.asarray(z),
+    value=value[:, ::-1],
+    jacobian=jacobian[:, ::-1],
+    log_det=log_det,
+    log_det_gradient=log_det_gradient,
+  )
+
+
+def test_block_is_causal_and_leaves_the_first_token_alone(block):
+  """The zeros are exact, and what should depend does: every later token on every earlier one."""
+  np.testing.assert_array_equal(block['value'][:, 0], block['z'][:, 0])
+  for i in range(N):
+    for j in range(N):
+      part = block['jacobian'][:, i, :, j]  # [B, d, d]
+      if j > i:
+        assert (part == 0).all()
+      elif j < i:
+        assert (abs(part) > 1e-6).all()
+      else:
+        diagonal = np.diagonal(part, axis1=1, axis2=2)
+        assert (part == diagonal[:, :, None] * np.eye(D)).all()
+        assert (diagonal == 1).all() if i == 0 else (abs(np.log(diagonal)) > 1e-6).all()
+  # The last token scales nothing.
+  assert (block['log_det_gradient'][:, -1] == 0).all()
+  assert (abs(block['log_det_gradient'][:, :-1]) > 1e-6).all()
+
+
+def test_block_normalises_by_the_scale_in_its_log_det(block):
+  diagonal = np.einsum('bidid->bid', block['jacobian'])
+  assert (diagonal > 0).all()
+  np.testing.assert_allclose(np.log(diagonal).sum((1, 2)), block['log_det'], atol=1e-12)
+
+
+@pytest.mark.parametrize('final_permutation', [True, False])
+def test_token_order_alternates_between_blocks(final_permutation):
+  """With every block but one made the identity, the Jacobian is triangular that block's way."""
+  blocks = 3
+  module = tiny.make_flow(tokens=N, channels=D, blocks=blocks, final_permutation=final_permutation)
+  x, label = tiny.normals(1, N, D), LABELS[:1]
+  params = tiny.filled_parameters(module, x, label)
+
+  @jax.jit
+  def jacobian(params):
+    apply = functools.partial(module.apply, {'params': params})
+    return jacobian_of(apply)(x, label)[0]
+
+  reversed_at_the_end = (blocks % 2 == 1) == final_permutation
+  for t in range(blocks):
+    keep = np.arange(blocks) == t
+    out = jax.tree.map(
+      lambda p, keep=keep: p * keep.reshape(-1, *[1] * (p.ndim - 1)), params['stack']['out_proj']
+    )
+    changed = params | {'stack': params['stack'] | {'out_proj': out}}
+    depends = (np.asarray(jacobian(changed)) != 0).any((1, 3))  # [token of z, token of x]
+    if reversed_at_the_end:
+      depends = depends[::-1]
+    expected = np.tril(np.ones((N, N), bool))
+    np.testing.assert_array_equal(depends, expected if t % 2 == 0 else expected.T)
+
+
+def test_identity_at_initialisation():
+  """Exactly: the output layers are zero, so only the turns of the token order remain."""
+  x = tiny.normals(3, N, D)
+  settings = dict(tokens=N, channels=D, num_classes=3)
+  init = jax.jit(tiny.make_flow(blocks=3, **settings).init)
+  params = init(jax.random.key(0), x, LABELS)['params']
+  for blocks, final_permutation in ((3, True), (3, False), (2, True)):
+    module = tiny.make_flow(blocks=blocks, final_permutation=final_permutation, **settings)
+    some = params | {'stack': jax.tree.map(lambda p, n=blocks: p[:n], params['stack'])}
+    z, log_dets = jax.jit(module.apply)({'params': some}, x, LABELS)
+    turned = (blocks % 2 == 1) == final_permutation
+    np.testing.assert_array_equal(z, x[:, ::-1] if turned else x)
+    assert log_dets.shape == (blocks, 3) and (log_dets == 0).all()
+  # Only the output layers are zero: the rest must be able to learn, each block its own way.
+  kernel = np.asarray(params['stack']['in_proj']['kernel'])
+  assert len(np.unique(kernel)) == kernel.size
+
+
+def test_class_reaches_each_sample_on_its_own():
+  module = tiny.make_flow(num_classes=3)
+  x = jnp.broadcast_to(tiny.normals(1, N, D), (4, N, D))
+  labels = jnp.asarray([0, 1, 0, 3])
+  params = tiny.filled_parameters(module, x, labels)
+  z, log_dets = jax.jit(lambda x, labels: module.apply({'params': params}, x, labels))(x, labels)
+  np.testing.assert_allclose(z[0], z[2], atol=1e-12)
+  for a, b in ((0, 1), (0, 3), (1, 3)):
+    assert abs(z[a] - z[b]).max() > 1e-3
+    assert (abs(log_dets[:, a] - log_dets[:, b]) > 1e-4).all()
+
+
+def test_single_token_passes_through():
+  """An image of one patch leaves the flow nothing to condition on."""
+  module = tiny.make_flow(tokens=1, blocks=2)
+  x = tiny.normals(3, 1, D)
+  params = tiny.filled_parameters(module, x, LABELS)
+  z, log_dets = jax.jit(lambda x: module.apply({'params': params}, x, LABELS))(x)
+  back = jax.jit(lambda z: module.apply({'params': params}, z, LABELS, method='inverse'))(z)
+  np.testing.assert_array_equal(z, x)
+  np.testing.assert_array_equal(back, x)
+  assert (log_dets == 0).all()

@@ -1,0 +1,99 @@
+"""The transformer against a plain reference, and its cached steps against the full pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+pytestmark = pytest.mark.usefixtures('x64')
+
+B, N, WIDTH = 3, 6, 8
+
+
+@pytest.fixture(scope='module')
+def model(x64):
+  """A module, its parameters, an input and its output."""
+  module = tiny.make_transformer(layers=3)
+  x = tiny.normals(B, N, WIDTH)
+  params = tiny.filled_parameters(module, x)
+  return module, {'params': params}, x, np.asarray(jax.jit(module.apply)({'params': params}, x))
+
+
+def reference(params, x, layers, heads):
+  """Pre-norm attention and MLP, a head and a query at a time."""
+
+  def dense(p, x):
+    return x @ p['kernel'] + p['bias']
+
+  def norm(p, x):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p['scale'] + p['bias']
+
+  def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+  for layer in range(layers):
+    p = jax.tree.map(lambda a, layer=layer: np.asarray(a[layer]), params['stack'])
+    qkv = dense(p['qkv'], norm(p['attention_norm'], x)).reshape(*x.shape[:2], 3, heads, -1)
+    attended = np.zeros_like(qkv[:, :, 0])
+    for head in range(heads):
+      q, k, v = qkv[..., head, :].transpose(2, 0, 1, 3)
+      for i in range(x.shape[1]):
+        scores = np.einsum('bd,bmd->bm', q[:, i], k[:, : i + 1]) / q.shape[-1] ** 0.5
+        weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        attended[:, i, head] = np.einsum('bm,bmd->bd', weights, v[:, : i + 1])
+    x = x + dense(p['attention_out'], attended.reshape(x.shape))
+    x = x + dense(p['mlp_out'], gelu(dense(p['mlp_in'], norm(p['mlp_norm'], x))))
+  return norm(params['norm'], x)
+
+
+def test_full_pass_against_plain_reference(model):
+  _, variables, x, output = model
+  expected = reference(jax.tree.map(np.asarray, variables['params']), np.asarray(x), 3, heads=2)
+  np.testing.assert_allclose(output, expected, atol=1e-12)
+
+
+def test_token_sees_itself_and_what_came_before(model):
+  module, variables, x, _ = model
+  jacobian = jax.jit(jax.jacfwd(lambda x: module.apply(variables, x[None])[0]))(x[0])
+  depends = np.asarray(jacobian != 0).all((1, 3))
+  independent = np.asarray(jacobian == 0).all((1, 3))
+  causal = np.tril(np.ones((N, N), bool))
+  np.testing.assert_array_equal(depends, causal)
+  np.testing.assert_array_equal(independent, ~causal)
+
+
+def test_prefill_and_steps_equal_the_full_pass(model):
+  """From every split between the two; what the cache held before must not matter."""
+  module, variables, x, output = model
+  prefill = jax.jit(lambda x, cache: module.apply(variables, x, cache, method='prefill'))
+  step = jax.jit(lambda x, cache, i: module.apply(variables, x, cache, i, method='step'))
+  empty = module.apply(variables, B, N + 2, method='init_cache')
+  assert all((leaf == 0).all() for leaf in jax.tree.leaves(empty))
+  rubbish = jax.tree.map(lambda a: a + tiny.normals(*a.shape, seed=1) * 1e3, empty)
+  for known in (0, 1, 4):
+    cache = rubbish
+    if known:
+      hidden, cache = prefill(x[:, :known], cache)
+      np.testing.assert_allclose(hidden, output[:, :known], atol=1e-12)
+    for i in range(known, N):
+      hidden, cache = step(x[:, i], cache, jnp.asarray(i))
+      np.testing.assert_allclose(hidden, output[:, i], atol=1e-12)
+
+
+def test_unrolling_and_saving_memory_change_nothing(model):
+  module, variables, x, output = model
+  weights = tiny.normals(B, N, WIDTH, seed=1)
+
+  def run(module):
+    def weighted(variables):
+      y = module.apply(variables, x)
+      return (y * weights).sum(), y
+
+    return jax.jit(jax.grad(weighted, has_aux=True))(variables)
+
+  expected, _ = run(module)
+  actual, y = run(module.clone(unroll=8, remat='dots'))
+  np.testing.assert_allclose(y, output, atol=1e-12)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), actual, expected)

@@ -1,0 +1,73 @@
+"""Bytes to real numbers and back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from farmer_jax.ops import dequantize
+
+LEVELS = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+
+
+def test_uniform_noise_fills_its_bin_and_no_more():
+  images = jnp.asarray(np.repeat(LEVELS, 256, axis=0))
+  x = np.asarray(dequantize.dequantize_uniform(jax.random.key(0), images), np.float64)
+  u = (x + 1) * 128 - LEVELS
+  assert u.min() >= 0 and u.max() <= 1
+  assert stats.kstest(u.ravel(), 'uniform').pvalue > 1e-3
+  # As the noise is the same for all levels, so must its spread be.
+  np.testing.assert_allclose(u.std(0), 12**-0.5, atol=0.04)
+
+
+@pytest.mark.parametrize('u', [0.0, 0.25, 1 - 2**-23])
+def test_quantize_inverts_uniform_dequantisation(monkeypatch, u):
+  """The largest draw of `jax.random.uniform` in float32 is 1 - 2^-23: it belongs to the bin too."""
+  monkeypatch.setattr(
+    jax.random, 'uniform', lambda key, shape=(), dtype=jnp.float32, **_: jnp.full(shape, u, dtype)
+  )
+  x = dequantize.dequantize_uniform(jax.random.key(0), jnp.asarray(LEVELS))
+  np.testing.assert_array_equal(dequantize.quantize(x, 'uniform'), LEVELS)
+
+
+def test_scale_of_uniform_dequantisation(monkeypatch):
+  monkeypatch.setattr(
+    jax.random, 'uniform', lambda key, shape=(), dtype=jnp.float32, **_: jnp.full(shape, 0.5, dtype)
+  )
+  x = dequantize.dequantize_uniform(jax.random.key(0), jnp.asarray(LEVELS))
+  np.testing.assert_allclose(x, 2 * (LEVELS + 0.5) / 256 - 1, atol=1e-7)
+
+
+def test_scale_of_gaussian_noise_and_its_inverse():
+  x = dequantize.dequantize_gaussian(jax.random.key(0), jnp.asarray(LEVELS), 0.0)
+  np.testing.assert_allclose(x, 2 * LEVELS.astype(np.float64) / 255 - 1, atol=1e-7)
+  assert x.min() == -1 and x.max() == 1
+  np.testing.assert_array_equal(dequantize.quantize(x, 'gaussian'), LEVELS)
+  # Up to just under half a level away, the level is still the nearest.
+  for shift in (-0.99 / 255, 0.99 / 255):
+    np.testing.assert_array_equal(dequantize.quantize(x + shift, 'gaussian'), LEVELS)
+
+
+@pytest.mark.parametrize('noise_std', [0.005, 0.1])
+def test_gaussian_noise_has_the_traced_standard_deviation(noise_std):
+  images = jnp.full((64, 16, 16, 3), 128, jnp.uint8)
+  noisy = jax.jit(dequantize.dequantize_gaussian)(jax.random.key(1), images, noise_std)
+  assert noisy.dtype == jnp.float32
+  noise = (np.asarray(noisy, np.float64) - (128 / 127.5 - 1)).ravel() / noise_std
+  assert stats.kstest(noise, 'norm').pvalue > 1e-3
+
+
+@pytest.mark.parametrize('kind', ['uniform', 'gaussian'])
+def test_out_of_range_values_saturate(kind):
+  x = jnp.asarray([-jnp.inf, -5.0, -1.001, 1.001, 5.0, jnp.inf])
+  np.testing.assert_array_equal(dequantize.quantize(x, kind), [0, 0, 0, 255, 255, 255])
+
+
+@pytest.mark.parametrize('convert', [dequantize.dequantize_uniform, dequantize.dequantize_gaussian])
+def test_asked_for_precision_is_used(convert):
+  args = () if convert is dequantize.dequantize_uniform else (0.1,)
+  with jax.enable_x64(True):
+    x = convert(jax.random.key(0), jnp.asarray(LEVELS), *args, dtype=jnp.float64)
+  assert x.dtype == jnp.float64
+  assert (np.asarray(x) != np.asarray(x, np.float32)).any()

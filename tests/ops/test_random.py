@@ -1,0 +1,45 @@
+"""Named random keys."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from farmer_jax.ops import random
+
+
+def data(key):
+  return tuple(np.asarray(jax.random.key_data(key)).tolist())
+
+
+def test_distinct_by_seed_name_and_index():
+  # The CRC of 'noise' is above 2^31, that of 'label_dropout' is not; both must survive.
+  names = ['noise', 'flip', 'label_dropout', 'label dropout', '']
+  indices = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (2**31 - 1,)]
+  keys = {
+    data(random.named_key(seed, name, *index))
+    for seed, name, index in itertools.product([0, 1, 2**31], names, indices)
+  }
+  assert len(keys) == 3 * len(names) * len(indices)
+
+
+def test_reproducible_whatever_was_drawn_in_between():
+  first = data(random.named_key(3, 'noise', 5))
+  random.named_key(3, 'flip', 5)
+  assert data(random.named_key(3, 'noise', 5)) == first
+
+
+@pytest.mark.parametrize('index', [0, 7, 2**31 - 1])
+def test_traced_index_gives_the_same_key(index):
+  traced = jax.jit(lambda i: random.named_key(3, 'noise', i, 2))(jnp.int32(index))
+  assert data(traced) == data(random.named_key(3, 'noise', index, 2))
+
+
+def test_draws_of_different_streams_are_uncorrelated():
+  """`fold_in` of related data must not give related numbers."""
+  keys = [random.named_key(0, name, i) for name in ('noise', 'flip') for i in range(4)]
+  draws = np.stack([jax.random.normal(key, (4096,)) for key in keys])
+  correlations = np.corrcoef(draws) - np.eye(len(keys))
+  assert abs(correlations).max() < 5 / 4096**0.5
