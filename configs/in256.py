@@ -1,6 +1,7 @@
 """The paper's class-conditional ImageNet-256 models: 1.1b-p16, 1.1b-p8, 1.9b-p16 and 1.9b-p8.
 
-    tfds build imagenet2012
+    python -c "import tensorflow_datasets as tfds; \\
+      tfds.builder('imagenet2012', file_format='array_record').download_and_prepare()"
     python -m farmer_jax.main --config=configs/in256.py              # 1.1b-p16
     python -m farmer_jax.main --config=configs/in256.py:1.9b-p8
 

@@ -1,6 +1,7 @@
 """Density estimation on ImageNet 64×64, unconditional, uniform dequantisation (bits/dim).
 
-    tfds build downsampled_imagenet/64x64
+    python -c "import tensorflow_datasets as tfds; \\
+      tfds.builder('downsampled_imagenet/64x64', file_format='array_record').download_and_prepare()"
     python -m farmer_jax.main --config=configs/in64.py
 
 The flow has TARFlow's published shape for this data set (patch 2, 8 blocks of 8 layers, width 768),

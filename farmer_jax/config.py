@@ -75,7 +75,10 @@ class Data:
   threads: int = key(2, 'threads that read images, in each process', changeable=True)
   prefetch: int = key(8, 'batches read ahead', changeable=True)
   workers: int = key(
-    0, 'worker processes that read and decode images; 0 uses threads alone', least=0
+    0,
+    'worker processes that decode images which do not fit in memory; 0 uses threads alone',
+    changeable=True,
+    least=0,
   )
 
 

@@ -103,7 +103,7 @@ def _split_folders(root):
 
 
 def _image_names(folder, warn):
-  """Paths of the images below `folder`, relative to it, with '/', sorted; ConfigError if none."""
+  """Paths of the images below `folder`, relative to it, with '/'; ConfigError if there are none."""
   names, ignored = [], []
   pending = ['']
   while pending:
@@ -131,7 +131,7 @@ def _image_names(folder, warn):
       len(ignored),
       min(ignored),
     )
-  return sorted(names)
+  return names
 
 
 def _scan(folder):

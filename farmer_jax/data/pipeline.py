@@ -31,12 +31,9 @@ def train_iterator(source, data, batch_size, seed, process_index=0, process_coun
     batch_size / process_count.
 
   Raises:
-    ConfigError: the batch cannot be divided among the processes, or a setting is negative.
+    ConfigError: the batch cannot be divided among the processes.
   """
   _check_batch(batch_size, process_count, 'train.batch_size')
-  for name in ('threads', 'prefetch', 'workers'):
-    if getattr(data, name) < 0:
-      raise ConfigError(f'--config.data.{name} must not be negative, but is {getattr(data, name)}')
   part = _part(batch_size, process_index, process_count)
   batches = (
     grain.MapDataset.range(len(source))
@@ -76,7 +73,6 @@ class TrainIterator(grain.DatasetIterator):
     return iter(remaining)
 
   def __next__(self):
-    self._assert_not_closed()
     batch = next(self._stream)
     self._position += 1
     return batch

@@ -33,21 +33,7 @@ def load(data, split):
   """
   if split not in base.SPLITS:
     raise ValueError(f'split must be one of {base.SPLITS}, not {split!r}')
-  _check(data)
   source = _LOADERS.get(data.source, tfds.load)(data, split)
   if not len(source):
     raise ConfigError(f'--config.data.source={data.source} has no images in its {split} split')
   return source
-
-
-def _check(data):
-  """Raises ConfigError for a number that no source can work with."""
-  for name, low in (('image_size', 1), ('num_classes', 0), ('threads', 0), ('prefetch', 0)):
-    if getattr(data, name) < low:
-      raise ConfigError(f'--config.data.{name} must be at least {low}, not {getattr(data, name)}')
-  if data.channels not in (1, 3):
-    raise ConfigError(f'--config.data.channels must be 1 or 3, not {data.channels}')
-  if not 0 <= data.valid_fraction < 1:
-    raise ConfigError(
-      f'--config.data.valid_fraction must be at least 0 and below 1, not {data.valid_fraction:g}'
-    )

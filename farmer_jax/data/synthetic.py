@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 
-from farmer_jax.config import ConfigError
 from farmer_jax.data import base
 
 
@@ -31,8 +30,6 @@ class SyntheticSource(base.Source):
 def load(data, split):
   """`data.synthetic_examples` images, of which `data.valid_fraction` is held out."""
   count = data.synthetic_examples
-  if count < 1:
-    raise ConfigError(f'--config.data.synthetic_examples must be at least 1, not {count}')
   labels = np.arange(count) % max(1, data.num_classes)
   keys = base.part([str(index) for index in range(count)], labels, data, split)
   source = SyntheticSource(keys, data.image_size, data.channels, data.num_classes)

@@ -108,12 +108,12 @@ def _prepared_builder(tfds, data):
     ) from error
   if builder.is_prepared():
     return builder
-  hint = ''
+  place = 'its data_dir'
   if data.source == 'fashion_mnist':
-    hint = '; or set --config.data.path to a folder with the four IDX .gz files'
+    place = 'a folder with the four IDX .gz files'
   raise ConfigError(
     f'TFDS data set {data.source} is not prepared under {builder.data_dir}; set --config.data.path'
-    f' to its data_dir, or run once, with TensorFlow installed: {_prepare_command(data)}{hint}'
+    f' to {place}, or run once, with TensorFlow installed: {_prepare_command(data)}'
   )
 
 

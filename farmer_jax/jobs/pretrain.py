@@ -30,7 +30,10 @@ def run(config, workdir):
   def validate(params):
     settings = config.train
     batches = pipeline.valid_batches(
-      valid_source, settings.valid_batch_size, settings.valid_examples
+      valid_source,
+      settings.valid_batch_size,
+      settings.valid_examples,
+      threads=config.data.threads,
     )
     return evaluator(params, batches)
 

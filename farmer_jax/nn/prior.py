@@ -29,7 +29,7 @@ class MixtureHead(nn.Module):
       log_scales = jnp.full((k * d,), -1.0 if k > 1 else 0.0, dtype)
       return jnp.concatenate([jnp.zeros((k,), dtype), means, log_scales]).reshape(shape)
 
-    small = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')
+    small = nn.initializers.truncated_normal(0.1)  # of an input of unit length
     head = transformer.dense(
       k * (1 + 2 * d), self.dtype, kernel_init=small, bias_init=spread_bias, name='out'
     )

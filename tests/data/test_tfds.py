@@ -140,7 +140,7 @@ def test_errors(root, name, changes, split, reason):
 def test_unprepared_fashion_mnist_mentions_files(tmp_path, monkeypatch):
   monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
   data = config.Data(source='fashion_mnist', image_size=28)
-  with pytest.raises(config.ConfigError, match=r'not prepared .* folder with the four IDX'):
+  with pytest.raises(config.ConfigError, match=r'not prepared .* to a folder with the four IDX'):
     sources.load(data, 'train')
 
 

@@ -74,7 +74,7 @@ def test_inverse_undoes_the_flow_and_the_flow_its_inverse(flow):
 
 def test_log_det_is_that_of_the_jacobian(flow):
   expected = log_abs_det(flow.jacobian)
-  assert abs(expected).min() > 0.05
+  assert abs(expected).min() > 0.01
   np.testing.assert_allclose(flow.log_dets.sum(0), expected, atol=1e-10)
 
 
@@ -190,19 +190,17 @@ def test_token_order_alternates_between_blocks(final_permutation):
 
 def test_identity_at_initialisation():
   """Exactly: the output layers are zero, so only the turns of the token order remain."""
-  x = tiny.normals(3, N, D)
-  settings = dict(tokens=N, channels=D, num_classes=3)
-  init = jax.jit(tiny.make_flow(blocks=3, **settings).init)
-  params = init(jax.random.key(0), x, LABELS)['params']
-  for blocks, final_permutation in ((3, True), (3, False), (2, True)):
-    module = tiny.make_flow(blocks=blocks, final_permutation=final_permutation, **settings)
-    some = params | {'stack': jax.tree.map(lambda p, n=blocks: p[:n], params['stack'])}
-    z, log_dets = jax.jit(module.apply)({'params': some}, x, LABELS)
-    turned = (blocks % 2 == 1) == final_permutation
-    np.testing.assert_array_equal(z, x[:, ::-1] if turned else x)
-    assert log_dets.shape == (blocks, 3) and (log_dets == 0).all()
+  with jax.enable_x64(False):
+    x = tiny.normals(3, N, D).astype(jnp.float32)
+    module = tiny.make_flow(tokens=N, channels=D, num_classes=3, dtype=jnp.dtype('float32'))
+    variables = jax.jit(module.init)(jax.random.key(0), x, LABELS)
+    for final_permutation, expected in ((True, x[:, ::-1]), (False, x)):
+      changed = module.clone(final_permutation=final_permutation)
+      z, log_dets = jax.jit(changed.apply)(variables, x, LABELS)
+      np.testing.assert_array_equal(z, expected)  # three blocks turn the tokens three times
+      assert log_dets.shape == (3, 3) and (log_dets == 0).all()
   # Only the output layers are zero: the rest must be able to learn, each block its own way.
-  kernel = np.asarray(params['stack']['in_proj']['kernel'])
+  kernel = np.asarray(variables['params']['stack']['in_proj']['kernel'])
   assert len(np.unique(kernel)) == kernel.size
 
 
@@ -216,15 +214,3 @@ def test_class_reaches_each_sample_on_its_own():
   for a, b in ((0, 1), (0, 3), (1, 3)):
     assert abs(z[a] - z[b]).max() > 1e-3
     assert (abs(log_dets[:, a] - log_dets[:, b]) > 1e-4).all()
-
-
-def test_single_token_passes_through():
-  """An image of one patch leaves the flow nothing to condition on."""
-  module = tiny.make_flow(tokens=1, blocks=2)
-  x = tiny.normals(3, 1, D)
-  params = tiny.filled_parameters(module, x, LABELS)
-  z, log_dets = jax.jit(lambda x: module.apply({'params': params}, x, LABELS))(x)
-  back = jax.jit(lambda z: module.apply({'params': params}, z, LABELS, method='inverse'))(z)
-  np.testing.assert_array_equal(z, x)
-  np.testing.assert_array_equal(back, x)
-  assert (log_dets == 0).all()

@@ -23,19 +23,16 @@ def model(x64):
 def reference(params, x, layers, heads):
   """Pre-norm attention and MLP, a head and a query at a time."""
 
-  def dense(p, x):
-    return x @ p['kernel'] + p['bias']
-
   def norm(p, x):
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p['scale'] + p['bias']
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p['scale']
 
   def gelu(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
   for layer in range(layers):
     p = jax.tree.map(lambda a, layer=layer: np.asarray(a[layer]), params['stack'])
-    qkv = dense(p['qkv'], norm(p['attention_norm'], x)).reshape(*x.shape[:2], 3, heads, -1)
+    qkv = norm(p['attention_norm'], x) @ p['qkv']['kernel']
+    qkv = qkv.reshape(*x.shape[:2], 3, heads, -1)
     attended = np.zeros_like(qkv[:, :, 0])
     for head in range(heads):
       q, k, v = qkv[..., head, :].transpose(2, 0, 1, 3)
@@ -43,8 +40,9 @@ def reference(params, x, layers, heads):
         scores = np.einsum('bd,bmd->bm', q[:, i], k[:, : i + 1]) / q.shape[-1] ** 0.5
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         attended[:, i, head] = np.einsum('bm,bmd->bd', weights, v[:, : i + 1])
-    x = x + dense(p['attention_out'], attended.reshape(x.shape))
-    x = x + dense(p['mlp_out'], gelu(dense(p['mlp_in'], norm(p['mlp_norm'], x))))
+    x = x + attended.reshape(x.shape) @ p['attention_out']['kernel']
+    hidden = norm(p['mlp_norm'], x) @ p['mlp_in']['kernel']
+    x = x + gelu(hidden) @ p['mlp_out']['kernel']
   return norm(params['norm'], x)
 
 
