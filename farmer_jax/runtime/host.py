@@ -26,5 +26,5 @@ def keep_memory():
     return
   mallopt(_M_ARENA_MAX, 1)
   mallopt(_M_MMAP_MAX, 0)
-  mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+  mallopt(_M_TRIM_THRESHOLD, -1)  # never
   mallopt(_M_TOP_PAD, 2**28)

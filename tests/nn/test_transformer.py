@@ -21,7 +21,7 @@ def model(x64):
 
 
 def reference(params, x, layers, heads):
-  """Pre-norm attention and MLP, a head and a query at a time."""
+  """Pre-norm attention and MLP, a head and a query at a time; results of about unit length."""
 
   def norm(p, x):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p['scale']
@@ -43,7 +43,7 @@ def reference(params, x, layers, heads):
     x = x + attended.reshape(x.shape) @ p['attention_out']['kernel']
     hidden = norm(p['mlp_norm'], x) @ p['mlp_in']['kernel']
     x = x + gelu(hidden) @ p['mlp_out']['kernel']
-  return norm(params['norm'], x)
+  return norm(params['norm'], x) / np.sqrt(x.shape[-1])
 
 
 def test_full_pass_against_plain_reference(model):

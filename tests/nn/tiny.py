@@ -61,15 +61,16 @@ def filled_parameters(module, *args, seed=0):
   rng = np.random.default_rng(seed)
 
   def fill(path, leaf):
-    name, normal = path[-1].key, rng.normal(size=leaf.shape)
-    if name == 'kernel':
+    names, normal = [key.key for key in path], rng.normal(size=leaf.shape)
+    if {'out', 'out_proj'} & set(names):  # these read vectors of unit length
+      value = (0.35 if names[-1] == 'kernel' else 0.15) * normal
+    elif names[-1] == 'kernel':
       value = normal / leaf.shape[-2] ** 0.5
-    elif name == 'scale':
+    elif names[-1] == 'scale':
       value = 1 + 0.3 * normal
     else:
       value = 0.4 * normal
-    gives_log_scales = {'out', 'out_proj'} & {key.key for key in path}
-    return jnp.asarray(0.35 * value if gives_log_scales else value, leaf.dtype)
+    return jnp.asarray(value, leaf.dtype)
 
   return jax.tree_util.tree_map_with_path(fill, shapes)
 
