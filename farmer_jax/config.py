@@ -97,6 +97,15 @@ class Noise:
   std_end: float = key(
     0.005, 'gaussian: standard deviation at the last step, and in evaluation', least=0
   )
+  curriculum_std: float = key(
+    0.0,
+    'uniform: standard deviation of Gaussian noise added at the first step of training, falling to'
+    ' none; evaluation has none',
+    least=0,
+  )
+  curriculum_share: float = key(
+    0.6, 'uniform: share of the training steps after which that noise is gone'
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,22 @@ import jax.numpy as jnp
 from farmer_jax.ops import bits, dequantize, random
 
 
-def real_valued(key, images, noise, noise_std, dtype=jnp.float32):  # uint8 [B, H, W, C]
-  """Images as the model sees them: dequantised uniformly, or with Gaussian noise of `noise_std`."""
+def real_valued(key, images, noise):  # uint8 [B, H, W, C]
+  """Images as the model is evaluated on them: dequantised uniformly, or with the final noise."""
   if noise.kind == 'uniform':
-    return dequantize.dequantize_uniform(key, images, dtype)
-  return dequantize.dequantize_gaussian(key, images, noise_std, dtype)
+    return dequantize.dequantize_uniform(key, images)
+  return dequantize.dequantize_gaussian(key, images, noise.std_end)
+
+
+def training_images(key, images, noise, noise_std):  # uint8 [B, H, W, C]
+  """Images as the model is trained on them, with Gaussian noise of `noise_std` (may be traced)."""
+  if noise.kind == 'gaussian':
+    return dequantize.dequantize_gaussian(key, images, noise_std)
+  key_bins, key_noise = jax.random.split(key)
+  images = dequantize.dequantize_uniform(key_bins, images)
+  if not noise.curriculum_std:
+    return images
+  return images + noise_std * jax.random.normal(key_noise, images.shape)
 
 
 def nll_terms(log_density, dims):
@@ -39,8 +50,9 @@ def nll_loss(params, batch, step, part, *, model, config, noise_std):
     noise_std: standard deviation of Gaussian noise as a function of the step.
 
   Returns:
-    The loss in nats/dim, and metrics: the loss, its three terms, the log-det of each block, and
-    whatever of bits_per_dim and noise_std the kind of noise gives a meaning.
+    The loss in nats/dim, and metrics: the loss, its three terms, the log-det of each block, the
+    noise where there is some, and bits_per_dim under uniform dequantisation. (While a curriculum
+    adds noise the latter bounds the code length of nothing: it shows the progress of training.)
   """
 
   def key(name):
@@ -52,7 +64,7 @@ def nll_loss(params, batch, step, part, *, model, config, noise_std):
     images = jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images)
   dropped = jax.random.bernoulli(key('label_dropout'), config.model.label_dropout, labels.shape)
   labels = jnp.where(dropped, config.data.num_classes, labels)
-  images = real_valued(key('noise'), images, config.noise, noise_std(step))
+  images = training_images(key('noise'), images, config.noise, noise_std(step))
   log_density = model.apply({'params': params}, images, labels)
   dims = images[0].size
   metrics = {name: value.mean() for name, value in nll_terms(log_density, dims).items()}
@@ -60,6 +72,6 @@ def nll_loss(params, batch, step, part, *, model, config, noise_std):
     metrics[f'log_det_block_{block}'] = log_det
   if config.noise.kind == 'uniform':
     metrics['bits_per_dim'] = bits.bits_per_dim(metrics['loss'])
-  else:
+  if config.noise.kind == 'gaussian' or config.noise.curriculum_std:
     metrics['noise_std'] = noise_std(step)
   return metrics['loss'], metrics

@@ -43,7 +43,7 @@ class LikelihoodEvaluator:
 def _masked_sums(params, batch, index, *, model, config):
   """Sums over the real examples of a batch of each term in nats/dim."""
   key = random.named_key(config.seed, 'likelihood', index)
-  images = objectives.real_valued(key, batch['image'], config.noise, config.noise.std_end)
+  images = objectives.real_valued(key, batch['image'], config.noise)
   log_density = model.apply({'params': params}, images, batch['label'])
   terms = objectives.nll_terms(log_density, images[0].size)
   # Padding must not turn a sum into nan, so it is cut out rather than multiplied by zero.

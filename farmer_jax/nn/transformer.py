@@ -151,9 +151,10 @@ class TransformerLayer(nn.Module):
 class Transformer(nn.Module):
   """A stack of layers, scanned, and a final norm that makes vectors of about unit length.
 
-  Unit length, not unit entries: the linear maps that read the result (a shift, a log-scale, a mixture)
-  then move by about the learning rate times sqrt(width) at a step of Adam instead of the learning
-  rate times width. A shift must become exact to a thousandth, and could not settle otherwise.
+  Unit length, not unit entries: the linear maps that read the result (a shift, a log-scale, a
+  mixture) then move by about the learning rate times sqrt(width) at a step of Adam, not the
+  learning rate times width. A shift must become exact to a thousandth, and could not settle
+  otherwise.
   """
 
   layers: int

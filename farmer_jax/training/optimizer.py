@@ -19,12 +19,21 @@ def learning_rate_schedule(train):
 
 
 def noise_std_schedule(noise, steps):
-  """Standard deviation of the Gaussian noise: half a cosine from start to end (FARMER §4.1)."""
+  """Standard deviation of the Gaussian noise of training, a function of the step.
+
+  It falls along half a cosine: over the whole of training where the noise is the dequantisation
+  (FARMER §4.1), and to nothing over a share of it where it only eases the start of training on
+  uniformly dequantised images. There, flat regions soon have densities hundreds of times narrower
+  than the rest, whose gradients drown what the model should learn about shapes.
+  """
+  if noise.kind == 'uniform':
+    start, end, span = noise.curriculum_std, 0.0, noise.curriculum_share * steps
+  else:
+    start, end, span = noise.std_start, noise.std_end, steps
 
   def std(step):
-    progress = jnp.clip(step / max(steps - 1, 1), 0, 1)
-    cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return noise.std_end + (noise.std_start - noise.std_end) * cosine
+    progress = jnp.clip(step / max(span - 1, 1), 0, 1)
+    return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
   return std
 
