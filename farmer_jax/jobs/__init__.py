@@ -2,10 +2,14 @@
 
 import importlib
 
+import jax
+
 from farmer_jax.runtime import host
 
 
 def run(config, workdir):
   """Prepares this process and runs the job that `config` names."""
-  host.keep_memory()
+  host.keep_memory()  # before the first computation
+  if config.model.dtype == 'float64':
+    jax.config.update('jax_enable_x64', True)
   importlib.import_module(f'farmer_jax.jobs.{config.job}').run(config, workdir)

@@ -43,7 +43,7 @@ class FlowBlock(nn.Module):
       dtype=self.dtype,
       unroll=self.unroll,
     )
-    self.out_proj = transformer.dense(
+    self.out_proj = transformer.Readout(
       2 * self.channels, self.dtype, kernel_init=nn.initializers.zeros
     )
 
@@ -80,8 +80,7 @@ class FlowBlock(nn.Module):
 
   def _affine(self, hidden):
     """Shift and log-scale, [..., d] each."""
-    out = self.out_proj(hidden).astype(transformer.param_dtype(self.dtype))
-    return jnp.split(out, 2, axis=-1)
+    return jnp.split(self.out_proj(hidden), 2, axis=-1)
 
 
 class Flow(nn.Module):

@@ -30,10 +30,10 @@ class MixtureHead(nn.Module):
       return jnp.concatenate([jnp.zeros((k,), dtype), means, log_scales]).reshape(shape)
 
     small = nn.initializers.truncated_normal(0.1)  # of an input of unit length
-    head = transformer.dense(
+    head = transformer.Readout(
       k * (1 + 2 * d), self.dtype, kernel_init=small, bias_init=spread_bias, name='out'
     )
-    out = head(hidden).astype(transformer.param_dtype(self.dtype))
+    out = head(hidden)
     logits, means, log_scales = jnp.split(out, [k, k * (1 + d)], axis=-1)
     means = means.reshape(*means.shape[:-1], k, d)
     log_scales = log_scales.reshape(means.shape)

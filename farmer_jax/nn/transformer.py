@@ -25,7 +25,7 @@ class Cache:
 
   def write(self, keys, values, position):  # keys, values [L, B, heads, n, head_dim]
     """The cache with `n` new tokens put in from `position` on, which must leave room for them."""
-    start = (0, 0, 0, position, 0)
+    start = tuple(jnp.asarray(index, jnp.int32) for index in (0, 0, 0, position, 0))
     return Cache(
       jax.lax.dynamic_update_slice(self.keys, keys, start),
       jax.lax.dynamic_update_slice(self.values, values, start),
@@ -41,7 +41,7 @@ def _flat_dot_general(x, kernel, dimension_numbers, **kwargs):
   assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
   flat = x.reshape(-1, x.shape[-1])
   y = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **kwargs)
-  return y.reshape(*x.shape[:-1], -1)
+  return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def param_dtype(dtype):
@@ -54,6 +54,30 @@ def dense(features, dtype, **kwargs):
   return nn.Dense(
     features, dtype=dtype, param_dtype=param_dtype(dtype), dot_general=_flat_dot_general, **kwargs
   )
+
+
+class Readout(nn.Module):
+  """A dense layer that multiplies in `dtype` but accumulates, adds its bias and answers in float32.
+
+  What is read off a transformer are means and log-scales: bfloat16 has steps of 1/128 near a mean
+  of 1, far coarser than the narrowest mixture component.
+  """
+
+  features: int
+  dtype: jnp.dtype
+  kernel_init: nn.initializers.Initializer
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+  @nn.compact
+  def __call__(self, x):  # [..., width]
+    """Returns [..., features], float32 at least."""
+    wide = param_dtype(self.dtype)
+    kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features), wide)
+    bias = self.param('bias', self.bias_init, (self.features,), wide)
+    dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+    return bias + _flat_dot_general(
+      x.astype(self.dtype), kernel.astype(self.dtype), dimensions, preferred_element_type=wide
+    )
 
 
 def norm(dtype):
