@@ -19,4 +19,5 @@ def get_config():
   c.train.validate_every = 700
   c.train.sample_every = 700
   c.train.optimizer.learning_rate = 5e-3
+  c.noise.curriculum_std = 0.3
   return c

@@ -16,7 +16,7 @@ def get_config():
   # Half of all pixels are exactly black: without the curriculum the model spends its time on their
   # narrow density, and the digits stay scribbles.
   c.noise.curriculum_std = 0.4
-  c.noise.curriculum_share = 0.7
+  c.noise.curriculum_share = 0.65
   c.model.patch_size = 2
   c.model.scan_unroll = 4
   c.model.flow.blocks = 2
@@ -24,11 +24,10 @@ def get_config():
   c.model.prior.layers = 4
   c.model.prior.condition_copies = 4
   c.model.prior.components = 32
-  c.model.prior.informative_channels = 3
   c.train.batch_size = 128
-  c.train.steps = 700
+  c.train.steps = 800
   c.train.validate_every = 100
-  c.train.sample_every = 350
-  c.train.checkpoint_every = 350
+  c.train.sample_every = 400
+  c.train.checkpoint_every = 400
   c.train.optimizer.learning_rate = 3e-3
   return c

@@ -138,8 +138,10 @@ class Prior:
   mlp_ratio: float = key(4.0, 'width of the MLP over the width of the prior')
   condition_copies: int = key(8, 'copies M of the condition embedding before the sequence')
   components: int = key(16, 'mixture components K_I of the informative head')
-  informative_channels: int | None = key(
-    None, 'informative channels d_I of a token, the first ones; None makes all of them informative'
+  informative_channels: int = key(
+    0,
+    'informative channels d_I of a token, the first ones; 0 makes all of them informative',
+    least=0,
   )
   redundant: str = key(
     'mixture',
@@ -372,9 +374,9 @@ def check(config):
   channels = data.channels * model.patch_size**2
   informative = prior.informative_channels
   require(
-    informative is None or 1 <= informative < channels,
-    f'config.model.prior.informative_channels={informative} must be from 1 to {channels - 1}: a'
-    f' token has {channels} channels (None makes all of them informative)',
+    informative < channels,
+    f'config.model.prior.informative_channels={informative} must be below {channels}, the channels'
+    ' of a token (0 makes all of them informative)',
   )
   require(
     data.image_size // model.patch_size > 1 or not flow.blocks,

@@ -74,8 +74,8 @@ def test_unknown_keys_and_values_are_refused(values, message):
   ('path', 'value', 'message'),
   [
     ('data.image_size', 9, 'not divisible by config.model.patch_size=2'),
-    ('model.prior.informative_channels', 4, 'must be from 1 to 3'),
-    ('model.prior.informative_channels', 0, 'must be'),
+    ('model.prior.informative_channels', 4, 'must be below 4, the channels of a token'),
+    ('model.prior.informative_channels', -1, 'must not be below 0'),
     ('model.flow.width', 100, 'flow.width=100 is not a multiple'),
     ('model.prior.head_dim', 50, 'prior.width=.* is not a multiple'),
     ('train.batch_size', 0, 'must be above 0'),

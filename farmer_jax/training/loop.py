@@ -118,6 +118,7 @@ class Meter:
       ncols=None if interactive else 100,
       # A log file wants a line now and then, not a redrawn bar.
       mininterval=0.2 if interactive else 15,
+      file=sys.stderr if interactive else _Lines(),
     )
     self._previous = None  # metrics of the step before, whose computation is surely under way
     self._reset()
@@ -162,6 +163,17 @@ class Meter:
   def close(self):
     """Leaves the finished bar standing."""
     self._bar.close()
+
+
+class _Lines:
+  """Standard error for a progress bar that is not on a terminal: each state gets a line of its
+  own."""
+
+  def write(self, text):
+    sys.stderr.write(text.replace('\r', '\n'))
+
+  def flush(self):
+    sys.stderr.flush()
 
 
 class _Timed:

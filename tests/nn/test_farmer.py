@@ -24,7 +24,7 @@ LABELS = jnp.asarray([0, 1, 0, CLASSES], jnp.int32)
 
 # (flow, prior) settings of what the model turns into when parts of it are left out.
 RELATIVES = {
-  'no redundant channels': ({}, dict(informative_channels=None)),
+  'no redundant channels': ({}, dict(informative_channels=0)),
   'one component, one condition copy': (
     {},
     dict(components=1, redundant_components=1, condition_copies=1),
