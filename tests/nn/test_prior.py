@@ -53,7 +53,10 @@ def model(x64):
     return jax.tree.map(lambda a: a[0], both)
 
   jacobian = jax.jit(jax.jacfwd(one))(split(z)[0][0], LABELS[0])
-  as_numpy = lambda tree: jax.tree.map(np.asarray, tree)  # noqa: E731
+
+  def as_numpy(tree):
+    return jax.tree.map(np.asarray, tree)
+
   return module, params, z, as_numpy(mixtures(split(z)[0], LABELS)), as_numpy(jacobian), mixtures
 
 
@@ -172,9 +175,7 @@ def test_sampling_uses_the_mixtures_of_the_full_pass(monkeypatch, changes):
 def test_samples_follow_the_density(redundant):
   """Each channel's conditional distribution function turns samples into independent uniforms."""
   count, tokens = 20000, 2
-  module = tiny.make_prior(
-    tokens=tokens, channels=2, informative_channels=1, redundant=redundant
-  )
+  module = tiny.make_prior(tokens=tokens, channels=2, informative_channels=1, redundant=redundant)
   labels = jnp.full((count,), 1)
   example = tiny.normals(1, tokens, 2)
   params = {'params': tiny.filled_parameters(module, example, labels[:1], seed=3)}
