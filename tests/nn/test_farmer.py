@@ -111,7 +111,7 @@ def test_standard_normal_parts(relative):
   if prior.kind == 'normal':
     np.testing.assert_allclose(log_density.informative, stats.norm.logpdf(z).sum((1, 2)))
     assert (log_density.redundant == 0).all()
-  elif prior.informative_channels is None:
+  elif prior.informative_channels == 0:
     assert (log_density.redundant == 0).all()
   else:
     normal = stats.norm.logpdf(z[..., INFORMATIVE:]).sum((1, 2))
