@@ -25,7 +25,7 @@ def training_images(key, images, noise, noise_std):  # uint8 [B, H, W, C]
 
 
 def nll_terms(log_density, dims):
-  """A `LogDensity` as negative log-likelihoods in nats per dimension, [B] each (FARMER eq. 13).
+  """A `LogDensity` as negative log-likelihoods in nats per dimension, [B] each.
 
   `loss` is the sum of the other three.
   """

@@ -1,4 +1,4 @@
-"""FARMER: the flow and the prior together, an exact density over images (FARMER eq. 5)."""
+"""FARMER: the flow and the prior together, an exact density over images (arXiv 2510.23588)."""
 
 from typing import Any
 

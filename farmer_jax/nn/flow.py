@@ -1,5 +1,4 @@
-"""The autoregressive flow: an invertible map between patch tokens and latent tokens (FARMER
-§3.2)."""
+"""The autoregressive flow: an invertible map between patch tokens and latent tokens."""
 
 from typing import Any
 
@@ -12,7 +11,7 @@ from farmer_jax.ops import affine
 
 
 class FlowBlock(nn.Module):
-  """One autoregressive affine map, tokens in the order they come in (FARMER eq. 8 and 9).
+  """One autoregressive affine map, tokens in the order they come in.
 
   Token i is shifted and scaled by what a causal transformer makes of the tokens before it; token 1
   stays as it is. A zero-initialised output layer makes the block the identity at initialisation.

@@ -1,4 +1,4 @@
-"""The autoregressive prior over latent tokens and its mixture heads (FARMER §3.3 and §3.4)."""
+"""The autoregressive prior over latent tokens and its mixture heads."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ class Prior(nn.Module):
   The first `informative_channels` of each token form the sequence z^I that the transformer reads,
   after `condition_copies` copies of the class embedding. The state before token i gives that
   token's mixture; the state after the last token gives the one mixture shared by the redundant
-  channels z^R of all tokens (FARMER eq. 12).
+  channels z^R of all tokens.
   """
 
   tokens: int  # N

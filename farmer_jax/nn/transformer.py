@@ -103,8 +103,8 @@ def scan_stack(module, length, unroll, remat, in_axes, name):
 class TransformerLayer(nn.Module):
   """Causal attention and an MLP, each behind a norm and around a residual.
 
-  Neither has biases: they would cost a reduction each over all activations in the backward pass,
-  and did not lower the loss.
+  Neither has biases: each would cost a reduction over all activations in the backward pass, and
+  kernels of its own to compile.
   """
 
   width: int
@@ -177,8 +177,8 @@ class Transformer(nn.Module):
 
   Unit length, not unit entries: the linear maps that read the result (a shift, a log-scale, a
   mixture) then move by about the learning rate times sqrt(width) at a step of Adam, not the
-  learning rate times width. A shift must become exact to a thousandth, and could not settle
-  otherwise.
+  learning rate times width. A shift has to become exact to a thousandth, and large steps keep it
+  from that: this scaling admits larger learning rates for the layers.
   """
 
   layers: int

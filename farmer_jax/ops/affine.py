@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 
 def affine_forward(x, shift, log_scale):  # each [B, N, d]
-  """Normalises tokens: z = (x - shift) / exp(log_scale) (FARMER eq. 8).
+  """Normalises tokens: z = (x - shift) / exp(log_scale).
 
   Returns:
     z [B, N, d] and log|det dz/dx| [B], in nats.
@@ -14,5 +14,5 @@ def affine_forward(x, shift, log_scale):  # each [B, N, d]
 
 
 def affine_inverse(z, shift, log_scale):  # each [..., d]
-  """Undoes `affine_forward`: x = z · exp(log_scale) + shift (FARMER eq. 9)."""
+  """Undoes `affine_forward`: x = z · exp(log_scale) + shift."""
   return z * jnp.exp(log_scale) + shift

@@ -4,15 +4,12 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from farmer_jax import config as config_lib
-
 
 class Checkpoints:
   """The checkpoints of one run, under WORKDIR/checkpoints/<step>/; saving is asynchronous."""
 
-  def __init__(self, workdir, keep=None):
-    policies = ocp.checkpoint_managers
-    preserve = policies.LatestN(keep) if keep else policies.PreserveAll()
+  def __init__(self, workdir, keep):
+    preserve = ocp.checkpoint_managers.LatestN(keep)
     self._manager = ocp.CheckpointManager(
       workdir / 'checkpoints',
       options=ocp.CheckpointManagerOptions(preservation_policy=preserve),
@@ -48,19 +45,6 @@ class Checkpoints:
     """Waits until everything is on disk."""
     self._manager.wait_until_finished()
     self._manager.close()
-
-
-def restore_state(workdir, state):
-  """The newest training state of the run in `workdir`, and its step, for jobs that do not train."""
-  checkpoints = Checkpoints(workdir)
-  step = checkpoints.latest_step()
-  if step is None:
-    raise config_lib.ConfigError(f'{workdir} has no checkpoint yet; train it first')
-  restored = checkpoints._manager.restore(
-    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(state)))
-  )
-  checkpoints.close()
-  return restored.state, step
 
 
 def _abstract(state):

@@ -12,8 +12,8 @@ def keep_memory():
 
   XLA's CPU backend allocates the temporaries of a program at every call. By default each training
   step would map, fault in and unmap hundreds of MB, a quarter of its time. One arena, grown with
-  the heap and never trimmed, makes that free after the first step. Accelerators manage their own
-  memory, and other C libraries lack the call: there, nothing happens. A user's own MALLOC_* or
+  the heap and never trimmed, makes that free after the first few steps. Accelerators manage their
+  own memory, and other C libraries lack the call: there, nothing happens. A user's own MALLOC_* or
   GLIBC_TUNABLES win.
   """
   if not sys.platform.startswith('linux'):

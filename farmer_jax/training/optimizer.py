@@ -22,7 +22,7 @@ def noise_std_schedule(noise, steps):
   """Standard deviation of the Gaussian noise of training, a function of the step.
 
   It falls along half a cosine: over the whole of training where the noise is the dequantisation
-  (FARMER §4.1), and to nothing over a share of it where it only eases the start of training on
+  (arXiv 2510.23588), and to nothing over a share of it where it only eases the start of training on
   uniformly dequantised images. There, flat regions soon have densities hundreds of times narrower
   than the rest, whose gradients drown what the model should learn about shapes.
   """
