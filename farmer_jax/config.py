@@ -121,6 +121,12 @@ class Flow:
     True, 'reverse the tokens once more between the last block and the prior'
   )
   class_conditional: bool = key(False, 'show the class to the flow too')
+  max_log_scale: float = key(
+    0.0,
+    'smooth upper bound b of log σ; 0: none. Samples cannot overflow while blocks times b is below'
+    ' 80',
+    least=0,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,16 +227,93 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-  """Drawing images."""
+class Guidance:
+  """Sampling from p_c^(1 + w) p_u^(-w), p_c being the prior for the class, p_u that for none."""
 
+  method: str = key(
+    'resample',
+    'resample (pick among candidates), component (product of two Gaussians) or none',
+    choices=('resample', 'component', 'none'),
+    changeable=True,
+  )
+  scale: float = key(0.0, 'guidance scale w; 0 does not guide', least=0, changeable=True)
+  final_scale: float | None = key(
+    None,
+    'w at the last token, approached along a line from scale at the first; None: scale throughout',
+    least=0,
+    changeable=True,
+  )
+  conditional_candidates: int = key(5, 'candidates a token from p_c', changeable=True)
+  unconditional_candidates: int = key(5, 'candidates a token from p_u', changeable=True)
+  redundant_candidates: int = key(
+    128,
+    'candidates for the redundant channels of an image, from p_c and from p_u each',
+    changeable=True,
+  )
+  proposal_logits: float = key(
+    1.0, 'factor on the mixture logits when drawing, with or without guidance', changeable=True
+  )
+  proposal_scales: float = key(
+    1.0, 'factor on the standard deviations when drawing, with or without guidance', changeable=True
+  )
+  weighing_logits: float = key(
+    1.0, 'resample: factor on the mixture logits when weighing candidates', changeable=True
+  )
+  weighing_scales: float = key(
+    1.0, 'resample: factor on the standard deviations when weighing candidates', changeable=True
+  )
+  sharpening: float = key(1.0, 'resample: factor on the log-weights of candidates', changeable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """Drawing images. Image number i depends on the seed and i alone."""
+
+  count: int = key(80, 'images that --job=sample draws', changeable=True)
+  batch_size: int = key(64, 'images drawn together', changeable=True)
+  labels: str = key(
+    '',
+    'classes by number or name, as in 3,3,7 or dog,cat; none for no class; they repeat until there'
+    ' are enough. Empty: all classes in turn',
+    changeable=True,
+  )
+  seed: int = key(0, 'seed of the samples', least=0, changeable=True)
+  guidance: Guidance = section(Guidance)
+  redundant_variance: float = key(
+    1.0, 'factor on the variance of the redundant channels', least=0, changeable=True
+  )
+  inverse: str = key(
+    'auto',
+    'how the flow is inverted: sequential (token by token), parallel (all tokens by fixed-point'
+    ' iteration), chunked (chunks of tokens, one after the other), or auto (the fastest for each'
+    ' block, measured once)',
+    choices=('auto', 'sequential', 'parallel', 'chunked'),
+    changeable=True,
+  )
+  chunk: int = key(8, 'chunked: tokens in a chunk', changeable=True)
+  tolerance: float = key(
+    1e-5,
+    'parallel, chunked, auto: change of a token, relative to 1 + its size, that ends the iteration',
+    changeable=True,
+  )
+  denoise: bool = key(
+    False,
+    "models of Gaussian noise: move images by one step of the noise's variance up the density",
+    changeable=True,
+  )
+  png: bool = key(False, 'also write each image as a PNG', changeable=True)
+  figures: bool = key(
+    False,
+    'also draw sweeps of guidance and redundant variance and the path through the flow'
+    ' into figures/',
+    changeable=True,
+  )
   per_class: int = key(
     8, 'images a class in a grid (of unconditional models: images a row)', changeable=True
   )
   max_classes: int = key(
     10, 'classes shown in a grid (of unconditional models: rows)', changeable=True
   )
-  seed: int = key(0, 'seed of the samples', least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +323,7 @@ class Config:
   name: str = key(
     'farmer', 'name of the run; the workdir is runs/<name> unless --workdir says otherwise'
   )
-  job: str = key('pretrain', 'what to do', choices=('pretrain',))
+  job: str = key('pretrain', 'what to do', choices=('pretrain', 'sample'), changeable=True)
   seed: int = key(0, 'seed of initialisation, data order and noise', least=0)
   data: Data = section(Data)
   noise: Noise = section(Noise)
@@ -391,6 +474,27 @@ def check(config):
   require(
     data.num_classes or not flow.class_conditional,
     'config.model.flow.class_conditional needs classes; config.data.num_classes is 0',
+  )
+  _check_sampling(config, require)
+
+
+def _check_sampling(config, require):
+  """Requires what sampling is asked for to exist in the model."""
+  guidance = config.sampling.guidance
+  if guidance.method != 'none' and (guidance.scale or guidance.final_scale):
+    require(
+      config.model.prior.kind == 'mixture',
+      'guidance needs a prior of mixtures; set config.sampling.guidance.scale=0',
+    )
+    require(
+      config.data.num_classes and config.model.label_dropout,
+      'guidance compares a class with "no class", which this model has not learned'
+      ' (config.data.num_classes or config.model.label_dropout is 0); set'
+      ' config.sampling.guidance.scale=0',
+    )
+  require(
+    not config.sampling.denoise or config.noise.kind == 'gaussian',
+    'config.sampling.denoise needs a model trained with config.noise.kind=gaussian',
   )
 
 

@@ -1,31 +1,114 @@
-"""Drawing images from a trained model."""
+"""Drawing images from a trained model: tokens from the prior, guided or not, then the inverse of
+the flow."""
 
 import functools
+import time
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from farmer_jax.ops import dequantize, random
+from farmer_jax.ops import dequantize, guidance, random
+
+
+@flax.struct.dataclass
+class Samples:
+  """Images and what is to be said about them."""
+
+  values: jax.Array  # [n, H, W, C], on the scale of the training data
+  images: jax.Array  # uint8 [n, H, W, C]; grey where values are not finite
+  finite: jax.Array  # bool [n], whether all values are
+  residual: jax.Array  # [n], the largest `flow.Convergence.residual` of the blocks
+  passes: jax.Array  # [T, n], `flow.Convergence.passes`
+
+
+class Draws:
+  """How the prior's tokens are drawn. Each image has a key of its own: what it gets does not depend
+  on its neighbours in the batch."""
+
+  def __init__(self, keys, scales, variance, settings):
+    """Keys [B], guidance scales of the tokens [N], variance factor of the redundant channels, and
+    `config.Guidance`."""
+    self._token_keys, self._redundant_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    self._scales, self._variance, self._settings = scales, variance, settings
+
+  def token(self, mixtures, i):  # [S, B, ...]
+    """Token i of the informative channels, [B, d_I]."""
+
+    def draw(key, mixtures):
+      key = jax.random.fold_in(key, i)
+      return guidance.draw_token(key, mixtures, self._scales[i], self._settings)
+
+    return jax.vmap(draw, (0, 1))(self._token_keys, mixtures)
+
+  def shared(self, mixtures, tokens):  # [S, B, ...]
+    """The redundant channels of all tokens, [B, N, d_R]; the last token's scale guides them."""
+
+    def draw(key, mixtures):
+      return guidance.draw_shared(
+        key, mixtures, self._scales[-1], self._settings, tokens, self._variance
+      )
+
+    return jax.vmap(draw, (0, 1))(self._redundant_keys, mixtures)
+
+  def normal(self, tokens, channels):
+    """Standard normals, [B, N, d], times the root of the variance factor."""
+    draw = functools.partial(jax.random.normal, shape=(tokens, channels))
+    return jnp.sqrt(self._variance) * jax.vmap(draw)(self._redundant_keys)
 
 
 class Sampler:
-  """Draws images with the exact sequential inverse; the whole draw is one compiled program."""
+  """Draws images; image number i is a function of the seed, i and its label.
 
-  def __init__(self, model, config):
-    self._seed = config.sampling.seed
-    self._draw = jax.jit(functools.partial(_draw, model=model, noise_kind=config.noise.kind))
+  Args:
+    model: a `farmer.Farmer`.
+    config: `config.Config`.
+    chunks: for each flow block how many tokens its inverse finds together (see
+      `flow.FlowBlock.inverse`); None inverts token by token, which is exact.
+  """
 
-  def __call__(self, params, labels):  # int [n]
-    """Images for `labels`: uint8 [n, H, W, C], and whether each came out finite, bool [n]."""
-    key = random.named_key(self._seed, 'sample')
-    images, finite = self._draw(params, key, np.asarray(labels, np.int32))
-    return np.asarray(images), np.asarray(finite)
+  def __init__(self, model, config, chunks=None):
+    self._settings = config.sampling
+    chunks = None if chunks is None else tuple(chunks)
+    self._latents = jax.jit(functools.partial(_draw_latents, model=model, config=config))
+    self._images = jax.jit(functools.partial(_to_images, model=model, config=config, chunks=chunks))
+
+  def __call__(self, params, labels, numbers):  # int [n], int [n]
+    """Draws the images `numbers` of the classes `labels`; returns `Samples`."""
+    return self.images(params, self.latents(params, labels, numbers), labels)
+
+  def latents(self, params, labels, numbers, scales=None, variance=None):
+    """Draws z [n, N, d] from the prior.
+
+    Args:
+      params: the model's parameters.
+      labels: int [n].
+      numbers: int [n].
+      scales: guidance scales at the first and at the last token, in place of the configured ones;
+        without effect unless those guide.
+      variance: factor on the variance of the redundant channels, in place of the configured one.
+    """
+    scales = guidance_scales(self._settings.guidance) if scales is None else scales
+    variance = self._settings.redundant_variance if variance is None else variance
+    return self._latents(
+      params,
+      np.asarray(labels, np.int32),
+      np.asarray(numbers, np.int32),
+      np.asarray(scales, np.float32),
+      np.float32(variance),
+    )
+
+  def images(self, params, z, labels):  # [n, N, d], int [n]
+    """The `Samples` whose latents are z."""
+    return self._images(params, z, np.asarray(labels, np.int32))
 
 
-def _draw(params, key, labels, *, model, noise_kind):
-  images = model.apply({'params': params}, key, labels, method='sample')
-  finite = jax.numpy.isfinite(images).all((1, 2, 3))
-  return dequantize.quantize(jax.numpy.nan_to_num(images), noise_kind), finite
+def guidance_scales(settings):
+  """Guidance scales w at the first and at the last token, of `config.Guidance`; (0, 0): none."""
+  if settings.method == 'none':
+    return 0.0, 0.0
+  return settings.scale, settings.scale if settings.final_scale is None else settings.final_scale
 
 
 def grid_labels(config):
@@ -35,3 +118,98 @@ def grid_labels(config):
   if not classes:
     return np.zeros((rows, columns), np.int32)
   return np.repeat(np.arange(min(classes, rows), dtype=np.int32)[:, None], columns, axis=1)
+
+
+def plan_inverse(model, config, params, z, labels):
+  """Chooses how the inverse of each flow block runs, by trying on a batch of latents.
+
+  Chunks of one token are the exact sequential inverse. Everything else is held against that, and,
+  where `config.sampling.inverse` is auto, chosen where it is faster and ends within the tolerance.
+
+  Returns:
+    A dict for JSON: `chunks`, the tokens found together, by block; `trials`, by block and chunk:
+    milliseconds an image, passes over the tokens (the largest of the batch), and `error`, the
+    largest difference to the sequential inverse relative to 1 + |x|; `difference`, the same of the
+    whole chain.
+  """
+  settings, blocks = config.sampling, config.model.flow.blocks
+  candidates = _chunk_candidates(settings, model.tokens)
+  undo = jax.jit(
+    functools.partial(model.apply, method='decode_block'), static_argnames=('chunk', 'tolerance')
+  )
+  exact = planned = z if config.model.flow.final_permutation else z[:, ::-1]
+  chunks: list[int] = []
+  trials: list[dict] = []
+  for block in reversed(range(blocks)):
+
+    def run(z, chunk, block=block):
+      start = time.perf_counter()
+      result = jax.block_until_ready(
+        undo({'params': params}, z, labels, block, chunk=chunk, tolerance=settings.tolerance)
+      )
+      return result, (time.perf_counter() - start) * 1e3 / len(z)
+
+    found = {chunk: run(exact, chunk)[0] for chunk in candidates}  # also compiles
+    seconds = [{chunk: run(exact, chunk)[1] for chunk in candidates} for _ in range(3)]
+    reference = found[1][0]
+    trial = {
+      chunk: {
+        'ms_per_image': min(times[chunk] for times in seconds),
+        'passes': float(report.passes.max()),
+        'error': _relative_difference(x, reference),
+      }
+      for chunk, (x, report) in found.items()
+    }
+    chunk = candidates[-1]
+    if settings.inverse == 'auto':
+      exact_enough = [c for c in candidates if trial[c]['error'] <= settings.tolerance]
+      chunk = min(exact_enough, key=lambda c: trial[c]['ms_per_image'])
+    chunks.insert(0, chunk)
+    trials.insert(0, trial)
+    exact, planned = reference, run(planned, chunk)[0][0]
+  return {
+    'chunks': chunks,
+    'trials': trials,
+    'difference': _relative_difference(planned, exact),
+  }
+
+
+def _chunk_candidates(settings, tokens):
+  """Tokens found together: 1 is tried always."""
+  unknown = tokens - 1
+  if settings.inverse == 'auto':
+    between = (4**power for power in range(1, unknown.bit_length()))
+    return (1, *(chunk for chunk in between if chunk < unknown), unknown)
+  return (1, *{'parallel': (unknown,), 'chunked': (settings.chunk,)}.get(settings.inverse, ()))
+
+
+def _relative_difference(x, reference):
+  """Largest difference of finite values, relative to 1 + |x|."""
+  difference = abs(x - reference) / (1 + abs(reference))
+  return float(jnp.where(jnp.isfinite(reference), difference, 0).max(initial=0))
+
+
+def _draw_latents(params, labels, numbers, scales, variance, *, model, config):
+  settings = config.sampling
+  streams = [labels]
+  if any(guidance_scales(settings.guidance)):
+    streams.append(jnp.full_like(labels, config.data.num_classes))
+  keys = jax.vmap(functools.partial(random.named_key, settings.seed, 'sample'))(numbers)
+  draws = Draws(keys, jnp.linspace(scales[0], scales[1], model.tokens), variance, settings.guidance)
+  return model.apply({'params': params}, jnp.stack(streams), draws, method='sample_latents')
+
+
+def _to_images(params, z, labels, *, model, config, chunks):
+  settings, variables = config.sampling, {'params': params}
+  values, report = model.apply(variables, z, labels, chunks, settings.tolerance, method='decode')
+  if settings.denoise:
+    # The best guess of what noise of this size was added to (Tweedie's formula).
+    score = jax.grad(lambda x: model.apply(variables, x, labels).total.sum())
+    values += config.noise.std_end**2 * score(values)
+  return Samples(
+    values=values,
+    images=dequantize.quantize(jnp.nan_to_num(values, posinf=0, neginf=0), config.noise.kind),
+    finite=jnp.isfinite(values).all((1, 2, 3)),
+    residual=report.residual.max(0, initial=0),
+    passes=report.passes,
+  )

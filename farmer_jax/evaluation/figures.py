@@ -7,8 +7,8 @@ from PIL import Image, ImageDraw, ImageFont
 _CELL_PIXELS = 56
 
 
-def sample_grid(images, row_names=()):  # uint8 [rows, columns, H, W, C]
-  """Lays out images in rows with a name before each; returns uint8 [height, width, 3]."""
+def sample_grid(images, row_names=(), column_names=()):  # uint8 [rows, columns, H, W, C]
+  """Lays out images in rows, with names before rows and above columns; uint8 [height, width, 3]."""
   rows, columns, height, width, _ = images.shape
   scale = max(1, _CELL_PIXELS // height)
   images = images.repeat(scale, axis=2).repeat(scale, axis=3)
@@ -16,18 +16,26 @@ def sample_grid(images, row_names=()):  # uint8 [rows, columns, H, W, C]
   cell_height, cell_width = height * scale + gap, width * scale + gap
   font = ImageFont.load_default(size=14)
   margin = gap + max((int(font.getlength(name)) + 2 * gap for name in row_names), default=0)
-  canvas = Image.new('RGB', (margin + columns * cell_width, gap + rows * cell_height), 'white')
+  header = 22 if column_names else gap
+  canvas = Image.new('RGB', (margin + columns * cell_width, header + rows * cell_height), 'white')
   draw = ImageDraw.Draw(canvas)
+  for column, name in enumerate(column_names):
+    middle = margin + column * cell_width + width * scale // 2
+    draw.text((middle, header // 2), name, fill='black', font=font, anchor='mm')
   for row in range(rows):
-    top = gap + row * cell_height
+    top = header + row * cell_height
     if row_names:
       middle = top + height * scale // 2
       draw.text((gap, middle), row_names[row], fill='black', font=font, anchor='lm')
     for column in range(columns):
-      image = images[row, column]
-      image = image if image.shape[-1] == 3 else image.repeat(3, axis=-1)
-      canvas.paste(Image.fromarray(image), (margin + column * cell_width, top))
+      image = Image.fromarray(as_rgb(images[row, column]))
+      canvas.paste(image, (margin + column * cell_width, top))
   return np.asarray(canvas)
+
+
+def as_rgb(image):  # uint8 [H, W, C]
+  """[H, W, 3], whether grey or in colours."""
+  return image if image.shape[-1] == 3 else image.repeat(3, axis=-1)
 
 
 def save_png(path, image):  # uint8 [H, W, 3]

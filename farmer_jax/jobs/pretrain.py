@@ -4,7 +4,7 @@ import functools
 import time
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from farmer_jax import objectives, sampling
 from farmer_jax.data import pipeline, sources
@@ -21,6 +21,7 @@ def run(config, workdir):
   train_source = sources.load(config.data, 'train')
   valid_source = sources.load(config.data, 'valid')
   workdir = workdir_lib.prepare(config, workdir)
+  workdir_lib.write_class_names(workdir, train_source.class_names)
   console.say(f'{len(train_source)} training and {len(valid_source)} validation images.')
   start = time.monotonic()
   model = farmer.build(config)
@@ -47,7 +48,7 @@ def run(config, workdir):
   _, valid = loop.train(
     config,
     workdir,
-    init_params=functools.partial(init_params, model=model, config=config),
+    init_params=functools.partial(farmer.init_params, model=model),
     loss_fn=functools.partial(objectives.nll_loss, model=model, config=config, noise_std=noise_std),
     iterator=iterator,
     validate=validate,
@@ -58,12 +59,6 @@ def run(config, workdir):
   _report(config, workdir, valid, len(valid_source), time.monotonic() - start)
 
 
-def init_params(key, *, model, config):
-  """Fresh parameters."""
-  images = jnp.zeros((1, config.data.image_size, config.data.image_size, config.data.channels))
-  return model.init(key, images, jnp.zeros((1,), jnp.int32))['params']
-
-
 def _grid_path(workdir, step):
   return workdir / 'samples' / f'{step}.png'
 
@@ -71,11 +66,13 @@ def _grid_path(workdir, step):
 def _draw_grid(sampler, params, config, class_names, path):
   """Draws a sample grid, a row a class, saves it at `path` and returns it."""
   labels = sampling.grid_labels(config)
-  images, finite = sampler(jax.device_get(params), labels.reshape(-1))
-  if not finite.all():
-    console.say(f'{(~finite).sum()} of {len(finite)} samples are not finite.')
+  samples = jax.device_get(sampler(params, labels.reshape(-1), np.arange(labels.size)))
+  if not samples.finite.all():
+    console.say(f'{(~samples.finite).sum()} of {labels.size} samples are not finite.')
   names = [class_names[row[0]] for row in labels] if class_names else ()
-  grid = figures.sample_grid(images.reshape(*labels.shape, *images.shape[1:]), names)
+  grid = figures.sample_grid(
+    samples.images.reshape(*labels.shape, *samples.images.shape[1:]), names
+  )
   figures.save_png(path, grid)
   return grid
 

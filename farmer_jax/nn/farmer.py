@@ -37,6 +37,12 @@ def build(settings):
   return Farmer(data.image_size, data.channels, data.num_classes, settings.model)
 
 
+def init_params(key, *, model):
+  """Fresh parameters of a `Farmer`."""
+  images = jnp.zeros((1, model.image_size, model.image_size, model.channels))
+  return model.init(key, images, jnp.zeros((1,), jnp.int32))['params']
+
+
 class Farmer(nn.Module):
   """Images [B, H, W, C], scaled to [-1, 1] and noised, and labels; label num_classes is "no
   class"."""
@@ -51,7 +57,7 @@ class Farmer(nn.Module):
     dtype = jnp.dtype(s.dtype)
     d = self.channels * s.patch_size**2
     shared: dict[str, Any] = dict(
-      tokens=(self.image_size // s.patch_size) ** 2,
+      tokens=self.tokens,
       channels=d,
       dtype=dtype,
     )
@@ -65,6 +71,7 @@ class Farmer(nn.Module):
         mlp_ratio=f.mlp_ratio,
         num_classes=self.num_classes if f.class_conditional else 0,
         final_permutation=f.final_permutation,
+        max_log_scale=f.max_log_scale,
         **shared,
         **depth,
       )
@@ -88,6 +95,11 @@ class Farmer(nn.Module):
         **depth,
       )
 
+  @property
+  def tokens(self):
+    """Patches an image, N."""
+    return (self.image_size // self.settings.patch_size) ** 2
+
   def __call__(self, images, labels):  # [B, H, W, C], int [B]
     """The terms of the exact log-density, a `LogDensity`."""
     z, log_dets = self.encode(images, labels)
@@ -101,12 +113,25 @@ class Farmer(nn.Module):
       return z, jnp.zeros((0, z.shape[0]), z.dtype)
     return self.flow(z, labels)
 
-  def decode(self, z, labels):  # [B, N, d], int [B]
-    """Latents to images, the exact inverse of `encode`; returns [B, H, W, C]."""
-    if self.settings.flow.blocks:
-      z = self.flow.inverse(z, labels)
-    return patches.unpatchify(z, self.settings.patch_size, self.image_size)
+  def decode(self, z, labels, chunks=None, tolerance=0.0):  # [B, N, d], int [B]
+    """Latents to images, the inverse of `encode`; exact, unless `chunks` of many tokens are found
+    together to within a tolerance (see `flow.Flow.inverse`).
 
-  def sample(self, key, labels):  # int [B]
-    """Draws images [B, H, W, C] on the scale of the training data."""
-    return self.decode(self.prior.sample(key, labels), labels)
+    Returns [B, H, W, C] and the `flow.Convergence` of each block, [T, B].
+    """
+    report = flow.Convergence(*(jnp.zeros((0, len(z)), z.dtype) for _ in range(2)))
+    if self.settings.flow.blocks:
+      z, report = self.flow.inverse(z, labels, chunks, tolerance)
+    return self.to_images(z), report
+
+  def decode_block(self, z, labels, block, chunk=1, tolerance=0.0):
+    """Undoes one flow block alone: see `flow.Flow.inverse_block`."""
+    return self.flow.inverse_block(z, labels, block, chunk, tolerance)
+
+  def to_images(self, tokens):  # [B, N, d]
+    """Tokens in raster order as images [B, H, W, C]."""
+    return patches.unpatchify(tokens, self.settings.patch_size, self.image_size)
+
+  def sample_latents(self, labels, draws):  # int [S, B]
+    """Draws z [B, N, d] from the prior: see `prior.Prior.sample`."""
+    return self.prior.sample(labels, draws)

@@ -1,13 +1,23 @@
 """The autoregressive flow: an invertible map between patch tokens and latent tokens."""
 
+import itertools
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from farmer_jax.nn import transformer
-from farmer_jax.ops import affine
+from farmer_jax.ops import affine, fixed_point
+
+
+@flax.struct.dataclass
+class Convergence:
+  """How the inverse of a block ended, an entry an image."""
+
+  residual: jax.Array  # largest change in the last round, relative to 1 + |x|; 0: exact
+  passes: jax.Array  # passes over all tokens
 
 
 class FlowBlock(nn.Module):
@@ -24,6 +34,7 @@ class FlowBlock(nn.Module):
   head_dim: int
   mlp_ratio: float
   dtype: jnp.dtype
+  max_log_scale: float = 0.0  # smooth upper bound of log σ; 0: none
   unroll: int = 1
 
   def setup(self):
@@ -54,32 +65,64 @@ class FlowBlock(nn.Module):
     z, log_det = affine.affine_forward(z, shift, log_scale)
     return z[:, ::-1], log_det
 
-  def inverse(self, z, condition):  # [B, N, d] in reversed token order, [B, width] or None
-    """Undoes `__call__` token by token, with a key/value cache; returns [B, N, d]."""
+  def inverse(self, z, condition, chunk, tolerance):
+    """Undoes `__call__`, `chunk` tokens at a time, with a key/value cache.
+
+    The tokens of a chunk are found together by Jacobi iteration, the chunks one after the other
+    (Gauss-Seidel). Chunks of one token make the sequential inverse, one chunk of all tokens pure
+    Jacobi (arXiv 2505.12849, 2505.24791).
+
+    Args:
+      z: [B, N, d] in reversed token order.
+      condition: [B, width] or None.
+      chunk: tokens found together, above 0.
+      tolerance: as `fixed_point.solve` takes it.
+
+    Returns:
+      [B, N, d] and the `Convergence`.
+    """
     z = z[:, ::-1]
-    cache = self.transformer.init_cache(z.shape[0], self.tokens - 1)
+    batch, unknown = len(z), self.tokens - 1
+    chunk = min(chunk, unknown)
+    chunks = -(-unknown // chunk)
+    padding = chunks * chunk - unknown
 
-    def next_token(carry, inputs):
-      previous, cache = carry
-      z_i, position, embedding = inputs
-      hidden = self._embed(previous, condition, embedding)
-      hidden, cache = self.transformer.step(hidden, cache, position)
-      x_i = affine.affine_inverse(z_i, *self._affine(hidden))
-      return (x_i, cache), x_i
+    def in_chunks(a):  # [..., N - 1, c] -> [chunks, ..., chunk, c]
+      a = jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, padding), (0, 0)])
+      return jnp.moveaxis(a.reshape(*a.shape[:-2], chunks, chunk, a.shape[-1]), -3, 0)
 
-    inputs = (z[:, 1:].swapaxes(0, 1), jnp.arange(self.tokens - 1), self.positions)
-    _, x = jax.lax.scan(next_token, (z[:, 0], cache), inputs)  # x [N - 1, B, d]
-    return jnp.concatenate([z[:, :1], x.swapaxes(0, 1)], axis=1)
+    def find_chunk(carry, inputs):
+      first, cache = carry  # the token before the chunk, and the keys and values before that
+      z, embeddings, real, start = inputs
 
-  def _embed(self, z, condition, positions):  # z [B, n, d] or [B, d]
+      def update(x, cache):
+        previous = jnp.concatenate([first[:, None], x[:, :-1]], axis=1)
+        hidden = self._embed(previous, condition, embeddings)
+        hidden, cache = self.transformer.extend(hidden, cache, start)
+        x = affine.affine_inverse(z, *self._affine(hidden))
+        return jnp.where(real, x, 0), cache
+
+      found = fixed_point.solve(update, z, cache, tolerance)
+      return (found.x[:, -1], found.aux), (found.x, found.residual, found.rounds)
+
+    cache = self.transformer.init_cache(batch, chunks * chunk) if chunks > 1 else None
+    real = jnp.ones((unknown, 1), bool)  # not padding
+    inputs = (in_chunks(z[:, 1:]), in_chunks(self.positions), in_chunks(real))
+    starts = chunk * jnp.arange(chunks)
+    _, (x, residual, rounds) = jax.lax.scan(find_chunk, (z[:, 0], cache), (*inputs, starts))
+    x = jnp.moveaxis(x, 0, 1).reshape(batch, chunks * chunk, -1)[:, :unknown]
+    # A round costs a pass over a chunk; so many passes over all tokens is what they come to.
+    passes = rounds.astype(x.dtype).mean(0)
+    return jnp.concatenate([z[:, :1], x], axis=1), Convergence(residual.max(0), passes)
+
+  def _embed(self, z, condition, positions):  # z [B, n, d]
     hidden = self.in_proj(z) + positions.astype(self.dtype)
-    if condition is not None:
-      hidden += condition if hidden.ndim == 2 else condition[:, None]
-    return hidden
+    return hidden if condition is None else hidden + condition[:, None]
 
   def _affine(self, hidden):
     """Shift and log-scale, [..., d] each."""
-    return jnp.split(self.out_proj(hidden), 2, axis=-1)
+    shift, log_scale = jnp.split(self.out_proj(hidden), 2, axis=-1)
+    return shift, affine.bounded(log_scale, self.max_log_scale)
 
 
 class Flow(nn.Module):
@@ -99,6 +142,7 @@ class Flow(nn.Module):
   dtype: jnp.dtype
   num_classes: int = 0  # above 0 the flow sees the class; class num_classes means "no class"
   final_permutation: bool = True
+  max_log_scale: float = 0.0
   remat: str = 'none'
   unroll: int = 1
 
@@ -111,6 +155,7 @@ class Flow(nn.Module):
       head_dim=self.head_dim,
       mlp_ratio=self.mlp_ratio,
       dtype=self.dtype,
+      max_log_scale=self.max_log_scale,
       unroll=self.unroll,
     )
     stack = transformer.scan_stack(
@@ -131,15 +176,45 @@ class Flow(nn.Module):
     z, log_dets = self.stack(x, self._condition(labels))
     return (z if self.final_permutation else z[:, ::-1]), log_dets
 
-  def inverse(self, z, labels):  # [B, N, d], int [B]
-    """Maps latents to data, exactly, one token after the other in each block; returns [B, N, d]."""
+  def inverse(self, z, labels, chunks=None, tolerance=0.0):
+    """Maps latents to data.
+
+    Args:
+      z: [B, N, d].
+      labels: int [B].
+      chunks: for each block the tokens found together, as `FlowBlock.inverse` explains; None takes
+        them one by one everywhere, which is exact.
+      tolerance: see there.
+
+    Returns:
+      [B, N, d] and the `Convergence` of each block, [T, B].
+    """
+    chunks = tuple(chunks or (1,) * self.blocks)
     condition = self._condition(labels)
     z = z if self.final_permutation else z[:, ::-1]
+    params = self.stack.variables['params']
+    reports: list[Convergence] = []
+    # Neighbours of one kind share a loop: compile time follows the number of kinds, not of blocks.
+    runs = [list(run) for _, run in itertools.groupby(range(self.blocks), chunks.__getitem__)]
+    for run in reversed(runs):
+      chunk = chunks[run[0]]
 
-    def undo_block(z, params):
-      return self.one_block.apply({'params': params}, z, condition, method='inverse'), None
+      def undo_block(z, params, chunk=chunk):
+        return self._undo(params, z, condition, chunk, tolerance)
 
-    return jax.lax.scan(undo_block, z, self.stack.variables['params'], reverse=True)[0]
+      part = jax.tree.map(lambda a, run=run: a[run[0] : run[-1] + 1], params)
+      z, report = jax.lax.scan(undo_block, z, part, reverse=True)
+      reports.insert(0, report)
+    return z, jax.tree.map(lambda *parts: jnp.concatenate(parts), *reports)
+
+  def inverse_block(self, z, labels, block, chunk=1, tolerance=0.0):
+    """Undoes one block (counted from 0, may be traced), as part of `inverse`: [B, N, d] as the
+    block gives it to what it makes of that, and the `Convergence` [B]."""
+    params = jax.tree.map(lambda a: a[block], self.stack.variables['params'])
+    return self._undo(params, z, self._condition(labels), chunk, tolerance)
+
+  def _undo(self, params, *args):
+    return self.one_block.apply({'params': params}, *args, method='inverse')
 
   def _condition(self, labels):
     return self.class_embedding(labels) if self.num_classes else None

@@ -125,32 +125,40 @@ class Prior(nn.Module):
     shared = self.redundant_head(hidden[:, -1]) if self._has_redundant_mixture else None
     return token_mixtures, shared
 
-  def sample(self, key, labels):  # int [B]
-    """Draws z [B, N, d] from the prior, one informative token after the other."""
-    m, batch = self.condition_copies, labels.shape[0]
-    key_informative, key_redundant = jax.random.split(key)
+  def sample(self, labels, draws):  # int [S, B]
+    """Draws z [B, N, d], one informative token after the other, the redundant ones at the end.
+
+    Args:
+      labels: the classes; or, for guidance, a second row of them (S = 2). All rows read the same
+        tokens and run as one batch.
+      draws: how tokens are drawn, see `sampling.Draws`: token(mixture [S, B, ...], i) -> [B, d_I],
+        shared(mixture [S, B, ...], N) -> [B, N, d_R] and normal(N, d_R) -> [B, N, d_R].
+    """
+    m, streams = self.condition_copies, labels.shape
+    labels = labels.reshape(-1)
     positions = self.positions.astype(self.dtype)
-    cache = self.transformer.init_cache(batch, m + self.tokens)
+    cache = self.transformer.init_cache(len(labels), m + self.tokens)
     condition = self.class_embedding(labels)[:, None] + positions[:m]
-    hidden, cache = self.transformer.prefill(condition, cache)
+    hidden, cache = self.transformer.extend(condition, cache)
 
-    def next_token(carry, inputs):
+    def by_stream(parameters):  # [S·B, ...]
+      return jax.tree.map(lambda a: a.reshape(*streams, *a.shape[1:]), parameters)
+
+    def next_token(carry, i):
       hidden, cache = carry
-      key, position = inputs
-      token = mixture.sample(key, self.informative_head(hidden))  # [B, d_I]
-      embedded = self.in_proj(token) + positions[position]
-      hidden, cache = self.transformer.step(embedded, cache, position)
-      return (hidden, cache), token
+      token = draws.token(by_stream(self.informative_head(hidden)), i)
+      embedded = jnp.tile(self.in_proj(token), (streams[0], 1)) + positions[m + i]
+      hidden, cache = self.transformer.extend(embedded[:, None], cache, m + i)
+      return (hidden[:, 0], cache), token
 
-    inputs = (jax.random.split(key_informative, self.tokens), m + jnp.arange(self.tokens))
-    (hidden, _), informative = jax.lax.scan(next_token, (hidden[:, -1], cache), inputs)
+    carry = hidden[:, -1], cache
+    (hidden, _), informative = jax.lax.scan(next_token, carry, jnp.arange(self.tokens))
     informative = informative.swapaxes(0, 1)
     if self._has_redundant_mixture:
-      redundant = mixture.sample(key_redundant, self.redundant_head(hidden), (self.tokens,))
+      redundant = draws.shared(by_stream(self.redundant_head(hidden)), self.tokens)
     else:
-      shape = (batch, self.tokens, self.channels - self.informative_channels)
-      redundant = jax.random.normal(key_redundant, shape, informative.dtype)
-    return jnp.concatenate([informative, redundant], axis=-1)
+      redundant = draws.normal(self.tokens, self.channels - self.informative_channels)
+    return jnp.concatenate([informative, redundant.astype(informative.dtype)], axis=-1)
 
 
 class NormalPrior(nn.Module):
@@ -167,7 +175,8 @@ class NormalPrior(nn.Module):
     log_prob = mixture.standard_normal_log_prob(z).sum(-1)
     return log_prob, jnp.zeros_like(log_prob)
 
-  def sample(self, key, labels):  # int [B]
+  def sample(self, labels, draws):  # int [S, B]
     """Draws z [B, N, d]."""
-    shape = (labels.shape[0], self.tokens, self.channels)
-    return jax.random.normal(key, shape, transformer.param_dtype(self.dtype))
+    del labels
+    z = draws.normal(self.tokens, self.channels)
+    return z.astype(transformer.param_dtype(self.dtype))

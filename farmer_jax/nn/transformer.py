@@ -1,11 +1,10 @@
-"""A causal pre-norm transformer that runs whole sequences, or one token at a time from a cache."""
+"""A causal pre-norm transformer that runs whole sequences, or goes on from a cache."""
 
 import functools
 import math
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -16,20 +15,9 @@ REMAT_POLICIES = {
 }
 
 
-@flax.struct.dataclass
-class Cache:
-  """Keys and values of the tokens seen so far: [L, B, heads, N, head_dim] each."""
-
-  keys: jax.Array
-  values: jax.Array
-
-  def write(self, keys, values, position):  # keys, values [L, B, heads, n, head_dim]
-    """The cache with `n` new tokens put in from `position` on, which must leave room for them."""
-    start = tuple(jnp.asarray(index, jnp.int32) for index in (0, 0, 0, position, 0))
-    return Cache(
-      jax.lax.dynamic_update_slice(self.keys, keys, start),
-      jax.lax.dynamic_update_slice(self.values, values, start),
-    )
+# Keys and values of the tokens seen so far, [B, heads, N, head_dim] each, of each layer. An array
+# for each layer: a slice of a stack of them would be copied at each step.
+Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 
 def _flat_dot_general(x, kernel, dimension_numbers, **kwargs):
@@ -127,31 +115,33 @@ class TransformerLayer(nn.Module):
 
   def __call__(self, x):  # [B, N, width]
     """Runs whole sequences; returns ([B, N, width], None), as a scan wants it."""
-    return self.prefill(x)[0], None
+    return self.extend(x)[0], None
 
-  def prefill(self, x):  # [B, N, width]
-    """As `__call__`, but returns the keys and values too, [B, heads, N, head_dim] each."""
-    q, k, v = self._queries_keys_values(x)  # [B, h, N, D]
-    n = x.shape[1]
-    scores = jnp.einsum('bhnd,bhmd->bhnm', q, k)
-    scores = jnp.where(jnp.tril(jnp.ones((n, n), bool)), scores, -jnp.inf)
-    heads = jnp.einsum('bhnm,bhmd->bhnd', self._softmax(scores), v)
-    return self._finish(x, heads), (k, v)
+  def extend(self, x, cache=None, position=0):  # x [B, n, width]
+    """Runs the n tokens from `position` on: they see the tokens before them and themselves.
 
-  def step(self, x, keys, values, position):  # x [B, width]; keys, values [B, heads, N, head_dim]
-    """Runs the token at `position`, which may look at the cached tokens before it.
+    Args:
+      x: hidden states.
+      cache: keys and values, [B, heads, N, head_dim] each, of which those before `position` count;
+        None where there are no earlier tokens and no later ones will follow.
+      position: int scalar, may be traced.
 
-    Returns [B, width] and the token's own key and value, [B, heads, 1, head_dim] each; the caller
-    writes them to the cache.
+    Returns:
+      [B, n, width], and the cache with these tokens in it.
     """
-    x = x[:, None]
-    q, k, v = self._queries_keys_values(x)  # [B, h, 1, D]
-    scores = jnp.einsum('bhnd,bhmd->bhnm', q, keys)  # [B, h, 1, N]
-    scores = jnp.where(jnp.arange(keys.shape[2]) < position, scores, -jnp.inf)
-    own = jnp.einsum('bhnd,bhnd->bhn', q, k)[..., None]
-    weights = self._softmax(jnp.concatenate([scores, own], axis=-1))
-    heads = jnp.einsum('bhnm,bhmd->bhnd', weights[..., :-1], values) + weights[..., -1:] * v
-    return self._finish(x, heads)[:, 0], (k, v)
+    q, k, v = self._queries_keys_values(x)  # [B, h, n, D]
+    if cache is not None:
+      # Written before it is read: the other way round XLA copies the whole cache at each step.
+      start = tuple(jnp.asarray(index, jnp.int32) for index in (0, 0, position, 0))
+      k, v = (
+        jax.lax.dynamic_update_slice(old, new, start)
+        for old, new in zip(cache, (k, v), strict=True)
+      )
+    scores = jnp.einsum('bhnd,bhmd->bhnm', q, k)
+    visible = jnp.arange(k.shape[2]) <= position + jnp.arange(x.shape[1])[:, None]
+    scores = jnp.where(visible, scores, -jnp.inf)
+    heads = jnp.einsum('bhnm,bhmd->bhnd', self._softmax(scores), v)
+    return self._finish(x, heads), None if cache is None else (k, v)
 
   def _queries_keys_values(self, x):
     """Queries (scaled), keys and values of tokens, [B, heads, N, head_dim] each."""
@@ -207,30 +197,23 @@ class Transformer(nn.Module):
     return self._finish(self.stack(x)[0])
 
   def init_cache(self, batch, length):
-    """An empty cache with room for `length` tokens."""
-    shape = (self.layers, batch, self.width // self.head_dim, length, self.head_dim)
-    return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+    """An empty `Cache` with room for `length` tokens."""
+    empty = jnp.zeros((batch, self.width // self.head_dim, length, self.head_dim), self.dtype)
+    return ((empty, empty),) * self.layers
 
-  def prefill(self, x, cache):  # [B, n, width]
-    """Runs the first n tokens; returns [B, n, width] and the cache that holds them."""
-    x, (keys, values) = self._decode('prefill', x)
-    return self._finish(x), cache.write(keys, values, 0)
+  def extend(self, x, cache=None, position=0):  # [B, n, width]
+    """Runs the n tokens from `position` on, which see those before them in `cache`, if given.
 
-  def step(self, x, cache, position):  # [B, width]
-    """Runs the token at `position`; returns [B, width] and the cache that holds it too."""
-    x, (keys, values) = self._decode('step', x, cache, position)
-    return self._finish(x), cache.write(keys, values, position)
+    Returns [B, n, width] and the cache with these tokens in it, which must have had room for them.
+    """
+    # Layer by layer, not by a scan: that would copy the weights of each layer at each token.
+    caches = []
+    for layer in range(self.layers):
+      params = jax.tree.map(lambda a, layer=layer: a[layer], self.stack.variables['params'])
+      known = None if cache is None else cache[layer]
+      x, known = self.one_layer.apply({'params': params}, x, known, position, method='extend')
+      caches.append(known)
+    return self._finish(x), None if cache is None else tuple(caches)
 
   def _finish(self, x):
     return self.norm(x) / math.sqrt(self.width)
-
-  def _decode(self, method, x, cache=None, position=None):
-    """Scans the layers over their stacked parameters: decoding neither makes nor differentiates
-    any."""
-
-    def apply_layer(x, inputs):
-      params, cache = inputs
-      args = () if cache is None else (cache.keys, cache.values, position)
-      return self.one_layer.apply({'params': params}, x, *args, method=method)
-
-    return jax.lax.scan(apply_layer, x, (self.stack.variables['params'], cache))

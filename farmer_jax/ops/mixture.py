@@ -11,6 +11,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from farmer_jax.ops import random
+
 LOG_2PI = math.log(2 * math.pi)
 
 
@@ -51,19 +53,23 @@ def shared_log_prob(mixture, z):  # mixture [B, K, d], z [B, N, d]
   return jax.nn.logsumexp(jax.nn.log_softmax(mixture.logits)[:, None] + components, axis=-1)
 
 
+def sharpened(mixture, logits, scales):
+  """The mixture with its logits and its components' standard deviations multiplied; 0 scales make
+  points of the components, from which one may only sample."""
+  return Mixture(mixture.logits * logits, mixture.means, mixture.log_scales + jnp.log(scales))
+
+
 def sample(key, mixture, shape=()):
   """Draws from each mixture; returns [..., *shape, d] for a mixture with leading axes [...]."""
   key_component, key_noise = jax.random.split(key)
   lead, d = mixture.logits.shape[:-1], mixture.means.shape[-1]
-  flat = (-1, *mixture.logits.shape[-1:])
-  logits = mixture.logits.reshape(flat)[:, None]  # [L, 1, K]
   draws = math.prod(shape)
-  component = jax.random.categorical(key_component, logits, axis=-1, shape=(logits.shape[0], draws))
+  component = random.categorical(key_component, mixture.logits, (draws,))  # [..., draws]
 
   def pick(parameters):
-    return jnp.take_along_axis(parameters.reshape(*flat, d), component[..., None], axis=1)
+    return jnp.take_along_axis(parameters, component[..., None], axis=-2)
 
-  noise = jax.random.normal(key_noise, (*component.shape, d), mixture.means.dtype)
+  noise = jax.random.normal(key_noise, (*lead, draws, d), mixture.means.dtype)
   z = pick(mixture.means) + jnp.exp(pick(mixture.log_scales)) * noise
   return z.reshape(*lead, *shape, d)
 

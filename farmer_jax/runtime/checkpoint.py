@@ -41,6 +41,25 @@ class Checkpoints:
     )
     return restored.state
 
+  def restore_params(self, step, name, params):
+    """Reads nothing but the parameters of a checkpoint, to this process's first device.
+
+    Args:
+      step: which checkpoint.
+      name: the field of the training state: 'params' or 'average'.
+      params: a tree that gives shapes and dtypes.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = {
+      name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), params)
+    }
+    read = ocp.args.PyTreeRestore(
+      item=target,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+      partial_restore=True,
+    )
+    return self._manager.restore(step, args=ocp.args.Composite(state=read)).state[name]
+
   def close(self):
     """Waits until everything is on disk."""
     self._manager.wait_until_finished()

@@ -8,3 +8,30 @@ import tqdm
 def say(message):
   """Writes a line to standard error, above a progress bar if there is one."""
   tqdm.tqdm.write(message, file=sys.stderr)
+
+
+def progress(what, unit, total, done=0):
+  """A progress bar on standard error, with speed and time left; on a log file, a line now and
+  then."""
+  interactive = sys.stderr.isatty()
+  return tqdm.tqdm(
+    desc=what,
+    unit=unit,
+    total=total,
+    initial=done,
+    dynamic_ncols=interactive,
+    ncols=None if interactive else 100,
+    mininterval=0.2 if interactive else 15,
+    file=sys.stderr if interactive else _Lines(),
+  )
+
+
+class _Lines:
+  """Standard error for a progress bar that is not on a terminal: each state gets a line of its
+  own."""
+
+  def write(self, text):
+    sys.stderr.write(text.replace('\r', '\n'))
+
+  def flush(self):
+    sys.stderr.flush()

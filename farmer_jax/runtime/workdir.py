@@ -1,5 +1,6 @@
 """The folder that a run lives in."""
 
+import contextlib
 import json
 
 from etils import epath
@@ -7,6 +8,7 @@ from etils import epath
 from farmer_jax import config as config_lib
 
 CONFIG_FILE = 'config.json'
+_CLASSES_FILE = 'classes.json'
 
 
 def prepare(config, path):
@@ -34,6 +36,17 @@ def prepare(config, path):
   return workdir
 
 
+def open_run(config, path):
+  """The folder of the run at `path`, made with the model and data of `config`; nothing is written.
+
+  Raises:
+    ConfigError: there is no run, or it was made with another configuration.
+  """
+  workdir = absolute(path)
+  _refuse_other_config(config, workdir, read_config(workdir))
+  return workdir
+
+
 def absolute(path):
   """`path` as an absolute `epath.Path`; URLs such as gs://bucket/run already are."""
   path = epath.Path(path)
@@ -54,10 +67,30 @@ def read_config(workdir):
     raise config_lib.ConfigError(f'cannot read {file}: {error}') from error
 
 
+def write_class_names(workdir, names):
+  """Keeps the names of the classes with the run, for machines that do not have its data."""
+  if names:
+    write_atomically(workdir / _CLASSES_FILE, json.dumps(list(names)) + '\n')
+
+
+def read_class_names(workdir):
+  """The names of the classes; empty where they are unknown."""
+  file = workdir / _CLASSES_FILE
+  return tuple(json.loads(file.read_text())) if file.exists() else ()
+
+
 def write_atomically(file, text):
-  """Writes `text` so that a reader, or a crash, sees the old file or the new one, whole."""
+  """Writes `text` as `replacing` does."""
+  with replacing(file) as temporary:
+    temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def replacing(file):
+  """A path to write to in place of `file`, put there at the end: a reader, or a crash, sees the old
+  file or the new one, whole."""
   temporary = file.with_name(file.name + '.tmp')
-  temporary.write_text(text)
+  yield temporary
   temporary.replace(file)
 
 

@@ -1,11 +1,9 @@
 """The training loop, shared by every job that trains."""
 
 import functools
-import sys
 import time
 
 import jax
-import tqdm
 from clu import parameter_overview
 
 from farmer_jax.runtime import checkpoint, console, metrics
@@ -108,18 +106,7 @@ class Meter:
   def __init__(self, config, first_step):
     self._batch_size = config.train.batch_size
     self._log_every = config.train.log_every
-    interactive = sys.stderr.isatty()
-    self._bar = tqdm.tqdm(
-      total=config.train.steps,
-      initial=first_step,
-      desc='training',
-      unit='step',
-      dynamic_ncols=interactive,
-      ncols=None if interactive else 100,
-      # A log file wants a line now and then, not a redrawn bar.
-      mininterval=0.2 if interactive else 15,
-      file=sys.stderr if interactive else _Lines(),
-    )
+    self._bar = console.progress('training', 'step', config.train.steps, first_step)
     self._previous = None  # metrics of the step before, whose computation is surely under way
     self._reset()
 
@@ -163,17 +150,6 @@ class Meter:
   def close(self):
     """Leaves the finished bar standing."""
     self._bar.close()
-
-
-class _Lines:
-  """Standard error for a progress bar that is not on a terminal: each state gets a line of its
-  own."""
-
-  def write(self, text):
-    sys.stderr.write(text.replace('\r', '\n'))
-
-  def flush(self):
-    sys.stderr.flush()
 
 
 class _Timed:

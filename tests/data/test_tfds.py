@@ -174,7 +174,7 @@ def test_only_image_and_only_label_need_no_special_names(tmp_path):
 
 
 def test_tensorflow_is_not_imported(root):
-  program = f'''
+  program = f"""
 import sys
 from farmer_jax import config
 from farmer_jax.data import pipeline, sources
@@ -183,5 +183,5 @@ assert 'tensorflow_datasets' not in sys.modules
 source = sources.load(data, 'train')
 assert next(pipeline.train_iterator(source, data, 2, 0))['image'].shape == (2, 4, 4, 1)
 assert 'tensorflow' not in sys.modules
-'''
+"""
   subprocess.run([sys.executable, '-c', program], check=True)

@@ -7,7 +7,6 @@ import pytest
 from farmer_jax import config
 from farmer_jax.data import pipeline, sources
 from farmer_jax.evaluation import likelihood
-from farmer_jax.jobs import pretrain
 from farmer_jax.nn import farmer
 
 SMALL = config.Model(
@@ -21,7 +20,7 @@ SMALL = config.Model(
 def _setup():
   built = config.Config(noise=config.Noise(kind='gaussian', std_end=0.0), model=SMALL)
   model = farmer.build(built)
-  params = pretrain.init_params(jax.random.key(0), model=model, config=built)
+  params = farmer.init_params(jax.random.key(0), model=model)
   return built, model, params, sources.load(built.data, 'valid')
 
 

@@ -11,6 +11,7 @@ from scipy import stats
 
 pytestmark = pytest.mark.usefixtures('x64')
 
+
 @functools.cache
 def make(tokens, channels, blocks=0, **prior_changes):
   """A compiled function from points [n, N, d] to the three terms of their log-density, [n] each."""

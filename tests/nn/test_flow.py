@@ -20,6 +20,7 @@ FLOWS = {
   'two blocks, no final permutation, classes, unrolled': dict(
     blocks=2, final_permutation=False, num_classes=3, unroll=8
   ),
+  'two blocks, bounded scales': dict(blocks=2, max_log_scale=0.2),
   'three blocks, no final permutation, classes, less memory': dict(
     blocks=3, final_permutation=False, num_classes=3, remat='full'
   ),
@@ -49,8 +50,8 @@ def flow(request, x64):
   def forward(x, labels):
     return module.apply({'params': params}, x, labels)
 
-  def inverse(z):
-    return module.apply({'params': params}, z, LABELS, method='inverse')
+  def inverse(z, chunks=None, tolerance=0.0):
+    return module.apply({'params': params}, z, LABELS, chunks, tolerance, method='inverse')
 
   z, log_dets = (encode := jax.jit(forward))(x, LABELS)
   return types.SimpleNamespace(
@@ -58,7 +59,8 @@ def flow(request, x64):
     params=params,
     forward=forward,
     encode=encode,
-    decode=jax.jit(inverse),
+    decode=jax.jit(lambda z: inverse(z)[0]),
+    inverse=jax.jit(inverse, static_argnums=(1, 2)),
     x=x,
     z=z,
     log_dets=np.asarray(log_dets),
@@ -70,6 +72,35 @@ def test_inverse_undoes_the_flow_and_the_flow_its_inverse(flow):
   assert abs(flow.z - flow.x).max() > 0.5  # there is something to undo
   assert abs(flow.decode(flow.z) - flow.x).max() < 1e-10
   assert abs(flow.encode(flow.decode(flow.x), LABELS)[0] - flow.x).max() < 1e-10
+
+
+@pytest.mark.parametrize('chunk', [2, N - 1, N + 5])
+def test_chunks_end_where_the_sequential_inverse_does(flow, chunk):
+  """Also chunks that do not divide the tokens, or are larger than all; with as many rounds as they
+  have tokens, to the last digit."""
+  x, report = flow.inverse(flow.z, (chunk,) * flow.module.blocks)
+  np.testing.assert_allclose(x, flow.decode(flow.z), atol=1e-12)
+  assert report.residual.shape == report.passes.shape == (flow.module.blocks, 3)
+  assert (np.asarray(report.residual) == 0).all()
+  assert (np.asarray(report.passes) <= min(chunk, N - 1)).all()
+
+
+def test_blocks_may_be_inverted_each_in_its_own_way(flow):
+  chunks = [(1, 2, N), (1, 1, 2), (2, 1, 2)]
+  for each in chunks:
+    x, _ = flow.inverse(flow.z, each[: flow.module.blocks])
+    np.testing.assert_allclose(x, flow.x, atol=1e-10)
+
+
+def test_one_block_undone_alone_is_a_link_of_the_chain(flow):
+  module = flow.module
+  z = flow.z if module.final_permutation else flow.z[:, ::-1]
+  undo = jax.jit(
+    lambda z, t: module.apply({'params': flow.params}, z, LABELS, t, method='inverse_block')[0]
+  )
+  for t in reversed(range(module.blocks)):
+    z = undo(z, t)
+  np.testing.assert_allclose(z, flow.x, atol=1e-10)
 
 
 def test_log_det_is_that_of_the_jacobian(flow):
@@ -85,9 +116,9 @@ def test_reverse_mode_agrees_with_forward_mode(flow):
 
 
 @functools.cache
-def one_block(layers):
+def one_block(**settings):
   """A compiled block: (params, z, condition) to its output, its log-det and its Jacobian."""
-  apply = tiny.make_block(tokens=N, channels=D, layers=layers).apply
+  apply = tiny.make_block(tokens=N, channels=D, **settings).apply
 
   @jax.jit
   def run(params, z, condition):
@@ -104,7 +135,9 @@ def test_log_det_of_each_block_is_that_of_its_jacobian(flow):
     condition = flow.params['class_embedding']['embedding'][LABELS]
   for t, log_det in enumerate(flow.log_dets):
     params = jax.tree.map(lambda p, t=t: p[t], flow.params['stack'])
-    z, own_log_det, jacobian = one_block(module.layers)(params, z, condition)
+    z, own_log_det, jacobian = one_block(layers=module.layers, max_log_scale=module.max_log_scale)(
+      params, z, condition
+    )
     np.testing.assert_allclose(own_log_det, log_abs_det(jacobian), atol=1e-11)
     np.testing.assert_allclose(log_det, log_abs_det(jacobian), atol=1e-11)
   np.testing.assert_allclose(flow.z, z if module.final_permutation else z[:, ::-1], atol=1e-11)

@@ -9,8 +9,8 @@ import pytest
 import tiny
 from scipy import special, stats
 
+from farmer_jax import config, sampling
 from farmer_jax.nn import prior
-from farmer_jax.ops import mixture
 
 pytestmark = pytest.mark.usefixtures('x64')
 
@@ -145,30 +145,64 @@ SAMPLED = {
 
 
 @pytest.mark.parametrize('changes', SAMPLED.values(), ids=SAMPLED)
-def test_sampling_uses_the_mixtures_of_the_full_pass(monkeypatch, changes):
-  """With draws replaced by a fixed function of the mixture, samples must reproduce themselves."""
+def test_sampling_uses_the_mixtures_of_the_full_pass(changes):
+  """With draws that are a fixed function of the mixture, samples must reproduce themselves."""
   module = tiny.make_prior(**changes)
   d = module.informative_channels
   params = {'params': tiny.filled_parameters(module, tiny.normals(3, N, D), LABELS)}
 
-  def fixed(key, parameters, shape=()):
-    del key
-    z = parameters.means[..., 0, :] + jnp.exp(parameters.log_scales[..., -1, :])
-    z = z + jnp.sin(parameters.logits[..., 1, None])
-    count = np.prod(shape, dtype=int)
-    spread = z[..., None, :] + jnp.arange(count)[:, None]  # no two draws alike
-    return spread.reshape(*z.shape[:-1], *shape, z.shape[-1])
+  class Fixed(sampling.Draws):
+    """Draws that are a function of the mixture, no two alike."""
 
-  with monkeypatch.context() as patched:
-    patched.setattr(mixture, 'sample', fixed)
-    z = jax.jit(lambda: module.apply(params, jax.random.key(0), LABELS, method='sample'))()
+    def __init__(self):
+      super().__init__(jax.random.split(jax.random.key(0), 3), None, 1.0, None)
+
+    def token(self, mixtures, i):
+      return of_mixture(mixtures)[0] + 0.1 * i
+
+    def shared(self, mixtures, tokens):
+      return of_mixture(mixtures)[0, :, None] + jnp.arange(tokens)[:, None]
+
+  def of_mixture(parameters):
+    z = parameters.means[..., 0, :] + jnp.exp(parameters.log_scales[..., -1, :])
+    return z + jnp.sin(parameters.logits[..., 1, None])
+
+  labels = jnp.stack([LABELS, LABELS[::-1]])  # the second row must not change the first
+  z = jax.jit(lambda: module.apply(params, labels, Fixed(), method='sample'))()
+  np.testing.assert_allclose(
+    z, jax.jit(lambda: module.apply(params, labels[:1], Fixed(), method='sample'))(), atol=1e-11
+  )
   assert z.shape == (3, N, D)
-  token, shared = jax.jit(lambda z: module.apply(params, z, LABELS, method='mixtures'))(z[..., :d])
-  np.testing.assert_allclose(z[..., :d], fixed(None, token), atol=1e-11)
+  mixtures = jax.jit(lambda z, labels: module.apply(params, z, labels, method='mixtures'))
+  token, shared = mixtures(z[..., :d], LABELS)
+  expected = of_mixture(token) + 0.1 * jnp.arange(N)[:, None]
+  np.testing.assert_allclose(z[..., :d], expected, atol=1e-11)
   if shared is not None:
-    np.testing.assert_allclose(z[..., d:], fixed(None, shared, (N,)), atol=1e-11)
+    expected = of_mixture(shared)[:, None] + jnp.arange(N)[:, None]
+    np.testing.assert_allclose(z[..., d:], expected, atol=1e-11)
   else:
     assert abs(z[..., d:]).max(initial=0) < 6  # as standard normals are
+
+
+def test_both_streams_of_guidance_read_the_same_tokens():
+  """The mixtures of the second row are those that its labels give to the tokens drawn."""
+  module = tiny.make_prior()
+  params = {'params': tiny.filled_parameters(module, tiny.normals(3, N, D), LABELS)}
+  labels = jnp.stack([LABELS, LABELS[::-1]])
+  seen = []
+
+  class Recorded(sampling.Draws):
+    """Draws from the first row; remembers the second row's means."""
+
+    def token(self, mixtures, i):
+      jax.debug.callback(lambda means: seen.append(means), mixtures.means[1], ordered=True)
+      return mixtures.means[0, :, 0] + mixtures.means[1, :, 1]
+
+  draws = Recorded(jax.random.split(jax.random.key(0), 3), jnp.zeros(N), 1.0, config.Guidance())
+  z = jax.jit(lambda: module.apply(params, labels, draws, method='sample'))()
+  jax.effects_barrier()
+  expected, _ = module.apply(params, z[..., :INFORMATIVE], labels[1], method='mixtures')
+  np.testing.assert_allclose(np.stack(seen, 1), expected.means, atol=1e-11)
 
 
 @pytest.mark.parametrize('redundant', ['mixture', 'normal'])
@@ -181,11 +215,11 @@ def test_samples_follow_the_density(redundant):
   params = {'params': tiny.filled_parameters(module, example, labels[:1], seed=3)}
 
   @jax.jit
-  def draw(key):
-    z = module.apply(params, key, labels, method='sample')
+  def draw():
+    z = module.apply(params, labels[None], tiny.make_draws(0, count, tokens), method='sample')
     return z, module.apply(params, z[..., :1], labels, method='mixtures')
 
-  z, (token, shared) = jax.tree.map(np.asarray, draw(jax.random.key(0)))
+  z, (token, shared) = jax.tree.map(np.asarray, draw())
 
   def cdf(parameters, z):  # [..., K, 1], [...]
     means, log_scales = parameters.means[..., 0], parameters.log_scales[..., 0]
@@ -247,6 +281,6 @@ def test_normal_prior():
   log_informative, log_redundant = module.apply({}, z, LABELS)
   np.testing.assert_allclose(log_informative, stats.norm.logpdf(z).sum((1, 2)), rtol=1e-12)
   assert (log_redundant == 0).all()
-  draws = module.apply({}, jax.random.key(0), jnp.zeros((2000,), int), method='sample')
+  draws = module.apply({}, jnp.zeros((1, 2000), int), tiny.make_draws(0, 2000, N), method='sample')
   assert draws.shape == (2000, N, D) and draws.dtype == jnp.float64
   assert stats.kstest(np.ravel(draws), 'norm').pvalue > 1e-3

@@ -62,22 +62,22 @@ def test_token_sees_itself_and_what_came_before(model):
   np.testing.assert_array_equal(independent, ~causal)
 
 
-def test_prefill_and_steps_equal_the_full_pass(model):
-  """From every split between the two; what the cache held before must not matter."""
+def test_going_on_from_a_cache_equals_the_full_pass(model):
+  """In pieces of every size; what the cache held before must not matter."""
   module, variables, x, output = model
-  prefill = jax.jit(lambda x, cache: module.apply(variables, x, cache, method='prefill'))
-  step = jax.jit(lambda x, cache, i: module.apply(variables, x, cache, i, method='step'))
+  extend = jax.jit(lambda x, cache, i: module.apply(variables, x, cache, i, method='extend'))
   empty = module.apply(variables, B, N + 2, method='init_cache')
   assert all((leaf == 0).all() for leaf in jax.tree.leaves(empty))
   rubbish = jax.tree.map(lambda a: a + tiny.normals(*a.shape, seed=1) * 1e3, empty)
-  for known in (0, 1, 4):
-    cache = rubbish
-    if known:
-      hidden, cache = prefill(x[:, :known], cache)
-      np.testing.assert_allclose(hidden, output[:, :known], atol=1e-12)
-    for i in range(known, N):
-      hidden, cache = step(x[:, i], cache, jnp.asarray(i))
-      np.testing.assert_allclose(hidden, output[:, i], atol=1e-12)
+  for pieces in ((1,) * N, (N,), (1, 3, 2), (4, 1, 1)):
+    cache, start = rubbish, 0
+    for n in pieces:
+      hidden, cache = extend(x[:, start : start + n], cache, jnp.asarray(start))
+      np.testing.assert_allclose(hidden, output[:, start : start + n], atol=1e-12)
+      start += n
+  hidden, cache = module.apply(variables, x, method='extend')
+  np.testing.assert_allclose(hidden, output, atol=1e-12)
+  assert cache is None
 
 
 def test_unrolling_and_saving_memory_change_nothing(model):

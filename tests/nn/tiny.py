@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from farmer_jax import config
+from farmer_jax import config, sampling
 from farmer_jax.nn import flow, prior, transformer
 
 SMALL = dict(layers=1, width=8, head_dim=4, mlp_ratio=2.0, dtype=jnp.dtype('float64'))
@@ -73,6 +73,12 @@ def filled_parameters(module, *args, seed=0):
     return jnp.asarray(value, leaf.dtype)
 
   return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def make_draws(seed, batch, tokens):
+  """Unguided draws for the prior."""
+  keys = jax.random.split(jax.random.key(seed), batch)
+  return sampling.Draws(keys, jnp.zeros(tokens), 1.0, config.Guidance())
 
 
 def normals(*shape, seed=0):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special, stats
 
 from farmer_jax.ops import random
 
@@ -43,3 +44,22 @@ def test_draws_of_different_streams_are_uncorrelated():
   draws = np.stack([jax.random.normal(key, (4096,)) for key in keys])
   correlations = np.corrcoef(draws) - np.eye(len(keys))
   assert abs(correlations).max() < 5 / 4096**0.5
+
+
+def test_categorical_follows_the_softmax():
+  logits = jnp.asarray([[0.0, 1.0, -jnp.inf, 3.0, -60.0], [1e3, 1e3 - 1, 0.0, 0.0, 0.0]])
+  draws = np.asarray(random.categorical(jax.random.key(0), logits, (100_000,)))
+  assert draws.shape == (2, 100_000)
+  for row, drawn in zip(special.softmax(np.asarray(logits, float), axis=-1), draws, strict=True):
+    counts = np.bincount(drawn, minlength=5)
+    possible = row > 1e-12
+    assert (counts[~possible] == 0).all()
+    expected = row[possible] / row[possible].sum() * counts.sum()
+    assert stats.chisquare(counts[possible], expected).pvalue > 1e-3
+  assert random.categorical(jax.random.key(0), logits[0]).shape == ()
+
+
+def test_categorical_stays_in_range(monkeypatch):
+  """Even a uniform number that rounds up to 1."""
+  monkeypatch.setattr(jax.random, 'uniform', lambda key, shape, dtype: jnp.ones(shape, dtype))
+  assert random.categorical(jax.random.key(0), jnp.zeros(7)) == 6

@@ -1,0 +1,221 @@
+"""`--job=sample`: draws images from a trained run."""
+
+import dataclasses
+import functools
+import json
+import re
+import time
+import zlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from farmer_jax import config as config_lib
+from farmer_jax import sampling
+from farmer_jax.evaluation import figures, sweeps
+from farmer_jax.nn import farmer
+from farmer_jax.runtime import checkpoint, console, shards
+from farmer_jax.runtime import workdir as workdir_lib
+
+# Settings that say how many images are wanted and what is made of them, not what image i is.
+_NOT_IN_NAME = {'count', 'batch_size', 'png', 'figures', 'per_class', 'max_classes'}
+
+
+def run(config, workdir):
+  """Draws `config.sampling.count` images into WORKDIR/samples/<step and settings>/."""
+  workdir = workdir_lib.open_run(config, workdir)
+  class_names = workdir_lib.read_class_names(workdir)
+  labels = parse_labels(config, class_names)
+  model = farmer.build(config)
+  params, step = load_params(config, workdir, model)
+  folder = workdir / 'samples' / folder_name(config.sampling, step)
+  store = shards.Shards(folder)
+  console.say(f'{len(store)} of {config.sampling.count} images of step {step} are in {folder}')
+  plan = _inverse_plan(config, workdir, model, params, step, labels)
+  sampler = sampling.Sampler(model, config, plan['chunks'])
+  seconds = _draw_missing(config, sampler, params, labels, store)
+  names = [_label_name(label, class_names, config.data.num_classes) for label in labels]
+  report = _report(config, store, step, plan, seconds)
+  workdir_lib.write_atomically(folder / 'samples.json', json.dumps(report, indent=2) + '\n')
+  _save_pictures(config, store, folder, names)
+  if config.sampling.figures:
+    _save_figures(config, workdir, model, params, labels, names, plan['chunks'])
+  _print_report(report, folder)
+
+
+def load_params(config, workdir, model):
+  """The parameters to sample and to evaluate with, from the newest checkpoint, and its step."""
+  checkpoints = checkpoint.Checkpoints(workdir, keep=config.train.keep_checkpoints)
+  step = checkpoints.latest_step()
+  if step is None:
+    raise config_lib.ConfigError(f'{workdir} has no checkpoint yet; train it first')
+  shapes = jax.eval_shape(functools.partial(farmer.init_params, model=model), jax.random.key(0))
+  name = 'average' if config.train.ema_decay else 'params'
+  params = checkpoints.restore_params(step, name, shapes)
+  checkpoints.close()
+  return params, step
+
+
+def parse_labels(config, class_names):
+  """The classes that `config.sampling.labels` names, a list of ints; the images take them in
+  turn."""
+  classes = config.data.num_classes
+  if not config.sampling.labels:
+    return list(range(classes)) or [0]
+  labels = []
+  for word in config.sampling.labels.split(','):
+    word = word.strip()
+    if word == 'none' or not classes:
+      labels.append(classes)
+    elif word in class_names:
+      labels.append(class_names.index(word))
+    elif word.isdecimal() and int(word) < classes:
+      labels.append(int(word))
+    else:
+      known = f' or one of {", ".join(class_names[:20])}' if class_names else ''
+      raise config_lib.ConfigError(
+        f'config.sampling.labels has no class {word!r}; a class is a number from 0 to'
+        f' {classes - 1}{known}, or none'
+      )
+  return labels
+
+
+def _label_name(label, class_names, classes):
+  if label == classes:
+    return ''
+  return class_names[label] if class_names else str(label)
+
+
+def folder_name(settings, step):
+  """A name for the samples of a checkpoint: the settings that differ from the defaults."""
+  words = [str(step)]
+  for path, field in config_lib.leaves(config_lib.Sampling):
+    value = config_lib.get(settings, path)
+    if path not in _NOT_IN_NAME and value != field.default:
+      words.append(f'{path.removeprefix("guidance.")}={value}')
+  name = re.sub(r'[^\w.,=+-]', '_', '-'.join(words))
+  return name if len(name) <= 150 else f'{name[:140]}-{zlib.crc32(name.encode()):08x}'
+
+
+def _inverse_plan(config, workdir, model, params, step, labels):
+  """How each flow block is inverted; measured on a batch, or as measured before for this run."""
+  settings = config.sampling
+  if settings.inverse == 'sequential' or not config.model.flow.blocks:
+    return {'chunks': [1] * config.model.flow.blocks, 'difference': 0.0}
+  mode = settings.inverse + (f' {settings.chunk}' if settings.inverse == 'chunked' else '')
+  key = (
+    f'{mode}, tolerance {settings.tolerance:g}, step {step}, batch of {settings.batch_size},'
+    f' {jax.devices()[0].device_kind}'
+  )
+  file = workdir / 'inverse_plan.json'
+  plans = json.loads(file.read_text()) if file.exists() else {}
+  if key not in plans:
+    console.say('Measuring the inverse of each flow block ...')
+    batch = _batch_labels(labels, np.arange(settings.batch_size))
+    sampler = sampling.Sampler(model, config)
+    z = sampler.latents(params, batch, np.arange(settings.batch_size))
+    plans[key] = sampling.plan_inverse(model, config, params, z, batch)
+    workdir_lib.write_atomically(file, json.dumps(plans, indent=2) + '\n')
+  plan = plans[key]
+  console.say(f'Tokens found together in the inverse, by block: {plan["chunks"]}')
+  if plan['difference'] > settings.tolerance:
+    console.say(
+      'Images differ from those of the sequential inverse by up to'
+      f' {plan["difference"]:.1e}, relative to 1 + |x|: more than'
+      f' config.sampling.tolerance={settings.tolerance:g}.'
+    )
+  return plan
+
+
+def _batch_labels(labels, numbers):
+  return np.asarray(labels, np.int32)[numbers % len(labels)]
+
+
+def _draw_missing(config, sampler, params, labels, store):
+  """Draws what `store` lacks; returns seconds an image for the prior and for the inverse, without
+  compilation, or None if nothing was left to time."""
+  settings, start = config.sampling, len(store)
+  size, times = settings.batch_size, []
+  with console.progress('sampling', 'image', settings.count, min(start, settings.count)) as bar:
+    # Batches begin where they did before, so that a job that goes on repeats the same arithmetic.
+    for first in range(start - start % size, settings.count, size):
+      numbers = np.arange(first, first + size)
+      batch = _batch_labels(labels, numbers)
+      began = time.perf_counter()
+      z = jax.block_until_ready(sampler.latents(params, batch, numbers))
+      between = time.perf_counter()
+      samples = jax.block_until_ready(sampler.images(params, z, batch))
+      times.append((between - began, time.perf_counter() - between))
+      wanted = (numbers >= start) & (numbers < settings.count)
+      samples = jax.device_get((samples.images, samples.finite, samples.residual))
+      images, finite, residual = (array[wanted] for array in samples)
+      store.append(images=images, labels=batch[wanted], finite=finite, residual=residual)
+      bar.update(int(wanted.sum()))
+    store.flush()
+  if len(times) < 2:
+    return None
+  prior, inverse = np.median(times[1:], axis=0) / size
+  return {'prior': prior, 'inverse': inverse}
+
+
+def _report(config, store, step, plan, seconds):
+  """What samples.json says."""
+  count = config.sampling.count
+  broken = np.flatnonzero(~store.read('finite', count))
+  return {
+    'count': count,
+    'checkpoint_step': step,
+    'nonfinite_samples': len(broken),
+    'nonfinite_numbers': broken[:100].tolist(),
+    'largest_residual': float(store.read('residual', count).max()),
+    'inverse': plan,
+    'seconds_per_image': seconds,
+    'sampling': dataclasses.asdict(config.sampling),
+  }
+
+
+def _save_pictures(config, store, folder, names):
+  """The grid, a row a class where classes are few, and single PNGs."""
+  settings = config.sampling
+  rows = len(names) if 1 < len(names) <= settings.max_classes else settings.max_classes
+  columns = min(settings.per_class, max(1, settings.count // rows))
+  rows = min(rows, settings.count)
+  images = store.read('images', rows * columns)
+  by_class = len(names) == rows
+  grid = images.reshape(columns, rows, *images.shape[1:]).swapaxes(0, 1)
+  if not by_class:
+    grid = images.reshape(rows, columns, *images.shape[1:])
+  figures.save_png(folder / 'grid.png', figures.sample_grid(grid, names if by_class else ()))
+  if settings.png:
+    for number, image in enumerate(store.read('images', settings.count)):
+      figures.save_png(folder / 'png' / f'{number:06d}.png', figures.as_rgb(image))
+
+
+def _save_figures(config, workdir, model, params, labels, names, chunks):
+  """Sweeps over the controls of sampling, and the path through the flow."""
+  rows = config.sampling.max_classes
+  labels, names = labels[:rows], names[:rows]
+  pictures: dict[str, Callable] = {}
+  if (
+    config.model.prior.kind == 'mixture' and config.data.num_classes and config.model.label_dropout
+  ):
+    pictures['guidance'] = functools.partial(sweeps.guidance, chunks=chunks)
+  if config.model.prior.kind == 'mixture' and config.model.prior.informative_channels:
+    pictures['redundant'] = functools.partial(sweeps.redundant, chunks=chunks)
+  if config.model.flow.blocks:
+    pictures['denoising_path'] = sweeps.path
+  for name, draw in pictures.items():
+    path = workdir / 'figures' / f'{name}.png'
+    figures.save_png(path, draw(model, config, params, labels, names))
+    print(f'Figure:  {path}')
+
+
+def _print_report(report, folder):
+  print(f'{report["count"]} images: {folder}/*.npz, {folder / "grid.png"}')
+  print(f'Not finite: {report["nonfinite_samples"]}')
+  seconds = report['seconds_per_image']
+  if seconds:
+    print(
+      f'Prior {seconds["prior"] * 1e3:.2f} ms, inverse {seconds["inverse"] * 1e3:.2f} ms an image.'
+    )

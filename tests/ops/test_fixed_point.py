@@ -1,0 +1,81 @@
+"""Jacobi iteration against the triangular system solved token by token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import linalg
+
+from farmer_jax.ops import fixed_point
+
+pytestmark = pytest.mark.usefixtures('x64')
+
+N = 12
+
+
+@pytest.fixture(scope='module')
+def system(x64):
+  """x = L x + c with L strictly lower triangular, three examples of rising strength."""
+  rng = np.random.default_rng(0)
+  lower = np.tril(rng.normal(size=(3, N, N)), -1) * np.asarray([0.02, 0.2, 1.5])[:, None, None]
+  constant = rng.normal(size=(3, N, 1))
+  exact = np.stack(
+    [linalg.solve_triangular(np.eye(N) - m, c, lower=True) for m, c in zip(lower, constant)]  # noqa: B905
+  )
+  return jnp.asarray(lower), jnp.asarray(constant), exact
+
+
+def solve(lower, constant, tolerance):
+  def update(x, count):
+    return lower @ x + constant, count + 1
+
+  return jax.jit(lambda: fixed_point.solve(update, constant, 0, tolerance))()
+
+
+def test_as_many_rounds_as_tokens_are_exact(system):
+  lower, constant, exact = system
+  found = solve(lower, constant, 0.0)
+  np.testing.assert_allclose(found.x, exact, atol=1e-12)
+  assert (np.asarray(found.rounds) <= N).all() and (np.asarray(found.residual) == 0).all()
+
+
+def test_stops_early_within_the_tolerance(system):
+  """Each example after its own number of rounds, its residual being the last change."""
+  lower, constant, exact = system
+  found = solve(lower, constant, 1e-6)
+  assert (abs(found.x - exact) < 1e-5).all()
+  rounds = np.asarray(found.rounds)
+  assert rounds[0] < rounds[1] < N
+  for example, count in enumerate(rounds):
+    x = np.asarray(constant[example])
+    for _ in range(count):
+      previous, x = x, np.asarray(lower[example] @ x + constant[example])
+    np.testing.assert_allclose(found.x[example], x, atol=1e-13)
+    change = (abs(x - previous) / (1 + abs(x))).max()
+    if count < N:
+      assert change <= 1e-6
+      np.testing.assert_allclose(found.residual[example], change, rtol=1e-6)
+  assert int(found.aux) == rounds.max()
+
+
+def test_an_example_does_not_depend_on_its_neighbours(system):
+  lower, constant, _ = system
+  together = solve(lower, constant, 1e-3)
+  for i in range(3):
+    alone = solve(lower[i : i + 1], constant[i : i + 1], 1e-3)
+    np.testing.assert_allclose(together.x[i], alone.x[0], atol=1e-14)
+    assert together.rounds[i] == alone.rounds[0]
+
+
+def test_what_is_not_finite_ends(system):
+  lower, constant, exact = system
+  constant = constant.at[1, 3].set(jnp.nan)
+  found = solve(lower, constant, 1e-6)
+  np.testing.assert_allclose(found.x[0], exact[0], atol=1e-5)
+  assert np.isnan(found.x[1, 3:]).all()
+  assert found.rounds[1] == 1
+
+
+def test_one_token_is_exact_at_once():
+  found = fixed_point.solve(lambda x, _: (x * 0 + 7.0, None), jnp.ones((2, 1, 3)), None, 0.0)
+  assert (found.x == 7).all() and (found.residual == 0).all() and (found.rounds == 1).all()
