@@ -98,18 +98,21 @@ class FlowBlock(nn.Module):
       def update(x, cache):
         previous = jnp.concatenate([first[:, None], x[:, :-1]], axis=1)
         hidden = self._embed(previous, condition, embeddings)
-        hidden, cache = self.transformer.extend(hidden, cache, start)
+        hidden, cache = self.transformer.extend(hidden, layers, cache, start)
         x = affine.affine_inverse(z, *self._affine(hidden))
         return jnp.where(real, x, 0), cache
 
       found = fixed_point.solve(update, z, cache, tolerance)
       return (found.x[:, -1], found.aux), (found.x, found.residual, found.rounds)
 
-    cache = self.transformer.init_cache(batch, chunks * chunk) if chunks > 1 else None
+    layers = self.transformer.unstacked()
+    cache = self.transformer.init_cache(batch, 0) if chunks > 1 else None
     real = jnp.ones((unknown, 1), bool)  # not padding
     inputs = (in_chunks(z[:, 1:]), in_chunks(self.positions), in_chunks(real))
     starts = chunk * jnp.arange(chunks)
-    _, (x, residual, rounds) = jax.lax.scan(find_chunk, (z[:, 0], cache), (*inputs, starts))
+    _, (x, residual, rounds) = transformer.scan_tokens(
+      find_chunk, z[:, 0], cache, (*inputs, starts), chunk
+    )
     x = jnp.moveaxis(x, 0, 1).reshape(batch, chunks * chunk, -1)[:, :unknown]
     # A round costs a pass over a chunk; so many passes over all tokens is what they come to.
     passes = rounds.astype(x.dtype).mean(0)

@@ -137,9 +137,10 @@ class Prior(nn.Module):
     m, streams = self.condition_copies, labels.shape
     labels = labels.reshape(-1)
     positions = self.positions.astype(self.dtype)
-    cache = self.transformer.init_cache(len(labels), m + self.tokens)
+    layers = self.transformer.unstacked()
+    cache = self.transformer.init_cache(len(labels), m)
     condition = self.class_embedding(labels)[:, None] + positions[:m]
-    hidden, cache = self.transformer.extend(condition, cache)
+    hidden, cache = self.transformer.extend(condition, layers, cache)
 
     def by_stream(parameters):  # [S·B, ...]
       return jax.tree.map(lambda a: a.reshape(*streams, *a.shape[1:]), parameters)
@@ -148,11 +149,12 @@ class Prior(nn.Module):
       hidden, cache = carry
       token = draws.token(by_stream(self.informative_head(hidden)), i)
       embedded = jnp.tile(self.in_proj(token), (streams[0], 1)) + positions[m + i]
-      hidden, cache = self.transformer.extend(embedded[:, None], cache, m + i)
+      hidden, cache = self.transformer.extend(embedded[:, None], layers, cache, m + i)
       return (hidden[:, 0], cache), token
 
-    carry = hidden[:, -1], cache
-    (hidden, _), informative = jax.lax.scan(next_token, carry, jnp.arange(self.tokens))
+    hidden, informative = transformer.scan_tokens(
+      next_token, hidden[:, -1], cache, jnp.arange(self.tokens)
+    )
     informative = informative.swapaxes(0, 1)
     if self._has_redundant_mixture:
       redundant = draws.shared(by_stream(self.redundant_head(hidden)), self.tokens)

@@ -20,6 +20,36 @@ REMAT_POLICIES = {
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 
+# Decoding compiles its loop for at most so many lengths of the cache, of at least so many tokens.
+_SEGMENTS, _SEGMENT_TOKENS = 4, 64
+
+
+def scan_tokens(step, carry, cache, inputs, tokens=1):
+  """`lax.scan` over tokens, with a cache that grows: attention reads all of it, so it should not be
+  much longer than what is known.
+
+  Args:
+    step: (carry, cache), inputs -> (carry, cache), outputs; it adds `tokens` tokens to the cache.
+    carry: what is carried along beside the cache.
+    cache: a `Cache` that is full, or None.
+    inputs: arrays whose leading axis is scanned.
+    tokens: see `step`.
+
+  Returns:
+    The last carry and the stacked outputs.
+  """
+  steps = len(jax.tree.leaves(inputs)[0])
+  length = max(-(-steps // _SEGMENTS), -(-_SEGMENT_TOKENS // tokens))
+  outputs = []
+  for first in range(0, steps, length):
+    part = jax.tree.map(lambda a, i=first: a[i : i + length], inputs)
+    room = min(length, steps - first) * tokens
+    cache = jax.tree.map(lambda a, n=room: jnp.pad(a, ((0, 0), (0, 0), (0, n), (0, 0))), cache)
+    (carry, cache), out = jax.lax.scan(step, (carry, cache), part)
+    outputs.append(out)
+  return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+
+
 def _flat_dot_general(x, kernel, dimension_numbers, **kwargs):
   """The product of a dense layer with all leading axes of `x` merged into one.
 
@@ -201,16 +231,26 @@ class Transformer(nn.Module):
     empty = jnp.zeros((batch, self.width // self.head_dim, length, self.head_dim), self.dtype)
     return ((empty, empty),) * self.layers
 
-  def extend(self, x, cache=None, position=0):  # [B, n, width]
+  def unstacked(self):
+    """The parameters of each layer, for `extend`. To be taken apart once, outside the loop over
+    tokens: inside, they would be copied at each token."""
+    stack = self.stack.variables['params']
+    return [jax.tree.map(lambda a, i=layer: a[i], stack) for layer in range(self.layers)]
+
+  def extend(self, x, layers, cache=None, position=0):  # [B, n, width]
     """Runs the n tokens from `position` on, which see those before them in `cache`, if given.
 
-    Returns [B, n, width] and the cache with these tokens in it, which must have had room for them.
+    Args:
+      x: [B, n, width].
+      layers: what `unstacked` returns.
+      cache: a `Cache` that has room for these tokens, or None.
+      position: int scalar, may be traced.
+
+    Returns:
+      [B, n, width] and the cache with these tokens in it.
     """
-    # Layer by layer, not by a scan: that would copy the weights of each layer at each token.
     caches = []
-    for layer in range(self.layers):
-      params = jax.tree.map(lambda a, layer=layer: a[layer], self.stack.variables['params'])
-      known = None if cache is None else cache[layer]
+    for params, known in zip(layers, cache or (None,) * self.layers, strict=True):
       x, known = self.one_layer.apply({'params': params}, x, known, position, method='extend')
       caches.append(known)
     return self._finish(x), None if cache is None else tuple(caches)

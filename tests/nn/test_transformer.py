@@ -1,10 +1,14 @@
 """The transformer against a plain reference, and its cached steps against the full pass."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+
+from farmer_jax.nn import transformer
 
 pytestmark = pytest.mark.usefixtures('x64')
 
@@ -65,17 +69,18 @@ def test_token_sees_itself_and_what_came_before(model):
 def test_going_on_from_a_cache_equals_the_full_pass(model):
   """In pieces of every size; what the cache held before must not matter."""
   module, variables, x, output = model
-  extend = jax.jit(lambda x, cache, i: module.apply(variables, x, cache, i, method='extend'))
+  layers = module.apply(variables, method='unstacked')
+  extend = jax.jit(functools.partial(module.apply, method='extend'))
   empty = module.apply(variables, B, N + 2, method='init_cache')
   assert all((leaf == 0).all() for leaf in jax.tree.leaves(empty))
   rubbish = jax.tree.map(lambda a: a + tiny.normals(*a.shape, seed=1) * 1e3, empty)
   for pieces in ((1,) * N, (N,), (1, 3, 2), (4, 1, 1)):
     cache, start = rubbish, 0
     for n in pieces:
-      hidden, cache = extend(x[:, start : start + n], cache, jnp.asarray(start))
+      hidden, cache = extend(variables, x[:, start : start + n], layers, cache, start)
       np.testing.assert_allclose(hidden, output[:, start : start + n], atol=1e-12)
       start += n
-  hidden, cache = module.apply(variables, x, method='extend')
+  hidden, cache = module.apply(variables, x, layers, method='extend')
   np.testing.assert_allclose(hidden, output, atol=1e-12)
   assert cache is None
 
@@ -95,3 +100,20 @@ def test_unrolling_and_saving_memory_change_nothing(model):
   actual, y = run(module.clone(unroll=8, remat='dots'))
   np.testing.assert_allclose(y, output, atol=1e-12)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), actual, expected)
+
+
+def test_scan_over_tokens_with_a_growing_cache(monkeypatch):
+  """Segments, the last one short, change nothing; the cache never has less room than tokens."""
+  monkeypatch.setattr(transformer, '_SEGMENT_TOKENS', 2)
+  lengths = []
+
+  def step(carry, token):
+    total, cache = carry
+    lengths.append(cache.shape[2])
+    cache = jax.lax.dynamic_update_slice(cache, token[None, None, :, None], (0, 0, token[0], 0))
+    return (total + token.sum(), cache), cache.sum()
+
+  tokens = jnp.arange(11)[:, None]
+  total, sums = transformer.scan_tokens(step, 0, jnp.zeros((1, 1, 0, 1), int), tokens)
+  assert lengths == [3, 6, 9, 11] and total == 55
+  np.testing.assert_array_equal(sums, np.cumsum(np.arange(11)))

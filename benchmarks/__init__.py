@@ -1,0 +1,1 @@
+"""Programs that measure; their results stand in docs/benchmarks.md."""

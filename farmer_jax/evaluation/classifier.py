@@ -1,0 +1,113 @@
+"""A small classifier, trained on the spot on the real images: its features and its labels judge
+samples of data that Inception does not suit."""
+
+import functools
+import zlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from farmer_jax.ops import random
+from farmer_jax.runtime import console, workdir
+
+_BATCH, _STEPS, _SEED = 128, 5000, 0
+
+
+class Network(nn.Module):
+  """Three strided convolutions and a hidden layer."""
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, images):  # uint8 [B, H, W, C]
+    """Features [B, 128] and logits [B, num_classes]."""
+    x = images.astype(jnp.float32) / 127.5 - 1
+    for channels in (32, 64, 128):
+      x = nn.relu(nn.Conv(channels, (3, 3), (2, 2))(x))
+    features = nn.relu(nn.Dense(128)(x.reshape(len(x), -1)))
+    return features, nn.Dense(self.num_classes)(features)
+
+
+class Classifier:
+  """A trained `Network`."""
+
+  def __init__(self, num_classes, params):
+    self._apply = jax.jit(functools.partial(Network(num_classes).apply, {'params': params}))
+
+  def __call__(self, images):  # uint8 [n, H, W, C]
+    """Features float32 [n, 128] and classes int [n]."""
+    features, classes = [], []
+    for start in range(0, len(images), 1000):
+      batch_features, logits = self._apply(images[start : start + 1000])
+      features.append(np.asarray(batch_features))
+      classes.append(np.asarray(logits.argmax(-1)))
+    return np.concatenate(features), np.concatenate(classes)
+
+
+def load_or_train(data, train_source, folder):
+  """The classifier for a data set; trained once, then kept in `folder` (an `epath.Path`).
+
+  Args:
+    data: `config.Data`.
+    train_source: its training images, a `data.base.Source`.
+    folder: where the weights are kept.
+  """
+  what = repr((data.source, len(train_source), data.image_size, data.channels, data.num_classes))
+  file = folder / f'classifier-{zlib.crc32(what.encode()):08x}.npz'
+  template = _init(data)
+  paths, tree = jax.tree.flatten(template)
+  if file.exists():
+    with file.open('rb') as opened, np.load(opened) as arrays:
+      params = jax.tree.unflatten(tree, [arrays[f'arr_{i}'] for i in range(len(paths))])
+  else:
+    params = _train(data, train_source, template)
+    folder.mkdir(parents=True, exist_ok=True)
+    with workdir.replacing(file) as temporary, temporary.open('wb') as opened:
+      np.savez(opened, *jax.tree.leaves(params))
+  return Classifier(data.num_classes, params)
+
+
+def _init(data):
+  images = jnp.zeros((1, data.image_size, data.image_size, data.channels), jnp.uint8)
+  return Network(data.num_classes).init(random.named_key(_SEED, 'classifier'), images)['params']
+
+
+def _train(data, source, params):
+  """Adam with a cosine; images are shifted by up to two pixels and, where training does, mirrored."""
+  network, optimizer = (
+    Network(data.num_classes),
+    optax.adam(optax.cosine_decay_schedule(2e-3, _STEPS)),
+  )
+
+  @jax.jit
+  def step(params, state, images, labels, index):
+    def loss(params):
+      _, logits = network.apply({'params': params}, _augmented(images, index, data.flip))
+      return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    value, gradients = jax.value_and_grad(loss)(params)
+    updates, state = optimizer.update(gradients, state)
+    return optax.apply_updates(params, updates), state, value
+
+  state, order = optimizer.init(params), np.random.default_rng(_SEED)
+  with console.progress('training the classifier', 'step', _STEPS) as bar:
+    for index in range(_STEPS):
+      batch = source.gather(order.integers(len(source), size=_BATCH))
+      params, state, value = step(params, state, batch['image'], batch['label'], index)
+      if index % 50 == 49:
+        bar.set_postfix(loss=f'{float(value):.3f}', refresh=False)
+      bar.update()
+  return params
+
+
+def _augmented(images, index, flip):
+  key_shift, key_flip = (random.named_key(_SEED, name, index) for name in ('shift', 'mirror'))
+  shifts = jax.random.randint(key_shift, (len(images), 2), -2, 3)
+  images = jax.vmap(lambda image, shift: jnp.roll(image, shift, (0, 1)))(images, shifts)
+  if not flip:
+    return images
+  mirrored = jax.random.bernoulli(key_flip, 0.5, (len(images), 1, 1, 1))
+  return jnp.where(mirrored, images[:, :, ::-1], images)
