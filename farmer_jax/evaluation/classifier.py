@@ -76,7 +76,7 @@ def _init(data):
 
 
 def _train(data, source, params):
-  """Adam with a cosine; images are shifted by up to two pixels and, where training does, mirrored."""
+  """Adam with a cosine; images are shifted a little and, where the model's are, mirrored."""
   network, optimizer = (
     Network(data.num_classes),
     optax.adam(optax.cosine_decay_schedule(2e-3, _STEPS)),

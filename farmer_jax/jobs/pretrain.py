@@ -80,11 +80,12 @@ def _draw_grid(sampler, params, config, class_names, path):
 def _report(config, workdir, valid, examples, seconds):
   """The closing lines on standard output."""
   examples = min(examples, config.train.valid_examples or examples)
-  if 'bits_per_dim' in valid:
-    figure = f'{valid["bits_per_dim"]:.3f} bits/dim'
-  else:
-    figure = f'{valid["loss"]:.3f} nats/dim (density at noise σ = {valid["noise_std"]:g})'
   print(f'Finished after {seconds / 60:.1f} minutes.')
-  print(f'Held-out likelihood ({examples} images): {figure}')
-  print(f'Samples: {_grid_path(workdir, config.train.steps)}')
+  if 'bits_per_dim' in valid:
+    print(f'Held-out likelihood ({examples} images): {valid["bits_per_dim"]:.3f} bits/dim')
+  elif valid:
+    figure = f'{valid["loss"]:.3f} nats/dim (density at noise σ = {valid["noise_std"]:g})'
+    print(f'Held-out likelihood ({examples} images): {figure}')
+  if config.train.sample_every:
+    print(f'Samples: {_grid_path(workdir, config.train.steps)}')
   print(f'Curves:  {workdir / "figures" / "curves.png"}')

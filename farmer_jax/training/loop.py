@@ -56,7 +56,7 @@ def train(config, workdir, *, init_params, loss_fn, iterator, validate, draw):
     if due(settings.checkpoint_every):
       checkpoints.save(step, state, iterator)
 
-  if first_step == settings.steps:
+  if first_step == settings.steps and settings.validate_every:
     valid = validate(state.best_params)
   for step in range(first_step + 1, settings.steps + 1):
     with meter.input():
