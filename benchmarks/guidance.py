@@ -25,6 +25,7 @@ from farmer_jax.runtime import workdir as workdir_lib
 _RUN = flags.DEFINE_string('run', None, 'Workdir of a trained run.', required=True)
 _COUNT = flags.DEFINE_integer('count', 5000, 'Samples for each line.')
 _BATCH = flags.DEFINE_integer('batch', 250, 'Samples drawn together.')
+_DENOISE = flags.DEFINE_bool('denoise', None, 'Clean samples up; the default is the run\'s.')
 _SCALES = flags.DEFINE_list('scales', ['0.25', '0.5', '1', '2', '3'], 'Guidance scales.')
 
 
@@ -53,6 +54,10 @@ def main(argv):
   host.keep_memory()
   workdir = workdir_lib.absolute(_RUN.value)
   config = config_lib.from_config_dict(workdir_lib.read_config(workdir))
+  if _DENOISE.value is not None:
+    config = dataclasses.replace(
+      config, sampling=dataclasses.replace(config.sampling, denoise=_DENOISE.value)
+    )
   model = farmer.build(config)
   params, _ = sample.load_params(config, workdir, model)
   train_source, valid_source = (sources.load(config.data, split) for split in ('train', 'valid'))

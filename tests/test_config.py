@@ -6,13 +6,14 @@ import re
 import pytest
 from ml_collections import config_dict
 
-from configs import fashion_mnist, in64, in256, photos, quickstart
+from configs import fashion_mnist, fashion_mnist_samples, in64, in256, photos, quickstart
 from farmer_jax import config
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALL = {
   'quickstart': quickstart.get_config,
   'fashion_mnist': fashion_mnist.get_config,
+  'fashion_mnist_samples': fashion_mnist_samples.get_config,
   'photos': photos.get_config,
   'in64': in64.get_config,
   **{
@@ -108,3 +109,28 @@ def test_optional_keys_can_be_overridden():
   with pytest.raises(TypeError):
     values.data.path = 3
   assert isinstance(values, config_dict.ConfigDict)
+
+
+@pytest.mark.parametrize(
+  'variant, expected',
+  [
+    ('1.1b-p16', (1.0, 0.9, 5, 5, 0.2, 0.9, 1.1, 2.5)),
+    ('1.1b-p8', (1.0, 1.0, 5, 5, 0.2, 0.9, 1.1, 2.0)),
+    ('1.9b-p16', (1.0, 0.9, 5, 5, 0.2, 0.9, 1.1, 3.5)),
+    ('1.9b-p8', (1.0, 1.0, 5, 5, 0.1, 1.0, 1.1, 1.5)),
+  ],
+)
+def test_published_guidance(variant, expected):
+  """The paper's table: T_π, T_σ, s_c, s_u, T_π,v, T_σ,v, T_s, w."""
+  g = config.from_config_dict(in256.get_config(variant)).sampling.guidance
+  found = (
+    g.proposal_logits,
+    g.proposal_scales,
+    g.conditional_candidates,
+    g.unconditional_candidates,
+    g.weighing_logits,
+    g.weighing_scales,
+    g.sharpening,
+    g.scale,
+  )
+  assert found == expected and g.method == 'resample'

@@ -49,23 +49,23 @@ def path(model, config, params, labels, names):
   """A row a sample, a column a stage: latents z^T on the left, z^(T - 1) … z⁰, the image, on the
   right. Stages before the image are stretched to the range of grey levels. Arguments as above."""
   labels = np.asarray(labels, np.int32)
-  sampler = sampling.Sampler(model, config)
-  z = sampler.latents(params, labels, np.arange(len(labels)))
-  undo = jax.jit(lambda z, block: model.apply({'params': params}, z, labels, block,
-                                              method='decode_block')[0])  # fmt: skip
-  blocks = config.model.flow.blocks
-  z = z if config.model.flow.final_permutation else z[:, ::-1]
-  stages = [z]
-  for block in reversed(range(blocks)):
+  z = sampling.Sampler(model, config).latents(params, labels, np.arange(len(labels)))
+
+  @jax.jit
+  def undo(z, block):
+    return model.apply({'params': params}, z, labels, block, method='decode_block')[0]
+
+  stages = [z if config.model.flow.final_permutation else z[:, ::-1]]
+  remaining = range(config.model.flow.blocks, -1, -1)  # blocks still to be undone, at each stage
+  for block in remaining[1:]:
     stages.append(undo(stages[-1], block))
   pictures = []
-  for block, stage in zip(reversed(range(blocks + 1)), stages, strict=True):
+  for blocks, stage in zip(remaining, stages, strict=True):
     # Each block turns the order of the tokens round.
-    image = np.asarray(model.to_images(stage[:, ::-1] if block % 2 else stage))
-    stretch = _stretched if block else dequantize.quantize
-    pictures.append(np.asarray(stretch(image, config.noise.kind)))
-  titles = [f'z^{block}' for block in reversed(range(blocks + 1))]
-  return figures.sample_grid(np.stack(pictures, 1), names, titles)
+    image = np.asarray(model.to_images(stage[:, ::-1] if blocks % 2 else stage))
+    picture = _stretched(image) if blocks else dequantize.quantize(image, config.noise.kind)
+    pictures.append(np.asarray(picture))
+  return figures.sample_grid(np.stack(pictures, 1), names, [f'z^{blocks}' for blocks in remaining])
 
 
 def _sweep(sampler, params, labels, names, columns, titles):
@@ -81,8 +81,7 @@ def _with_sampling(config, **changes):
   return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **changes))
 
 
-def _stretched(images, kind):
+def _stretched(images):
   """The middle 98 % of each image's values on the range of grey levels."""
-  del kind
   low, high = np.quantile(images, (0.01, 0.99), axis=(1, 2, 3), keepdims=True)
   return (np.clip((images - low) / (high - low + 1e-9), 0, 1) * 255).astype(np.uint8)

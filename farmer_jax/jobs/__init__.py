@@ -12,4 +12,7 @@ def run(config, workdir):
   host.keep_memory()  # before the first computation
   if config.model.dtype == 'float64':
     jax.config.update('jax_enable_x64', True)
+  # Products of float32 arrays in float32: accelerators would round the factors to fewer bits, and
+  # the inverse of the flow would undo something else. bfloat16 models are not affected.
+  jax.config.update('jax_default_matmul_precision', 'highest')
   importlib.import_module(f'farmer_jax.jobs.{config.job}').run(config, workdir)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from farmer_jax import config
+from farmer_jax import config, sampling
+from farmer_jax.evaluation import sweeps
 from farmer_jax.jobs import pretrain, sample
+from farmer_jax.nn import farmer
 from farmer_jax.runtime import shards
 
 CONFIG = config.Config(
@@ -244,3 +246,20 @@ def test_guidance_needs_what_it_compares_with():
   for built in (unconditional, never_dropped, tarflow):
     with pytest.raises(config.ConfigError, match='config.sampling.guidance.scale=0'):
       config.check(built)
+
+
+def test_the_path_ends_in_the_image(run, monkeypatch):
+  """The last stage is the sample itself; the stages before it are other pictures."""
+  seen = {}
+
+  def keep(images, names, titles):
+    seen.update(images=images, titles=titles)
+    return np.zeros((4, 4, 3), np.uint8)
+
+  monkeypatch.setattr(sweeps.figures, 'sample_grid', keep)
+  model = farmer.build(CONFIG)
+  params, _ = sample.load_params(CONFIG, run, model)
+  sweeps.path(model, CONFIG, params, [3, 4], ['3', '4'])
+  expected = sampling.Sampler(model, CONFIG)(params, [3, 4], [0, 1]).images
+  assert seen['titles'] == ['z^2', 'z^1', 'z^0'] and seen['images'].shape[:2] == (2, 3)
+  np.testing.assert_array_equal(seen['images'][:, -1], expected)
