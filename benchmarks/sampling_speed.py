@@ -9,49 +9,26 @@ variants of a table taking turns.
 
 import dataclasses
 import functools
-import time
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 
+from benchmarks import judge, timing
 from configs import fashion_mnist
 from farmer_jax import config as config_lib
 from farmer_jax import sampling
-from farmer_jax.jobs import sample
 from farmer_jax.nn import farmer
 from farmer_jax.runtime import host
-from farmer_jax.runtime import workdir as workdir_lib
 
 _RUN = flags.DEFINE_string('run', None, 'Workdir of a trained run.')
 _REPEATS = flags.DEFINE_integer('repeats', 7, 'Calls of each variant.')
 _BATCHES = flags.DEFINE_list('batches', ['1', '8', '64'], 'Batch sizes for --run.')
 
 
-def medians(variants):
-  """Median seconds of each of the functions in a dict; they take turns."""
-  for function in variants.values():
-    jax.block_until_ready(function())  # compiles
-  times = {name: [] for name in variants}
-  for _ in range(_REPEATS.value):
-    for name, function in variants.items():
-      start = time.perf_counter()
-      jax.block_until_ready(function())
-      times[name].append(time.perf_counter() - start)
-  return {name: float(np.median(values)) for name, values in times.items()}
-
-
-def with_sampling(config, **changes):
-  """The configuration with other settings of sampling."""
-  return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **changes))
-
-
 def trained_run(path):
   """Every way to invert, and every way to guide, at several batch sizes."""
-  workdir = workdir_lib.absolute(path)
-  config = config_lib.from_config_dict(workdir_lib.read_config(workdir))
-  model = farmer.build(config)
-  params, _ = sample.load_params(config, workdir, model)
+  config, model, params, _ = judge.load(path)
   blocks, unknown = config.model.flow.blocks, model.tokens - 1
   print('| batch | inverse | ms/image | passes over the tokens, by block | largest difference |')
   print('| --- | --- | --- | --- | --- |')
@@ -59,14 +36,16 @@ def trained_run(path):
     numbers = np.arange(batch)
     labels = numbers % max(config.data.num_classes, 1)
     z = sampling.Sampler(model, config).latents(params, labels, numbers)
-    plan = sampling.plan_inverse(model, with_sampling(config, inverse='auto'), params, z, labels)
+    plan = sampling.plan_inverse(
+      model, judge.with_sampling(config, inverse='auto'), params, z, labels
+    )
     ways = {'sequential': (1,) * blocks, 'parallel': (unknown,) * blocks}
     ways |= {f'chunks of {chunk}': (chunk,) * blocks for chunk in (4, 16)}
     ways |= {f'auto {plan["chunks"]}': tuple(plan['chunks'])}
     samplers = {name: sampling.Sampler(model, config, chunks) for name, chunks in ways.items()}
     calls = {n: functools.partial(s.images, params, z, labels) for n, s in samplers.items()}
     exact = calls['sequential']().values
-    for name, seconds in medians(calls).items():
+    for name, seconds in timing.medians(calls, _REPEATS.value).items():
       samples = calls[name]()
       passes = '–' if name == 'sequential' else ', '.join(f'{p:.1f}' for p in samples.passes.max(1))
       difference = float((abs(samples.values - exact) / (1 + abs(exact))).max())
@@ -77,9 +56,9 @@ def trained_run(path):
     calls = {}
     for method in ('none', 'component', 'resample'):
       guidance = config_lib.Guidance(method=method, scale=1.0)
-      sampler = sampling.Sampler(model, with_sampling(config, guidance=guidance))
+      sampler = sampling.Sampler(model, judge.with_sampling(config, guidance=guidance))
       calls[method] = functools.partial(sampler.latents, params, numbers % 10, numbers)
-    for name, seconds in medians(calls).items():
+    for name, seconds in timing.medians(calls, _REPEATS.value).items():
       print(f'| {batch} | {name} | {1e3 * seconds / batch:.2f} |')
 
 
@@ -119,7 +98,7 @@ def random_weights():
   large = dict(layers=3, width=256)
   built = random_model(64, 4, 3, dict(blocks=4, **large), dict(large, informative_channels=24))
   count = sum(leaf.size for leaf in jax.tree.leaves(built[2])) / 1e6
-  times = medians(calls_for(*built, batch=8))
+  times = timing.medians(calls_for(*built, batch=8), _REPEATS.value)
   print(f'64×64×3, patch 4, {count:.1f} M parameters, batch 8, s/image: ', end='')
   print(', '.join(f'{name} {seconds / 8:.3f}' for name, seconds in times.items()))
   small = dict(layers=2, width=128)
@@ -133,7 +112,7 @@ def random_weights():
     calls[name] = calls_for(*built, batch=8)['inverse']
   print('\n| tokens | blocks | inverse, ms/image | ms/(image · block · token) |')
   print('| --- | --- | --- | --- |')
-  for name, seconds in medians(calls).items():
+  for name, seconds in timing.medians(calls, _REPEATS.value).items():
     size, blocks = variants[name]
     milliseconds = 1e3 * seconds / 8
     each = milliseconds / blocks / (size // 4) ** 2

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, 28×28, class-conditional generation (annealed Gaussian noise, clean-up at the end).
+"""Fashion-MNIST, 28×28, class-conditional generation (annealed Gaussian noise, then clean-up).
 
     python -m farmer_jax.main --config=configs/fashion_mnist_samples.py --config.data.path=FOLDER
     python -m farmer_jax.main --job=sample --config=configs/from_run.py:RUN --workdir=RUN

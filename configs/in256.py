@@ -19,7 +19,7 @@ Batch size and clipping are not published; 1024 and 1.0 are this project's choic
 
 from farmer_jax import config
 
-_TRAIN_IMAGES = 1_281_167
+TRAIN_IMAGES = 1_281_167
 _EPOCHS = 320
 
 # Flow blocks, layers a block; prior layers, prior width.
@@ -63,7 +63,7 @@ def get_config(variant='1.1b-p16'):
   prior.informative_channels = 128
   prior.redundant_components = 200
   c.train.batch_size = 1024
-  c.train.steps = _EPOCHS * _TRAIN_IMAGES // c.train.batch_size
+  c.train.steps = _EPOCHS * TRAIN_IMAGES // c.train.batch_size
   c.train.log_every = 100
   c.train.validate_every = 10_000
   c.train.sample_every = 10_000

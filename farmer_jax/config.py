@@ -285,15 +285,23 @@ class Sampling:
   inverse: str = key(
     'auto',
     'how the flow is inverted: sequential (token by token), parallel (all tokens by fixed-point'
-    ' iteration), chunked (chunks of tokens, one after the other), or auto (the fastest for each'
-    ' block, measured once)',
-    choices=('auto', 'sequential', 'parallel', 'chunked'),
+    ' iteration), chunked (chunks of tokens, one after the other), auto (the fastest of these for'
+    ' each block, measured once), or student (what --job=distill has trained: one pass a block)',
+    choices=('auto', 'sequential', 'parallel', 'chunked', 'student'),
     changeable=True,
   )
   chunk: int = key(8, 'chunked: tokens in a chunk', changeable=True)
   tolerance: float = key(
     1e-5,
-    'parallel, chunked, auto: change of a token, relative to 1 + its size, that ends the iteration',
+    'parallel, chunked, auto, refined student: change of a token, relative to 1 + its size, that'
+    ' ends the iteration',
+    changeable=True,
+  )
+  refinement_rounds: int = key(
+    0,
+    "student: passes of fixed-point iteration at each block, from the student's output on; with"
+    ' many the inverse is exact, to within the tolerance',
+    least=0,
     changeable=True,
   )
   denoise: bool = key(
@@ -317,19 +325,48 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Distill:
+  """Teaching a student to undo the flow in one pass a block."""
+
+  objective: str = key(
+    'stages',
+    "stages (each block's output is held to what passes between the teacher's blocks), or hidden"
+    ' (a linear map of its hidden states is; only the last output is held to the image)',
+    choices=('stages', 'hidden'),
+  )
+  input_noise: float = key(
+    0.3,
+    "largest standard deviation, drawn anew for each image, of the noise on the student's input",
+    least=0,
+  )
+  drawn_share: float = key(
+    0.0,
+    'share of each batch that is drawn from the teacher, as config.sampling says, instead of being'
+    ' real images',
+    least=0,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """The whole configuration."""
 
   name: str = key(
     'farmer', 'name of the run; the workdir is runs/<name> unless --workdir says otherwise'
   )
-  job: str = key('pretrain', 'what to do', choices=('pretrain', 'sample'), changeable=True)
+  job: str = key(
+    'pretrain', 'what to do', choices=('pretrain', 'distill', 'sample'), changeable=True
+  )
+  teacher: str | None = key(
+    None, 'distill: workdir of the trained run whose flow is to be undone', changeable=True
+  )
   seed: int = key(0, 'seed of initialisation, data order and noise', least=0)
   data: Data = section(Data)
   noise: Noise = section(Noise)
   model: Model = section(Model)
   train: Train = section(Train)
   sampling: Sampling = section(Sampling)
+  distill: Distill = section(Distill)
 
 
 def defaults():
@@ -476,6 +513,8 @@ def check(config):
     'config.model.flow.class_conditional needs classes; config.data.num_classes is 0',
   )
   _check_sampling(config, require)
+  if config.job == 'distill':
+    _check_distill(config, require)
 
 
 def _check_sampling(config, require):
@@ -492,10 +531,32 @@ def _check_sampling(config, require):
       ' (config.data.num_classes or config.model.label_dropout is 0); set'
       ' config.sampling.guidance.scale=0',
     )
+  student = config.sampling.inverse == 'student'
+  require(
+    not student or config.teacher is not None,
+    'config.sampling.inverse=student needs a student, which this run has not; train one with'
+    ' --job=distill and sample from its workdir',
+  )
+  require(
+    not (student and config.sampling.refinement_rounds) or config.distill.objective == 'stages',
+    'config.sampling.refinement_rounds starts from the outputs of the blocks of the student, which'
+    " config.distill.objective=hidden lets differ from the teacher's; set it to 0",
+  )
   require(
     not config.sampling.denoise or config.noise.kind == 'gaussian',
     'config.sampling.denoise needs a model trained with config.noise.kind=gaussian',
   )
+
+
+def _check_distill(config, require):
+  """Requires a teacher, and a flow to learn."""
+  require(config.teacher is not None, 'name the trained run to distil: --config.teacher=RUN')
+  require(
+    config.model.flow.blocks,
+    'config.model.flow.blocks=0 leaves no flow to distil',
+  )
+  share = config.distill.drawn_share
+  require(share <= 1, f'config.distill.drawn_share={share} must not be above 1')
 
 
 def _check_ranges(config, require):

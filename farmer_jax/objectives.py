@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from farmer_jax import sampling
 from farmer_jax.ops import bits, dequantize, random
 
 
@@ -22,6 +23,14 @@ def training_images(key, images, noise, noise_std):  # uint8 [B, H, W, C]
   if not noise.curriculum_std:
     return images
   return images + noise_std * jax.random.normal(key_noise, images.shape)
+
+
+def _mirrored(key, images, data):
+  """Images of which half are mirrored, where the configuration says so."""
+  if not data.flip:
+    return images
+  mirror = jax.random.bernoulli(key, 0.5, images.shape[:1])
+  return jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images)
 
 
 def nll_terms(log_density, dims):
@@ -58,10 +67,7 @@ def nll_loss(params, batch, step, part, *, model, config, noise_std):
   def key(name):
     return random.named_key(config.seed, name, step, part)
 
-  images, labels = batch['image'], batch['label']
-  if config.data.flip:
-    mirror = jax.random.bernoulli(key('flip'), 0.5, labels.shape)
-    images = jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images)
+  images, labels = _mirrored(key('flip'), batch['image'], config.data), batch['label']
   dropped = jax.random.bernoulli(key('label_dropout'), config.model.label_dropout, labels.shape)
   labels = jnp.where(dropped, config.data.num_classes, labels)
   images = training_images(key('noise'), images, config.noise, noise_std(step))
@@ -75,3 +81,91 @@ def nll_loss(params, batch, step, part, *, model, config, noise_std):
   if config.noise.kind == 'gaussian' or config.noise.curriculum_std:
     metrics['noise_std'] = noise_std(step)
   return metrics['loss'], metrics
+
+
+def init_student(key, teacher, *, model, objective):
+  """What distillation starts from: a copy of the teacher's flow and, for the objective hidden, the
+  linear maps [T, width, d] from hidden states to tokens."""
+  params = {'student': jax.tree.map(jnp.copy, teacher['flow'])}
+  if objective == 'hidden':
+    blocks, width = model.settings.flow.blocks, model.settings.flow.width
+    d = model.channels * model.settings.patch_size**2
+    kernel = jax.random.normal(key, (blocks - 1, width, d)) / jnp.sqrt(width)
+    params['alignment'] = {'kernel': kernel, 'bias': jnp.zeros((blocks - 1, 1, 1, d))}
+  return params
+
+
+def student_errors(params, teacher, images, labels, noise, *, model, objective):
+  """How far a student is from undoing the teacher's flow.
+
+  The teacher runs forward alone, its stages z⁰ … z^T are the targets; the student's blocks run one
+  after the other from z^T to its guess of z⁰ (arXiv 2510.23588, one-step distillation). With the
+  objective hidden it is linear maps of the blocks' hidden states that are held to the stages, all
+  but the last: the student's tokens may take a way of their own (BiFlow, arXiv 2512.10953).
+
+  Args:
+    params: as `init_student` gives them.
+    teacher: the teacher's parameters.
+    images: real-valued [B, H, W, C].
+    labels: int [B].
+    noise: [B, N, d], added to the student's input, or 0.
+    model: a `Farmer`.
+    objective: `config.Distill.objective`.
+
+  Returns:
+    Mean squared errors [T, B]; the first are those of the images.
+  """
+  stages = model.apply({'params': teacher}, images, labels, method='stages')
+  last = stages[-1] + noise
+  guesses, hidden = model.apply({'params': params}, last, labels, method='guess_stages')
+  errors = ((guesses - stages[:-1]) ** 2).mean((2, 3))
+  if objective == 'hidden':
+    # Hidden states are of unit length; the one that acts on token i + 1 stands at i.
+    hidden = hidden[1:].astype(stages.dtype) * jnp.sqrt(hidden.shape[-1])
+    maps = params['alignment']
+    aligned = jnp.einsum('tbnw,twd->tbnd', hidden, maps['kernel']) + maps['bias']
+    aligned_errors = ((aligned - stages[1:-1, :, 1:]) ** 2).mean((2, 3))
+    errors = jnp.concatenate([errors[:1], aligned_errors])
+  return errors
+
+
+def distillation_loss(params, batch, step, part, teacher, *, model, config):
+  """Mean squared error of a student on a training batch: see `student_errors`.
+
+  A share `config.distill.drawn_share` of the images is drawn from the teacher, by its exact
+  inverse: sampling will meet the prior's latents, not those of real images.
+
+  Args:
+    params: as `init_student` gives them.
+    batch: image uint8 [B, H, W, C] and label int32 [B].
+    step: step of training; with `part` (of an accumulated batch) it names the randomness.
+    part: see `step`.
+    teacher: the teacher's parameters.
+    model: a `Farmer`.
+    config: the whole `config.Config`.
+
+  Returns:
+    The mean over blocks, and metrics: it and each block's error.
+  """
+
+  def key(name):
+    return random.named_key(config.seed, name, step, part)
+
+  settings, labels = config.distill, batch['label']
+  images = _mirrored(key('flip'), batch['image'], config.data)
+  images = real_valued(key('noise'), images, config.noise)
+  drawn = round(settings.drawn_share * len(images))
+  if drawn:
+    keys = jax.random.split(key('drawn'), drawn)
+    values = sampling.draw_values(teacher, labels[:drawn], keys, model=model, config=config)
+    finite = jnp.isfinite(values).all((1, 2, 3), keepdims=True)
+    values = jnp.where(finite, values, images[:drawn])
+    images = jnp.concatenate([values, images[drawn:]])
+  size = (len(images), model.tokens, images[0].size // model.tokens)
+  largest = settings.input_noise * jax.random.uniform(key('input_noise_std'), (size[0], 1, 1))
+  noise = largest * jax.random.normal(key('input_noise'), size)
+  errors = student_errors(
+    params, teacher, images, labels, noise, model=model, objective=settings.objective
+  ).mean(1)
+  loss = errors.mean()
+  return loss, {'loss': loss, **{f'loss_block_{t}': error for t, error in enumerate(errors)}}

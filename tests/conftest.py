@@ -1,7 +1,13 @@
-"""Fixtures for all tests."""
+"""Fixtures and settings for all tests."""
 
-import jax
-import pytest
+import os
+
+# Nearly all programs run once, on a few numbers: compiling takes most of the time. The environment
+# hands this on to the processes that tests start.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope='module')

@@ -46,7 +46,7 @@ def save_png(path, image):  # uint8 [H, W, 3]
 
 
 def training_curves(path, records, title):
-  """Draws training and validation loss over steps from the records of metrics.jsonl."""
+  """Draws the loss of training and validation, and its terms, from the records of metrics.jsonl."""
   # Imported late: matplotlib takes a second to load, and only the end of a run needs it.
   import matplotlib
 
@@ -64,13 +64,16 @@ def training_curves(path, records, title):
     # The first steps are far above the rest and would hide it.
     low, high = min(values), np.quantile(values, 0.9)
     left.set_ylim(low - 0.1 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)
-  left.set(xlabel='step', ylabel=name.replace('_', ' ') + ('' if name != 'loss' else ' (nats/dim)'))
+  likelihood = any('log_det' in r for r in records)
+  unit = 'nats/dim' if likelihood else 'mean squared error'
+  left.set(xlabel='step', ylabel='bits/dim' if name == 'bits_per_dim' else f'loss, {unit}')
   left.legend()
-  for term in ('nll_informative', 'nll_redundant', 'log_det'):
+  terms = {term for r in records for term in r if term.startswith('loss_block_')}
+  for term in ('nll_informative', 'nll_redundant', 'log_det') if likelihood else sorted(terms):
     points = [(r['step'], r[term]) for r in records if r['split'] == 'train' and term in r]
     if points:
       right.plot(*zip(*points, strict=True), label=term)
-  right.set(xlabel='step', ylabel='terms of the loss, nats/dim')
+  right.set(xlabel='step', ylabel=f'terms of the loss, {unit}')
   right.legend()
   figure.suptitle(title)
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def path(model, config, params, labels, names):
   def undo(z, block):
     return model.apply({'params': params}, z, labels, block, method='decode_block')[0]
 
-  stages = [z if config.model.flow.final_permutation else z[:, ::-1]]
+  stages = [model.last_stage(z)]
   remaining = range(config.model.flow.blocks, -1, -1)  # blocks still to be undone, at each stage
   for block in remaining[1:]:
     stages.append(undo(stages[-1], block))
@@ -66,6 +66,21 @@ def path(model, config, params, labels, names):
     picture = _stretched(image) if blocks else dequantize.quantize(image, config.noise.kind)
     pictures.append(np.asarray(picture))
   return figures.sample_grid(np.stack(pictures, 1), names, [f'z^{blocks}' for blocks in remaining])
+
+
+def student(model, config, params, labels, names):
+  """A row a sample: the exact inverse, the student's, and the difference (grey: none). Arguments as
+  above."""
+  labels = np.asarray(labels, np.int32)
+  exact, guessed = (
+    sampling.Sampler(model, _with_sampling(config, inverse=inverse, denoise=False))
+    for inverse in ('sequential', 'student')
+  )
+  z = exact.latents(params, labels, np.arange(len(labels)))
+  drawn = [sampler.images(params, z, labels) for sampler in (exact, guessed)]
+  difference = dequantize.quantize(drawn[1].values - drawn[0].values, config.noise.kind)
+  pictures = np.stack([drawn[0].images, drawn[1].images, difference], 1)
+  return figures.sample_grid(pictures, names, ('exact', 'student', 'diff.'))
 
 
 def _sweep(sampler, params, labels, names, columns, titles):

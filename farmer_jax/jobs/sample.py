@@ -14,8 +14,9 @@ import numpy as np
 from farmer_jax import config as config_lib
 from farmer_jax import sampling
 from farmer_jax.evaluation import figures, sweeps
+from farmer_jax.jobs import restore
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import checkpoint, console, shards
+from farmer_jax.runtime import console, shards
 from farmer_jax.runtime import workdir as workdir_lib
 
 # Settings that say how many images are wanted and what is made of them, not what image i is.
@@ -28,33 +29,21 @@ def run(config, workdir):
   class_names = workdir_lib.read_class_names(workdir)
   labels = parse_labels(config, class_names)
   model = farmer.build(config)
-  params, step = load_params(config, workdir, model)
+  params, step = restore.load_params(config, workdir, model)
   folder = workdir / 'samples' / folder_name(config.sampling, step)
   store = shards.Shards(folder)
   console.say(f'{len(store)} of {config.sampling.count} images of step {step} are in {folder}')
   plan = _inverse_plan(config, workdir, model, params, step, labels)
-  sampler = sampling.Sampler(model, config, plan['chunks'])
+  chunks = plan.get('chunks')
+  sampler = sampling.Sampler(model, config, chunks)
   seconds = _draw_missing(config, sampler, params, labels, store)
   names = [_label_name(label, class_names, config.data.num_classes) for label in labels]
   report = _report(config, store, step, plan, seconds)
   workdir_lib.write_atomically(folder / 'samples.json', json.dumps(report, indent=2) + '\n')
   _save_pictures(config, store, folder, names)
   if config.sampling.figures:
-    _save_figures(config, workdir, model, params, labels, names, plan['chunks'])
+    _save_figures(config, workdir, model, params, labels, names, chunks)
   _print_report(report, folder)
-
-
-def load_params(config, workdir, model):
-  """The parameters to sample and to evaluate with, from the newest checkpoint, and its step."""
-  checkpoints = checkpoint.Checkpoints(workdir, keep=config.train.keep_checkpoints)
-  step = checkpoints.latest_step()
-  if step is None:
-    raise config_lib.ConfigError(f'{workdir} has no checkpoint yet; train it first')
-  shapes = jax.eval_shape(functools.partial(farmer.init_params, model=model), jax.random.key(0))
-  name = 'average' if config.train.ema_decay else 'params'
-  params = checkpoints.restore_params(step, name, shapes)
-  checkpoints.close()
-  return params, step
 
 
 def parse_labels(config, class_names):
@@ -99,33 +88,47 @@ def folder_name(settings, step):
 
 
 def _inverse_plan(config, workdir, model, params, step, labels):
-  """How each flow block is inverted; measured on a batch, or as measured before for this run."""
+  """How the flow is inverted, and how close and how fast that is; measured on a batch, or as
+  measured before for this run."""
   settings = config.sampling
   if settings.inverse == 'sequential' or not config.model.flow.blocks:
     return {'chunks': [1] * config.model.flow.blocks, 'difference': 0.0}
-  mode = settings.inverse + (f' {settings.chunk}' if settings.inverse == 'chunked' else '')
+  details = {
+    'chunked': f' {settings.chunk}',
+    'student': f', {settings.refinement_rounds} rounds of refinement',
+  }
   key = (
-    f'{mode}, tolerance {settings.tolerance:g}, step {step}, batch of {settings.batch_size},'
-    f' {jax.devices()[0].device_kind}'
+    f'{settings.inverse}{details.get(settings.inverse, "")}, tolerance {settings.tolerance:g},'
+    f' step {step}, batch of {settings.batch_size}, {jax.devices()[0].device_kind}'
   )
   file = workdir / 'inverse_plan.json'
   plans = json.loads(file.read_text()) if file.exists() else {}
   if key not in plans:
-    console.say('Measuring the inverse of each flow block ...')
+    console.say('Measuring the inverse of the flow ...')
     batch = _batch_labels(labels, np.arange(settings.batch_size))
     sampler = sampling.Sampler(model, config)
     z = sampler.latents(params, batch, np.arange(settings.batch_size))
-    plans[key] = sampling.plan_inverse(model, config, params, z, batch)
+    measure = sampling.compare_student if settings.inverse == 'student' else sampling.plan_inverse
+    plans[key] = measure(model, config, params, z, batch)
     workdir_lib.write_atomically(file, json.dumps(plans, indent=2) + '\n')
-  plan = plans[key]
-  console.say(f'Tokens found together in the inverse, by block: {plan["chunks"]}')
+  _tell_plan(plans[key], settings)
+  return plans[key]
+
+
+def _tell_plan(plan, settings):
+  if settings.inverse == 'student':
+    console.say(
+      f'The student is {plan["speedup"]:.1f} times faster than the sequential inverse;'
+      f' {plan["psnr"]:.1f} dB between their images.'
+    )
+  else:
+    console.say(f'Tokens found together in the inverse, by block: {plan["chunks"]}')
   if plan['difference'] > settings.tolerance:
     console.say(
       'Images differ from those of the sequential inverse by up to'
       f' {plan["difference"]:.1e}, relative to 1 + |x|: more than'
       f' config.sampling.tolerance={settings.tolerance:g}.'
     )
-  return plan
 
 
 def _batch_labels(labels, numbers):
@@ -163,12 +166,14 @@ def _report(config, store, step, plan, seconds):
   """What samples.json says."""
   count = config.sampling.count
   broken = np.flatnonzero(~store.read('finite', count))
+  residuals = store.read('residual', count)
+  residuals = residuals[~np.isnan(residuals)]  # a student that is not refined leaves none
   return {
     'count': count,
     'checkpoint_step': step,
     'nonfinite_samples': len(broken),
     'nonfinite_numbers': broken[:100].tolist(),
-    'largest_residual': float(store.read('residual', count).max()),
+    'largest_residual': float(residuals.max()) if len(residuals) else None,
     'inverse': plan,
     'seconds_per_image': seconds,
     'sampling': dataclasses.asdict(config.sampling),
@@ -205,6 +210,8 @@ def _save_figures(config, workdir, model, params, labels, names, chunks):
     pictures['redundant'] = functools.partial(sweeps.redundant, chunks=chunks)
   if config.model.flow.blocks:
     pictures['denoising_path'] = sweeps.path
+  if config.teacher is not None:
+    pictures['student'] = sweeps.student
   for name, draw in pictures.items():
     path = workdir / 'figures' / f'{name}.png'
     figures.save_png(path, draw(model, config, params, labels, names))

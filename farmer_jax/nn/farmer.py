@@ -1,5 +1,6 @@
 """FARMER: the flow and the prior together, an exact density over images (arXiv 2510.23588)."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from farmer_jax import config
-from farmer_jax.nn import flow, prior
+from farmer_jax.nn import flow, prior, transformer
 from farmer_jax.ops import patches
 
 
@@ -63,7 +64,8 @@ class Farmer(nn.Module):
     )
     depth: dict[str, Any] = dict(remat=s.remat, unroll=s.scan_unroll)
     if f.blocks:
-      self.flow = flow.Flow(
+      both = functools.partial(
+        flow.Flow,
         blocks=f.blocks,
         layers=f.layers,
         width=f.width,
@@ -75,6 +77,9 @@ class Farmer(nn.Module):
         **shared,
         **depth,
       )
+      self.flow = both()
+      # The same shapes, weights of its own: those of a model that was distilled have them.
+      self.student = both(causal=False)
     self.prior: nn.Module
     if p.kind == 'normal':
       self.prior = prior.NormalPrior(**shared)
@@ -108,10 +113,15 @@ class Farmer(nn.Module):
 
   def encode(self, images, labels):  # [B, H, W, C], int [B]
     """Images to latents z [B, N, d], and log|det| of each block [T, B]."""
-    z = patches.patchify(images, self.settings.patch_size)
+    z = self._tokens(images)
     if not self.settings.flow.blocks:
       return z, jnp.zeros((0, z.shape[0]), z.dtype)
     return self.flow(z, labels)
+
+  def _tokens(self, images):
+    """[B, N, d], float32 at least, whatever the transformers compute in."""
+    wide = transformer.param_dtype(jnp.dtype(self.settings.dtype))
+    return patches.patchify(images.astype(wide), self.settings.patch_size)
 
   def decode(self, z, labels, chunks=None, tolerance=0.0):  # [B, N, d], int [B]
     """Latents to images, the inverse of `encode`; exact, unless `chunks` of many tokens are found
@@ -123,6 +133,24 @@ class Farmer(nn.Module):
     if self.settings.flow.blocks:
       z, report = self.flow.inverse(z, labels, chunks, tolerance)
     return self.to_images(z), report
+
+  def decode_by_student(self, z, labels, tolerance=0.0, rounds=0):  # [B, N, d], int [B]
+    """Latents to images by a student of the flow: see `flow.Flow.inverse_from_guesses`."""
+    stage = self.last_stage(z)
+    z, report = self.flow.inverse_from_guesses(self.student, stage, labels, tolerance, rounds)
+    return self.to_images(z), report
+
+  def stages(self, images, labels):  # [B, H, W, C], int [B]
+    """What passes between the flow blocks, [T + 1, B, N, d]: see `flow.Flow.stages`."""
+    return self.flow.stages(self._tokens(images), labels)
+
+  def guess_stages(self, last, labels):  # [B, N, d], int [B]
+    """The student's guesses of `stages` from the last one: see `flow.Flow.guess`."""
+    return self.student.guess(last, labels)
+
+  def last_stage(self, z):  # [B, N, d]
+    """The last of the `stages`, which the prior may see with its tokens turned round."""
+    return z if self.settings.flow.final_permutation else z[:, ::-1]
 
   def decode_block(self, z, labels, block, chunk=1, tolerance=0.0):
     """Undoes one flow block alone: see `flow.Flow.inverse_block`."""

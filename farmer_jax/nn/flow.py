@@ -35,6 +35,7 @@ class FlowBlock(nn.Module):
   mlp_ratio: float
   dtype: jnp.dtype
   max_log_scale: float = 0.0  # smooth upper bound of log σ; 0: none
+  causal: bool = True  # False: a student, which has `guess` alone
   unroll: int = 1
 
   def setup(self):
@@ -51,6 +52,7 @@ class FlowBlock(nn.Module):
       head_dim=self.head_dim,
       mlp_ratio=self.mlp_ratio,
       dtype=self.dtype,
+      causal=self.causal,
       unroll=self.unroll,
     )
     self.out_proj = transformer.Readout(
@@ -59,13 +61,29 @@ class FlowBlock(nn.Module):
 
   def __call__(self, z, condition):  # [B, N, d], [B, width] or None
     """Maps data towards latents; returns [B, N, d] in reversed token order and log|det| [B]."""
-    hidden = self.transformer(self._embed(z[:, :-1], condition, self.positions))
-    # What is read off token i - 1 acts on token i; nothing acts on the first.
-    shift, log_scale = (jnp.pad(a, ((0, 0), (1, 0), (0, 0))) for a in self._affine(hidden))
-    z, log_det = affine.affine_forward(z, shift, log_scale)
+    z, log_det = affine.affine_forward(z, *self._affine_of(z, condition)[0])
     return z[:, ::-1], log_det
 
-  def inverse(self, z, condition, chunk, tolerance):
+  def guess(self, z, condition, context=None):
+    """Undoes `__call__` in one pass over all tokens (arXiv 2510.23588, one-step distillation).
+
+    Shift and scale come from the tokens at hand instead of from those to be found: as good as the
+    weights have been trained for that. With the true result as `context` the causal block that made
+    z undoes it exactly.
+
+    Args:
+      z: [B, N, d] in reversed token order.
+      condition: [B, width] or None.
+      context: [B, N, d] in the order of the result; by default the tokens of z.
+
+    Returns:
+      [B, N, d], and the hidden states [B, N - 1, width] of which number i acts on token i + 1.
+    """
+    z = z[:, ::-1]
+    (shift, log_scale), hidden = self._affine_of(z if context is None else context, condition)
+    return affine.affine_inverse(z, shift, log_scale), hidden
+
+  def inverse(self, z, condition, chunk, tolerance, start=None, rounds=None):
     """Undoes `__call__`, `chunk` tokens at a time, with a key/value cache.
 
     The tokens of a chunk are found together by Jacobi iteration, the chunks one after the other
@@ -77,11 +95,14 @@ class FlowBlock(nn.Module):
       condition: [B, width] or None.
       chunk: tokens found together, above 0.
       tolerance: as `fixed_point.solve` takes it.
+      start: [B, N, d], where the iteration starts; by default at z.
+      rounds: as `fixed_point.solve` takes it.
 
     Returns:
       [B, N, d] and the `Convergence`.
     """
     z = z[:, ::-1]
+    start = z if start is None else start
     batch, unknown = len(z), self.tokens - 1
     chunk = min(chunk, unknown)
     chunks = -(-unknown // chunk)
@@ -93,30 +114,35 @@ class FlowBlock(nn.Module):
 
     def find_chunk(carry, inputs):
       first, cache = carry  # the token before the chunk, and the keys and values before that
-      z, embeddings, real, start = inputs
+      z, x, embeddings, real, position = inputs
 
       def update(x, cache):
         previous = jnp.concatenate([first[:, None], x[:, :-1]], axis=1)
         hidden = self._embed(previous, condition, embeddings)
-        hidden, cache = self.transformer.extend(hidden, layers, cache, start)
+        hidden, cache = self.transformer.extend(hidden, layers, cache, position)
         x = affine.affine_inverse(z, *self._affine(hidden))
         return jnp.where(real, x, 0), cache
 
-      found = fixed_point.solve(update, z, cache, tolerance)
+      found = fixed_point.solve(update, x, cache, tolerance, rounds)
       return (found.x[:, -1], found.aux), (found.x, found.residual, found.rounds)
 
     layers = self.transformer.unstacked()
     cache = self.transformer.init_cache(batch, 0) if chunks > 1 else None
     real = jnp.ones((unknown, 1), bool)  # not padding
-    inputs = (in_chunks(z[:, 1:]), in_chunks(self.positions), in_chunks(real))
-    starts = chunk * jnp.arange(chunks)
-    _, (x, residual, rounds) = transformer.scan_tokens(
-      find_chunk, z[:, 0], cache, (*inputs, starts), chunk
+    inputs = map(in_chunks, (z[:, 1:], start[:, 1:], self.positions, real))
+    _, (x, residual, done) = transformer.scan_tokens(
+      find_chunk, z[:, 0], cache, (*inputs, chunk * jnp.arange(chunks)), chunk
     )
     x = jnp.moveaxis(x, 0, 1).reshape(batch, chunks * chunk, -1)[:, :unknown]
     # A round costs a pass over a chunk; so many passes over all tokens is what they come to.
-    passes = rounds.astype(x.dtype).mean(0)
+    passes = done.astype(x.dtype).mean(0)
     return jnp.concatenate([z[:, :1], x], axis=1), Convergence(residual.max(0), passes)
+
+  def _affine_of(self, x, condition):  # [B, N, d]
+    """Shift and log-scale of all tokens, given the tokens of x; and the hidden states."""
+    hidden = self.transformer(self._embed(x[:, :-1], condition, self.positions))
+    # What is read off token i - 1 acts on token i; nothing acts on the first.
+    return [jnp.pad(a, ((0, 0), (1, 0), (0, 0))) for a in self._affine(hidden)], hidden
 
   def _embed(self, z, condition, positions):  # z [B, n, d]
     hidden = self.in_proj(z) + positions.astype(self.dtype)
@@ -146,6 +172,7 @@ class Flow(nn.Module):
   num_classes: int = 0  # above 0 the flow sees the class; class num_classes means "no class"
   final_permutation: bool = True
   max_log_scale: float = 0.0
+  causal: bool = True
   remat: str = 'none'
   unroll: int = 1
 
@@ -159,6 +186,7 @@ class Flow(nn.Module):
       mlp_ratio=self.mlp_ratio,
       dtype=self.dtype,
       max_log_scale=self.max_log_scale,
+      causal=self.causal,
       unroll=self.unroll,
     )
     stack = transformer.scan_stack(
@@ -216,8 +244,74 @@ class Flow(nn.Module):
     params = jax.tree.map(lambda a: a[block], self.stack.variables['params'])
     return self._undo(params, z, self._condition(labels), chunk, tolerance)
 
+  def stages(self, x, labels):
+    """z⁰ … z^T, [T + 1, B, N, d]: what each block takes, and at the end what the last one gives,
+    tokens in the order in which they come there."""
+    condition = self._condition(labels)
+
+    def run_block(z, params):
+      z, _ = self.one_block.apply({'params': params}, z, condition)
+      return z, z
+
+    _, stages = self._scan(run_block, x, self.stack.variables['params'])
+    return jnp.concatenate([x[None], stages])
+
+  def guess(self, z, labels):
+    """Undoes all blocks approximately, one after the other, each in one pass: `FlowBlock.guess`.
+
+    Args:
+      z: [B, N, d], the last of the `stages`.
+      labels: int [B].
+
+    Returns:
+      Guesses of the other stages [T, B, N, d], the first being the data; and the blocks' hidden
+      states [T, B, N - 1, width].
+    """
+    condition = self._condition(labels)
+
+    def undo_block(z, params):
+      z, hidden = self._guess(params, z, condition)
+      return z, (z, hidden)
+
+    return self._scan(undo_block, z, self.stack.variables['params'], reverse=True)[1]
+
+  def inverse_from_guesses(self, student, z, labels, tolerance, rounds):
+    """Maps latents to data: at each block a student's guess, improved by `rounds` passes of
+    fixed-point iteration.
+
+    Args:
+      student: a `Flow` with weights for `guess`.
+      z: [B, N, d], the last of the `stages`.
+      labels: int [B].
+      tolerance: as `fixed_point.solve` takes it.
+      rounds: see there.
+
+    Returns:
+      [B, N, d] and the `Convergence` of each block, [T, B]; without any rounds residuals are
+      unknown, nan.
+    """
+    condition, student_condition = self._condition(labels), student._condition(labels)
+
+    def undo_block(z, params):
+      own, learned = params
+      guess, _ = student._guess(learned, z, student_condition)
+      if rounds:
+        return self._undo(own, z, condition, self.tokens - 1, tolerance, guess, rounds)
+      unknown = jnp.full(len(z), jnp.nan, guess.dtype)
+      return guess, Convergence(unknown, jnp.ones_like(unknown))
+
+    params = self.stack.variables['params'], student.stack.variables['params']
+    return self._scan(undo_block, z, params, reverse=True)
+
+  def _scan(self, step, carry, inputs, reverse=False):
+    unroll = min(self.unroll, self.blocks)
+    return jax.lax.scan(step, carry, inputs, reverse=reverse, unroll=unroll)
+
   def _undo(self, params, *args):
     return self.one_block.apply({'params': params}, *args, method='inverse')
+
+  def _guess(self, params, *args):
+    return self.one_block.apply({'params': params}, *args, method='guess')
 
   def _condition(self, labels):
     return self.class_embedding(labels) if self.num_classes else None

@@ -1,4 +1,4 @@
-"""A causal pre-norm transformer that runs whole sequences, or goes on from a cache."""
+"""A pre-norm transformer, causal or not, that runs whole sequences or goes on from a cache."""
 
 import functools
 import math
@@ -119,7 +119,7 @@ def scan_stack(module, length, unroll, remat, in_axes, name):
 
 
 class TransformerLayer(nn.Module):
-  """Causal attention and an MLP, each behind a norm and around a residual.
+  """Attention and an MLP, each behind a norm and around a residual.
 
   Neither has biases: each would cost a reduction over all activations in the backward pass, and
   kernels of its own to compile.
@@ -130,6 +130,7 @@ class TransformerLayer(nn.Module):
   mlp_ratio: float
   depth: int  # layers of the whole stack; the residual branches start at 1/sqrt(2 depth)
   dtype: jnp.dtype
+  causal: bool = True  # whether a token sees none after it
 
   def setup(self):
     residual_init = nn.initializers.variance_scaling(
@@ -148,7 +149,8 @@ class TransformerLayer(nn.Module):
     return self.extend(x)[0], None
 
   def extend(self, x, cache=None, position=0):  # x [B, n, width]
-    """Runs the n tokens from `position` on: they see the tokens before them and themselves.
+    """Runs the n tokens from `position` on. They see the tokens before them and themselves, or,
+    where attention is not causal, all n.
 
     Args:
       x: hidden states.
@@ -168,8 +170,9 @@ class TransformerLayer(nn.Module):
         for old, new in zip(cache, (k, v), strict=True)
       )
     scores = jnp.einsum('bhnd,bhmd->bhnm', q, k)
-    visible = jnp.arange(k.shape[2]) <= position + jnp.arange(x.shape[1])[:, None]
-    scores = jnp.where(visible, scores, -jnp.inf)
+    if self.causal:
+      visible = jnp.arange(k.shape[2]) <= position + jnp.arange(x.shape[1])[:, None]
+      scores = jnp.where(visible, scores, -jnp.inf)
     heads = jnp.einsum('bhnm,bhmd->bhnd', self._softmax(scores), v)
     return self._finish(x, heads), None if cache is None else (k, v)
 
@@ -206,6 +209,7 @@ class Transformer(nn.Module):
   head_dim: int
   mlp_ratio: float
   dtype: jnp.dtype
+  causal: bool = True
   remat: str = 'none'
   unroll: int = 1
 
@@ -216,6 +220,7 @@ class Transformer(nn.Module):
       mlp_ratio=self.mlp_ratio,
       depth=self.layers,
       dtype=self.dtype,
+      causal=self.causal,
     )
     stack = scan_stack(TransformerLayer, self.layers, self.unroll, self.remat, (), 'layers')
     self.stack = stack(**settings)

@@ -5,6 +5,8 @@ of the result bounds the probability of the image. Gaussian noise is added to le
 2v/255 - 1, so that black and white are exactly -1 and 1.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -31,3 +33,8 @@ def quantize(x, kind):
   saturate."""
   levels = jnp.floor((x + 1) * 128) if kind == 'uniform' else jnp.round((x + 1) * 127.5)
   return jnp.clip(levels, 0, 255).astype(jnp.uint8)
+
+
+def psnr(rmse):
+  """Peak signal-to-noise ratio, dB, for a root mean square error of values in [-1, 1]."""
+  return 20 * math.log10(2 / rmse) if rmse else math.inf

@@ -17,7 +17,7 @@ class Solution:
   rounds: jax.Array  # int [B], rounds that changed the example
 
 
-def solve(update, x, aux, tolerance):  # x [B, n, d]
+def solve(update, x, aux, tolerance, rounds=None):  # x [B, n, d]
   """Jacobi iteration: x, aux ← update(x, aux), all n tokens at once, until nothing changes.
 
   Token i of the new x must depend on tokens of x before i alone. Then round k makes token k exact,
@@ -29,8 +29,10 @@ def solve(update, x, aux, tolerance):  # x [B, n, d]
     x: starting point.
     aux: arrays that rounds may leave results in; they must not matter for x.
     tolerance: largest change of an entry, relative to 1 + |x|, that counts as none.
+    rounds: most rounds; None: as many as it takes.
   """
   batch, n = x.shape[:2]
+  most = n if rounds is None else min(n, rounds)
   if n == 1:  # exact at once
     x, aux = update(x, aux)
     return Solution(x, aux, jnp.zeros(batch, x.dtype), jnp.ones(batch, jnp.int32))
@@ -41,7 +43,7 @@ def solve(update, x, aux, tolerance):  # x [B, n, d]
 
   def go_on(carry):
     solution, count = carry
-    return (count < n) & ((count == 0) | active(solution).any())
+    return (count < most) & ((count == 0) | active(solution).any())
 
   def iterate(carry):
     old, count = carry

@@ -15,9 +15,13 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(preservation_policy=preserve),
     )
 
+  def all_steps(self):
+    """The steps of all checkpoints, the newest last."""
+    return sorted(self._manager.all_steps())
+
   def latest_step(self):
     """The newest step, or None."""
-    return max(self._manager.all_steps(), default=None)
+    return max(self.all_steps(), default=None)
 
   def save(self, step, state, iterator):
     """Starts writing `state` and the position of the Grain `iterator`."""

@@ -108,19 +108,30 @@ def _refuse_foreign(workdir):
 
 def _refuse_other_config(config, workdir, saved):
   """Raises if `config` differs from `saved` in a key that decides what is computed."""
-  old = dict(_flatten(saved))
-  differences = []
-  for path, field in config_lib.leaves():
-    new = config_lib.get(config, path)
-    if path not in old:  # A key that did not exist when the run was made had its default's effect.
-      old[path] = field.default
-    if old[path] != new and not field.metadata['changeable']:
-      differences.append(f'{path} is {old[path]!r} there and {new!r} here')
-  if differences:
+  found = differences(config, saved)
+  if found:
     raise config_lib.ConfigError(
-      f'the workdir {workdir} holds a run with another configuration ({"; ".join(differences)});'
+      f'the workdir {workdir} holds a run with another configuration ({"; ".join(found)});'
       ' choose another --workdir, or the settings of that run'
     )
+
+
+def differences(config, saved, keys=('',)):
+  """Where a configuration differs from a saved one in what decides about results, in words.
+
+  Args:
+    config: a `config.Config`.
+    saved: a nested dict, as `read_config` returns it.
+    keys: beginnings of the dotted paths to look at.
+  """
+  old = dict(_flatten(saved))
+  found = []
+  for path, field in config_lib.leaves():
+    # A key that did not exist when the run was made had its default's effect.
+    was, is_now = old.get(path, field.default), config_lib.get(config, path)
+    if was != is_now and path.startswith(tuple(keys)) and not field.metadata['changeable']:
+      found.append(f'{path} is {was!r} there and {is_now!r} here')
+  return found
 
 
 def _flatten(tree, prefix=''):

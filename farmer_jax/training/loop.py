@@ -11,25 +11,31 @@ from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
 
+# LLVM's later optimisations of XLA's CPU kernels take longer than they ever save.
+_COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
+  'cpu': {'xla_backend_optimization_level': '1'}
+}
 
-def train(config, workdir, *, init_params, loss_fn, iterator, validate, draw):
+
+def train(config, workdir, *, init_params, loss_fn, iterator, validate, draw, constants=None):
   """Trains until `config.train.steps`, going on from the newest checkpoint in `workdir` if any.
 
   Args:
     config: the whole `config.Config`.
     workdir: a prepared workdir.
-    init_params: init_params(key) -> parameters.
+    init_params: init_params(key, **constants) -> parameters.
     loss_fn: as `step.make_train_step` wants it.
     iterator: checkpointable iterator over training batches.
     validate: validate(params) -> dict of floats.
     draw: draw(params, step) -> uint8 picture [H, W, 3], which it has also saved.
+    constants: arrays that training leaves as they are and `loss_fn` takes by name, a dict.
 
   Returns:
     The final `TrainState` and the last validation metrics.
   """
-  settings = config.train
+  settings, constants = config.train, constants or {}
   optimizer = optimizer_lib.create(settings)
-  state = _initial_state(config, init_params, optimizer)
+  state = _initial_state(config, init_params, optimizer, constants)
   checkpoints = checkpoint.Checkpoints(workdir, keep=settings.keep_checkpoints)
   first_step = checkpoints.latest_step() or 0
   if first_step:
@@ -38,7 +44,8 @@ def train(config, workdir, *, init_params, loss_fn, iterator, validate, draw):
   else:
     print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
   writer = metrics.MetricWriter(workdir, first_step)
-  compiled = _compile(step_lib.make_train_step(loss_fn, optimizer, settings), state, iterator)
+  step_fn = step_lib.make_train_step(loss_fn, optimizer, settings)
+  compiled = _compile(step_fn, state, iterator, constants)
   meter = Meter(config, first_step)
   learning_rate = optimizer_lib.learning_rate_schedule(settings)
   valid = {}
@@ -61,7 +68,7 @@ def train(config, workdir, *, init_params, loss_fn, iterator, validate, draw):
   for step in range(first_step + 1, settings.steps + 1):
     with meter.input():
       batch = next(iterator)
-    state, values = compiled(state, batch)
+    state, values = compiled(state, batch, constants)
     meter.advance(step, values)
     if step % settings.log_every == 0 or step == settings.steps:
       values = jax.device_get(values)
@@ -80,22 +87,24 @@ def _due(step, steps, every):
   return every and (step % every == 0 or step == steps)
 
 
-def _initial_state(config, init_params, optimizer):
+def _initial_state(config, init_params, optimizer, constants):
   @jax.jit
-  def init(key):
-    return state_lib.create(init_params(key), optimizer, config.train.ema_decay)
+  def init(key, constants):
+    return state_lib.create(init_params(key, **constants), optimizer, config.train.ema_decay)
 
-  return init(jax.random.key(config.seed))
+  return init(jax.random.key(config.seed), constants)
 
 
-def _compile(step_fn, state, iterator):
+def _compile(step_fn, state, iterator, constants):
   """Compiles the step ahead of the first batch, so that its time is known and said."""
   console.say('Compiling the training step ...')
   start = time.monotonic()
   place = iterator.get_state()
   batch = next(iterator)
   iterator.set_state(place)
-  compiled = jax.jit(step_fn, donate_argnums=0).lower(state, batch).compile()
+  lowered = jax.jit(step_fn, donate_argnums=0).lower(state, batch, constants)
+  options = _COMPILER_OPTIONS.get(jax.default_backend())
+  compiled = lowered.compile(compiler_options=options)
   console.say(f'... took {time.monotonic() - start:.1f} s.')
   return compiled
 

@@ -1,22 +1,25 @@
 """One optimizer step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 
 
 def make_train_step(loss_fn, optimizer, train):
-  """Builds step(state, batch) -> (state, metrics).
+  """Builds step(state, batch, constants=None) -> (state, metrics).
 
   Args:
-    loss_fn: loss_fn(params, batch, step, part) -> (scalar loss, dict of scalar metrics); `step` and
-      `part` (which part of an accumulated batch this is) name the randomness of the call.
+    loss_fn: loss_fn(params, batch, step, part, **constants) -> (scalar loss, dict of scalar
+      metrics); `step` and `part` (which part of an accumulated batch this is) name the randomness
+      of the call.
     optimizer: an optax transformation.
     train: `config.Train`.
   """
-  gradients = jax.value_and_grad(loss_fn, has_aux=True)
 
-  def step_fn(state, batch):
+  def step_fn(state, batch, constants=None):
+    gradients = jax.value_and_grad(functools.partial(loss_fn, **(constants or {})), has_aux=True)
     (_, metrics), grads = _accumulated(gradients, state, batch, train.accumulate)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from farmer_jax import config, sampling
 from farmer_jax.evaluation import sweeps
-from farmer_jax.jobs import pretrain, sample
+from farmer_jax.jobs import pretrain, restore, sample
 from farmer_jax.nn import farmer
 from farmer_jax.runtime import shards
 
@@ -258,7 +258,7 @@ def test_the_path_ends_in_the_image(run, monkeypatch):
 
   monkeypatch.setattr(sweeps.figures, 'sample_grid', keep)
   model = farmer.build(CONFIG)
-  params, _ = sample.load_params(CONFIG, run, model)
+  params, _ = restore.load_params(CONFIG, run, model)
   sweeps.path(model, CONFIG, params, [3, 4], ['3', '4'])
   expected = sampling.Sampler(model, CONFIG)(params, [3, 4], [0, 1]).images
   assert seen['titles'] == ['z^2', 'z^1', 'z^0'] and seen['images'].shape[:2] == (2, 3)

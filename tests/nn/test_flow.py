@@ -3,6 +3,7 @@
 import functools
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +104,60 @@ def test_one_block_undone_alone_is_a_link_of_the_chain(flow):
   np.testing.assert_allclose(z, flow.x, atol=1e-10)
 
 
+def test_stages_are_the_links_of_the_chain(flow):
+  module, run = flow.module, functools.partial(flow.module.apply, {'params': flow.params})
+  stages = jax.jit(functools.partial(run, method='stages'))(flow.x, LABELS)
+  assert stages.shape == (module.blocks + 1, *flow.x.shape)
+  np.testing.assert_array_equal(stages[0], flow.x)
+  last = flow.z if module.final_permutation else flow.z[:, ::-1]
+  np.testing.assert_allclose(stages[-1], last, atol=1e-12)
+  undo = jax.jit(functools.partial(run, method='inverse_block'))
+  for t in range(module.blocks):
+    np.testing.assert_allclose(undo(stages[t + 1], LABELS, t)[0], stages[t], atol=1e-10)
+
+
+def test_a_student_guesses_block_by_block(flow):
+  """What a student makes of the last stage, written out; and improved until it is exact."""
+  module = flow.module.clone(causal=False)
+  params = tiny.filled_parameters(module, flow.x, LABELS, seed=1)
+  last = flow.z if module.final_permutation else flow.z[:, ::-1]
+  run = functools.partial(module.apply, {'params': params}, method='guess')
+  guesses, hidden = jax.jit(run)(last, LABELS)
+  assert hidden.shape == (module.blocks, 3, N - 1, module.width)
+  block = tiny.make_block(
+    tokens=N,
+    channels=D,
+    layers=module.layers,
+    max_log_scale=module.max_log_scale,
+    causal=False,
+  )
+  condition, z = None, last
+  if module.num_classes:
+    condition = params['class_embedding']['embedding'][LABELS]
+  for t in reversed(range(module.blocks)):
+    part = jax.tree.map(lambda p, t=t: p[t], params['stack'])
+    z, h = block.apply({'params': part}, z, condition, method='guess')
+    np.testing.assert_allclose(guesses[t], z, atol=1e-12)
+    np.testing.assert_allclose(hidden[t], h, atol=1e-12)
+  assert abs(guesses[0] - flow.x).max() > 0.1
+
+  @functools.partial(jax.jit, static_argnums=(0,))
+  def improved(rounds):
+    def run(teacher):
+      student = module.bind({'params': params})
+      return teacher.inverse_from_guesses(student, last, LABELS, 0.0, rounds)
+
+    return nn.apply(run, flow.module)({'params': flow.params})
+
+  x, report = improved(0)
+  np.testing.assert_allclose(x, guesses[0], atol=1e-12)
+  assert np.isnan(report.residual).all() and (report.passes == 1).all()
+  x, report = improved(N)
+  np.testing.assert_allclose(x, flow.x, atol=1e-10)
+  assert (report.residual == 0).all()
+  assert abs(improved(1)[0] - flow.x).max() > 1e-6
+
+
 def test_log_det_is_that_of_the_jacobian(flow):
   expected = log_abs_det(flow.jacobian)
   assert abs(expected).min() > 0.01
@@ -186,6 +241,31 @@ def test_block_is_causal_and_leaves_the_first_token_alone(block):
   # The last token scales nothing.
   assert (block['log_det_gradient'][:, -1] == 0).all()
   assert (abs(block['log_det_gradient'][:, :-1]) > 1e-6).all()
+
+
+def test_true_context_makes_a_guess_exact():
+  """What a student has to learn: the teacher's affine step, with the true tokens in sight, undoes
+  the teacher's block."""
+  x = tiny.normals(3, N, D)
+  block = tiny.make_block(tokens=N, channels=D, layers=2)
+  params = tiny.filled_parameters(block, x, None)
+  z, _ = block.apply({'params': params}, x, None)
+  guess = functools.partial(block.apply, {'params': params}, z, None, method='guess')
+  np.testing.assert_allclose(guess(x)[0], x, atol=1e-12)
+  assert abs(guess()[0] - x).max() > 0.1
+
+
+def test_a_student_sees_all_tokens():
+  """All but the one at the end, which no token of the result needs."""
+  x = tiny.normals(1, N, D)
+  block = tiny.make_block(tokens=N, channels=D, causal=False)
+  params = tiny.filled_parameters(block, x, None)
+  jacobian = jax.jacfwd(lambda z: block.apply({'params': params}, z, None, method='guess')[0])(x)
+  depends = (abs(jacobian[0, :, :, 0]) > 1e-6).any((1, 3))[:, ::-1]  # [result, token in its order]
+  expected = np.ones((N, N), bool)
+  expected[0] = np.arange(N) == 0
+  expected[:, -1] = np.arange(N) == N - 1
+  np.testing.assert_array_equal(depends, expected)
 
 
 def test_block_normalises_by_the_scale_in_its_log_det(block):

@@ -25,11 +25,12 @@ def system(x64):
   return jnp.asarray(lower), jnp.asarray(constant), exact
 
 
-def solve(lower, constant, tolerance):
+def solve(lower, constant, tolerance, start=None, rounds=None):
   def update(x, count):
     return lower @ x + constant, count + 1
 
-  return jax.jit(lambda: fixed_point.solve(update, constant, 0, tolerance))()
+  start = constant if start is None else start
+  return jax.jit(lambda: fixed_point.solve(update, start, 0, tolerance, rounds))()
 
 
 def test_as_many_rounds_as_tokens_are_exact(system):
@@ -56,6 +57,25 @@ def test_stops_early_within_the_tolerance(system):
       assert change <= 1e-6
       np.testing.assert_allclose(found.residual[example], change, rtol=1e-6)
   assert int(found.aux) == rounds.max()
+
+
+def test_a_better_start_needs_fewer_rounds(system):
+  lower, constant, exact = system
+  near = exact + 1e-4 * np.random.default_rng(1).normal(size=exact.shape)
+  close, far = (solve(lower, constant, 1e-6, start) for start in (jnp.asarray(near), constant))
+  np.testing.assert_allclose(close.x, exact, atol=1e-5)
+  assert (np.asarray(close.rounds[:2]) < np.asarray(far.rounds[:2])).all()
+  assert (solve(lower, constant, 1e-6, jnp.asarray(exact)).rounds == 1).all()
+
+
+@pytest.mark.parametrize('rounds', [1, 3])
+def test_stops_after_the_allowed_rounds(system, rounds):
+  lower, constant, _ = system
+  found, x = solve(lower, constant, 0.0, rounds=rounds), constant
+  for _ in range(rounds):
+    x = lower @ x + constant
+  np.testing.assert_allclose(found.x, x, atol=1e-13)
+  assert (found.rounds == rounds).all() and (found.residual > 0).all()
 
 
 def test_an_example_does_not_depend_on_its_neighbours(system):

@@ -1,0 +1,64 @@
+"""What the programs that judge samples have in common."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from farmer_jax import config as config_lib
+from farmer_jax.data import sources
+from farmer_jax.evaluation import classifier
+from farmer_jax.jobs import restore
+from farmer_jax.nn import farmer
+from farmer_jax.ops import frechet
+from farmer_jax.runtime import workdir as workdir_lib
+
+
+def load(path):
+  """Configuration, model, parameters and folder of a trained run."""
+  workdir = workdir_lib.absolute(path)
+  config = config_lib.from_config_dict(workdir_lib.read_config(workdir))
+  model = farmer.build(config)
+  params, _ = restore.load_params(config, workdir, model)
+  return config, model, params, workdir
+
+
+def with_sampling(config, **changes):
+  """The configuration with other settings of sampling."""
+  return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **changes))
+
+
+class Judge:
+  """A classifier of a run's real images, and the Fréchet distance in its features."""
+
+  def __init__(self, config, workdir):
+    train, valid = (sources.load(config.data, split) for split in ('train', 'valid'))
+    self.images = valid.gather(np.arange(len(valid)))
+    self._classifier = classifier.load_or_train(config.data, train, workdir / 'fidelity')
+    features, classes = self._classifier(self.images['image'])
+    self._reference = _gaussian(features)
+    self.accuracy = (classes == self.images['label']).mean()
+    same = train.gather(np.arange(len(valid)))
+    self.floor = self(same['image'], same['label'])[1]
+
+  def __call__(self, images, labels):  # uint8 [n, H, W, C], int [n]
+    """How often the classifier sees the class, and the distance to the held-out images."""
+    features, classes = self._classifier(images)
+    distance = frechet.frechet_distance(*_gaussian(features), *self._reference)
+    return (classes == labels).mean(), distance
+
+
+def draw(sampler, params, labels, batch):
+  """Images 0, 1, … of the classes `labels`, uint8, and how many are not finite."""
+  images, broken = [], 0
+  for start in range(0, len(labels), batch):
+    numbers = np.arange(start, min(start + batch, len(labels)))
+    samples = jax.device_get(sampler(params, labels[numbers], numbers))
+    images.append(samples.images)
+    broken += int((~samples.finite).sum())
+  return np.concatenate(images), broken
+
+
+def _gaussian(features):
+  moments = frechet.Moments.of(features)
+  return moments.mean, moments.covariance

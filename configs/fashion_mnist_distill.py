@@ -1,0 +1,24 @@
+"""Distils the sampler of Fashion-MNIST: one pass a block instead of one a token.
+
+    python -m farmer_jax.main --config=configs/fashion_mnist_distill.py --config.teacher=RUN \\
+      --config.data.path=FOLDER
+    python -m farmer_jax.main --job=sample --config=configs/from_run.py:STUDENT --workdir=STUDENT
+
+RUN was trained with configs/fashion_mnist_samples.py; STUDENT is the workdir of the first command.
+"""
+
+from configs import fashion_mnist_samples
+
+
+def get_config():
+  """The configuration."""
+  c = fashion_mnist_samples.get_config()
+  c.name = 'fashion_mnist_distill'
+  c.job = 'distill'
+  c.train.steps = 1500
+  c.train.validate_every = 500
+  c.train.sample_every = 500
+  c.train.checkpoint_every = 500
+  c.train.optimizer.learning_rate = 1e-3
+  c.sampling.inverse = 'student'
+  return c

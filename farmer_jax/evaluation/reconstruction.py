@@ -1,0 +1,57 @@
+"""How well a student reconstructs held-out images from their latents."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from farmer_jax import objectives
+from farmer_jax.ops import dequantize, random
+
+
+class ReconstructionEvaluator:
+  """Errors of a student on a split, without noise on its input.
+
+  Images are as the teacher is evaluated on them; their noise depends on (seed, batch number) alone.
+  """
+
+  def __init__(self, model, config, teacher):
+    self._teacher = teacher
+    self._sums = jax.jit(functools.partial(_masked_sums, model=model, config=config))
+
+  def __call__(self, params, batches):
+    """Evaluates `params` on (image, label, mask) batches; returns a dict of floats.
+
+    `loss` is what training minimises, the mean over blocks of `loss_block_t`; `rmse` is the root
+    mean square error of the images, in [-1, 1], and `psnr` the same in dB.
+    """
+    sums, count = [], 0.0
+    for index, batch in enumerate(batches):
+      sums.append(np.asarray(self._sums(params, self._teacher, batch, index), np.float64))
+      count += float(batch['mask'].sum())
+    errors = np.sum(sums, axis=0) / count
+    rmse = math.sqrt(errors[0])
+    return {
+      'loss': float(errors.mean()),
+      **{f'loss_block_{t}': float(error) for t, error in enumerate(errors)},
+      'rmse': rmse,
+      'psnr': dequantize.psnr(rmse),
+    }
+
+
+def _masked_sums(params, teacher, batch, index, *, model, config):
+  """Sums over the real examples of a batch of the errors of each block, [T]."""
+  key = random.named_key(config.seed, 'reconstruction', index)
+  images = objectives.real_valued(key, batch['image'], config.noise)
+  errors = objectives.student_errors(
+    params,
+    teacher,
+    images,
+    batch['label'],
+    0.0,
+    model=model,
+    objective=config.distill.objective,
+  )
+  return jnp.where(batch['mask'].astype(bool), errors, 0).sum(1)

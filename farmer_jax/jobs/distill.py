@@ -1,0 +1,69 @@
+"""`--job=distill`: teaches a student to undo the flow of a trained run in one pass a block."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from farmer_jax import objectives, sampling
+from farmer_jax.evaluation import figures, reconstruction, sweeps
+from farmer_jax.jobs import restore, training
+from farmer_jax.nn import farmer
+from farmer_jax.runtime import workdir as workdir_lib
+
+
+def run(config, workdir):
+  """Distils, validates, draws samples by the student; prints how close and how fast it is."""
+  config = dataclasses.replace(
+    config,
+    teacher=str(workdir_lib.absolute(config.teacher)),
+    sampling=dataclasses.replace(config.sampling, inverse='student'),
+  )
+  data = training.load_data(config)
+  model = farmer.build(config)
+  teacher, record = restore.load_teacher(config, workdir, model)
+  workdir = training.claim(config, workdir, data)
+  restore.keep_teacher(workdir, record)
+  settings = config.distill
+
+  def complete(params):
+    return teacher | {'student': params['student']}
+
+  state, valid, examples = training.train(
+    config,
+    workdir,
+    data,
+    model=model,
+    evaluator=reconstruction.ReconstructionEvaluator(model, config, teacher),
+    complete=complete,
+    init_params=functools.partial(
+      objectives.init_student, model=model, objective=settings.objective
+    ),
+    loss_fn=functools.partial(objectives.distillation_loss, model=model, config=config),
+    constants={'teacher': teacher},
+  )
+  params = complete(state.best_params)
+  _report(config, workdir, model, params, valid, examples, data.train.class_names)
+
+
+def _report(config, workdir, model, params, valid, examples, class_names):
+  """The closing lines, and a picture of what the student makes of drawn latents."""
+  if valid:
+    print(
+      f'Held-out reconstruction ({examples} images): {valid["psnr"]:.2f} dB, root mean square error'
+      f' {valid["rmse"]:.4f} (pixels in [-1, 1])'
+    )
+  labels = sampling.grid_labels(config)
+  batch = np.resize(labels[:, 0], config.sampling.batch_size)
+  z = sampling.Sampler(model, config).latents(params, batch, np.arange(len(batch)))
+  found = sampling.compare_student(model, config, params, jax.block_until_ready(z), batch)
+  print(
+    f'Samples against the exact inverse: {found["psnr"]:.2f} dB; {found["ms_per_image"]:.2f} ms an'
+    f' image in place of {found["sequential_ms_per_image"]:.2f} ({found["speedup"]:.1f} times'
+    f' faster), in batches of {len(batch)}'
+  )
+  names = [class_names[label] for label in labels[:, 0]] if class_names else ()
+  path = workdir / 'figures' / 'student.png'
+  figures.save_png(path, sweeps.student(model, config, params, labels[:, 0], names))
+  print(f'Exact, student, difference: {path}')

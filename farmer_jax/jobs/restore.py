@@ -1,0 +1,101 @@
+"""Parameters from the checkpoints of runs."""
+
+import functools
+import json
+
+import jax
+
+from farmer_jax import config as config_lib
+from farmer_jax.nn import farmer
+from farmer_jax.runtime import checkpoint
+from farmer_jax.runtime import workdir as workdir_lib
+
+_TEACHER_FILE = 'teacher.json'
+
+# What a student shares with its teacher.
+_SHARED = (
+  'model.patch_size',
+  'model.label_dropout',
+  'model.flow.',
+  'model.prior.',
+  'noise.kind',
+  'noise.std_end',
+  'data.image_size',
+  'data.channels',
+  'data.num_classes',
+)
+
+
+def load_params(config, workdir, model):
+  """The parameters to sample and to evaluate with, from the newest checkpoint, and its step.
+
+  Those of a student's run are the teacher's, and the student's as `student`.
+  """
+  if config.teacher is None:
+    shapes = _shapes(model)
+    return _read(config, workdir, shapes)
+  teacher, _ = load_teacher(config, workdir, model)
+  shapes = {'student': _shapes(model)['flow']}
+  student, step = _read(config, workdir, shapes)
+  return teacher | student, step
+
+
+def load_teacher(config, workdir, model):
+  """The parameters that a student's run in `workdir`, begun or not, learns from.
+
+  Returns:
+    The parameters, and what `keep_teacher` should write down: the teacher's checkpoint step and
+    configuration.
+
+  Raises:
+    ConfigError: there is no teacher, or it is not (or no longer) the one of this run.
+  """
+  file, run = workdir_lib.absolute(workdir) / _TEACHER_FILE, workdir_lib.absolute(config.teacher)
+  try:
+    saved = workdir_lib.read_config(run)
+  except config_lib.ConfigError as error:
+    raise config_lib.ConfigError(f"{error}; name the teacher's run: --config.teacher=RUN") from None
+  found = workdir_lib.differences(config, saved, _SHARED)
+  if found:
+    raise config_lib.ConfigError(
+      f'the teacher {run} is another model ({"; ".join(found)}); give both the same settings'
+    )
+  teacher = config_lib.from_config_dict(saved)
+  known = json.loads(file.read_text()) if file.exists() else None
+  if known:
+    found = workdir_lib.differences(teacher, known['config'])
+    if found:
+      raise config_lib.ConfigError(
+        f'the teacher {run} is not the run that this student learned from ({"; ".join(found)});'
+        ' name that one: --config.teacher=RUN'
+      )
+  params, step = _read(teacher, run, _shapes(model), known and known['step'])
+  return params, {'step': step, 'config': saved}
+
+
+def keep_teacher(workdir, teacher):
+  """Writes down which teacher a student has."""
+  text = json.dumps(teacher, indent=2) + '\n'
+  workdir_lib.write_atomically(workdir / _TEACHER_FILE, text)
+
+
+def _shapes(model):
+  return jax.eval_shape(functools.partial(farmer.init_params, model=model), jax.random.key(0))
+
+
+def _read(config, workdir, shapes, step=None):
+  """Parameters of the newest checkpoint, or of that of `step`; and the step."""
+  checkpoints = checkpoint.Checkpoints(workdir, keep=config.train.keep_checkpoints)
+  steps = checkpoints.all_steps()
+  if not steps:
+    raise config_lib.ConfigError(f'{workdir} has no checkpoint yet; train it first')
+  step = steps[-1] if step is None else step
+  if step not in steps:
+    raise config_lib.ConfigError(
+      f'{workdir} no longer has the checkpoint of step {step}, from which a student learned (it has'
+      f' {", ".join(map(str, steps))}); raise its config.train.keep_checkpoints next time'
+    )
+  name = 'average' if config.train.ema_decay else 'params'
+  params = checkpoints.restore_params(step, name, shapes)
+  checkpoints.close()
+  return params, step

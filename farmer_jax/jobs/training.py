@@ -1,0 +1,101 @@
+"""What the jobs that train have in common."""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from farmer_jax import sampling
+from farmer_jax.data import base, pipeline, sources
+from farmer_jax.evaluation import figures
+from farmer_jax.runtime import console, metrics
+from farmer_jax.runtime import workdir as workdir_lib
+from farmer_jax.training import loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Both splits of the configured images."""
+
+  train: base.Source
+  valid: base.Source
+
+
+def load_data(config):
+  """The `Data`; mistakes in their configuration show before a workdir is claimed."""
+  return Data(*(sources.load(config.data, split) for split in ('train', 'valid')))
+
+
+def claim(config, workdir, data):
+  """The workdir, ready for this run."""
+  workdir = workdir_lib.prepare(config, workdir)
+  workdir_lib.write_class_names(workdir, data.train.class_names)
+  console.say(f'{len(data.train)} training and {len(data.valid)} validation images.')
+  return workdir
+
+
+def train(config, workdir, data, *, model, evaluator, complete=lambda params: params, **objective):
+  """Trains, validates, draws sample grids and, at the end, the curves; prints where they lie.
+
+  Args:
+    config: `config.Config`.
+    workdir: a claimed workdir.
+    data: `Data`.
+    model: a `farmer.Farmer`.
+    evaluator: evaluator(params, batches) -> validation metrics.
+    complete: makes the model's parameters, to sample with, of those that are trained.
+    **objective: init_params, loss_fn, constants, as `loop.train` takes them.
+
+  Returns:
+    The final `TrainState`, the last validation metrics, and the number of images these are of.
+  """
+  start, settings = time.monotonic(), config.train
+  sampler = sampling.Sampler(model, config)
+
+  def validate(params):
+    batches = pipeline.valid_batches(
+      data.valid,
+      settings.valid_batch_size,
+      settings.valid_examples,
+      threads=config.data.threads,
+    )
+    return evaluator(params, batches)
+
+  def draw(params, step):
+    path = _grid_path(workdir, step)
+    return _draw_grid(sampler, complete(params), config, data.train.class_names, path)
+
+  state, valid = loop.train(
+    config,
+    workdir,
+    iterator=pipeline.train_iterator(data.train, config.data, settings.batch_size, config.seed),
+    validate=validate,
+    draw=draw,
+    **objective,
+  )
+  curves = workdir / 'figures' / 'curves.png'
+  figures.training_curves(curves, metrics.read(workdir), config.name)
+  print(f'Finished after {(time.monotonic() - start) / 60:.1f} minutes.')
+  if settings.sample_every:
+    print(f'Samples: {_grid_path(workdir, settings.steps)}')
+  print(f'Curves:  {curves}')
+  return state, valid, min(len(data.valid), settings.valid_examples or len(data.valid))
+
+
+def _grid_path(workdir, step):
+  return workdir / 'samples' / f'{step}.png'
+
+
+def _draw_grid(sampler, params, config, class_names, path):
+  """Draws a sample grid, a row a class, saves it at `path` and returns it."""
+  labels = sampling.grid_labels(config)
+  samples = jax.device_get(sampler(params, labels.reshape(-1), np.arange(labels.size)))
+  if not samples.finite.all():
+    console.say(f'{(~samples.finite).sum()} of {labels.size} samples are not finite.')
+  names = [class_names[row[0]] for row in labels] if class_names else ()
+  grid = figures.sample_grid(
+    samples.images.reshape(*labels.shape, *samples.images.shape[1:]), names
+  )
+  figures.save_png(path, grid)
+  return grid

@@ -1,0 +1,221 @@
+"""Distillation of a real, tiny run: the student learns, is found again, and knows its teacher."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from farmer_jax import config, sampling
+from farmer_jax.jobs import distill, pretrain, restore, sample
+from farmer_jax.nn import farmer
+from farmer_jax.runtime import workdir as workdir_lib
+
+TEACHER = config.Config(
+  name='teacher',
+  data=config.Data(source='digits', image_size=8),
+  noise=config.Noise(kind='gaussian', std_start=0.3, std_end=0.1),
+  model=config.Model(
+    patch_size=2,
+    flow=config.Flow(blocks=2, layers=1, width=32, head_dim=16),
+    prior=config.Prior(layers=1, width=16, head_dim=8, condition_copies=2, components=3),
+  ),
+  train=config.Train(
+    steps=60,
+    batch_size=32,
+    validate_every=0,
+    sample_every=0,
+    checkpoint_every=60,
+    optimizer=config.Optimizer(learning_rate=1e-2, warmup_steps=10),
+  ),
+  sampling=config.Sampling(count=20, batch_size=8, denoise=True),
+)
+
+
+def student_config(teacher, **train):
+  changes = dict(steps=300, validate_every=300, sample_every=300, checkpoint_every=100) | train
+  return dataclasses.replace(
+    TEACHER,
+    job='distill',
+    teacher=str(teacher),
+    train=dataclasses.replace(TEACHER.train, **changes),
+    distill=config.Distill(input_noise=0.05),
+  )
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """A teacher's run and its student's."""
+  folder = tmp_path_factory.mktemp('runs')
+  pretrain.run(TEACHER, folder / 'teacher')
+  distill.run(student_config(folder / 'teacher'), folder / 'student')
+  return folder
+
+
+@pytest.fixture
+def student(runs, tmp_path):
+  """A copy of the student's run, with a teacher of its own."""
+  shutil.copytree(runs, tmp_path / 'runs')
+  folder = tmp_path / 'runs' / 'student'
+  settings = json.loads((folder / 'config.json').read_text())
+  settings['teacher'] = str(tmp_path / 'runs' / 'teacher')
+  (folder / 'config.json').write_text(json.dumps(settings))
+  return folder
+
+
+def configured(workdir, **changes):
+  """The configuration of a run for the sampling job."""
+  found = config.from_config_dict(workdir_lib.read_config(workdir))
+  settings = dataclasses.replace(found.sampling, **changes)
+  return dataclasses.replace(found, job='sample', sampling=settings)
+
+
+def images(folder):
+  (file,) = folder.glob('*.npz')
+  return np.load(file)['arr_0'].astype(int)
+
+
+def test_error_falls_by_a_factor_of_ten(runs, tmp_path):
+  records = [json.loads(line) for line in (runs / 'student' / 'metrics.jsonl').open()]
+  final = records[-1]
+  assert final['split'] == 'valid' and final['step'] == 300
+  # The copy of the teacher that the student was at first, evaluated in the same way.
+  still = student_config(runs / 'teacher', steps=1, validate_every=1, sample_every=0)
+  slow = dataclasses.replace(still.train.optimizer, learning_rate=1e-12, final_learning_rate=1e-12)
+  still = dataclasses.replace(still, train=dataclasses.replace(still.train, optimizer=slow))
+  distill.run(still, tmp_path / 'still')
+  first = [json.loads(line) for line in (tmp_path / 'still' / 'metrics.jsonl').open()][-1]
+  assert first['rmse'] > 0.05
+  assert final['loss'] < first['loss'] / 10
+  assert final['rmse'] ** 2 < first['rmse'] ** 2 / 10
+  assert final['psnr'] == pytest.approx(20 * np.log10(2 / final['rmse']))
+
+
+def test_leaves_pictures_and_names_its_teacher(runs):
+  folder = runs / 'student'
+  assert json.loads((folder / 'config.json').read_text())['teacher'] == str(runs / 'teacher')
+  assert json.loads((folder / 'teacher.json').read_text())['step'] == 60
+  for name in ('samples/300.png', 'figures/student.png', 'figures/curves.png'):
+    assert Image.open(folder / name).size[0] > 100
+
+
+def test_samples_by_the_student_are_near_the_exact_ones(student, capsys):
+  for inverse, rounds in (('sequential', 0), ('student', 0), ('student', 20)):
+    sample.run(configured(student, inverse=inverse, refinement_rounds=rounds), student)
+  captured = capsys.readouterr()
+  assert 'times faster than the sequential inverse' in captured.err
+  folder = student / 'samples'
+  exact = images(folder / '300-inverse=sequential-denoise=True')
+  near = images(folder / '300-inverse=student-denoise=True')
+  refined = images(folder / '300-inverse=student-refinement_rounds=20-denoise=True')
+  assert 0 < abs(near - exact).mean() < 10
+  assert abs(refined - exact).max() <= 1
+  report = json.loads((folder / '300-inverse=student-denoise=True' / 'samples.json').read_text())
+  assert report['largest_residual'] is None and report['inverse']['speedup'] > 0
+  assert report['inverse']['difference'] > 1e-4
+  # And the teacher draws the same exact images.
+  teacher = student.parent / 'teacher'
+  sample.run(configured(teacher, inverse='sequential'), teacher)
+  np.testing.assert_array_equal(
+    images(teacher / 'samples' / '60-inverse=sequential-denoise=True'), exact
+  )
+
+
+def test_refined_samples_tell_their_residual(student):
+  settings = configured(student, inverse='student', refinement_rounds=1)
+  model = farmer.build(settings)
+  params, _ = restore.load_params(settings, student, model)
+  labels = np.arange(4)
+  sampler = sampling.Sampler(model, settings)
+  found = sampler(params, labels, labels)
+  assert (found.residual > settings.sampling.tolerance).all() and (found.passes == 1).all()
+
+
+def test_hidden_alignment_and_drawn_latents_train_and_sample(runs, tmp_path):
+  settings = dataclasses.replace(
+    student_config(runs / 'teacher', steps=3, validate_every=3, sample_every=0),
+    distill=config.Distill(objective='hidden', drawn_share=0.5),
+  )
+  distill.run(settings, tmp_path / 'hidden')
+  sample.run(configured(tmp_path / 'hidden', inverse='student'), tmp_path / 'hidden')
+  assert len(images(tmp_path / 'hidden' / 'samples' / '3-inverse=student-denoise=True')) == 20
+  with pytest.raises(config.ConfigError, match='refinement_rounds.*objective=hidden'):
+    config.check(configured(tmp_path / 'hidden', inverse='student', refinement_rounds=1))
+
+
+def test_a_distillation_goes_on_with_the_teacher_it_began_with(student, runs):
+  """The teacher has learned more in the meantime; the student keeps to the step it began with, and
+  ends as it would have."""
+  teacher = student.parent / 'teacher'
+  shutil.copytree(teacher / 'checkpoints' / '60', teacher / 'checkpoints' / '70')
+  reference = json.loads((runs / 'student' / 'metrics.jsonl').read_text().splitlines()[-1])
+  for step in ('200', '300'):
+    shutil.rmtree(student / 'checkpoints' / step, ignore_errors=True)
+  shutil.copytree(runs / 'student' / 'checkpoints' / '200', student / 'checkpoints' / '200')
+  settings = json.loads((student / 'config.json').read_text())
+  distill.run(config.from_config_dict(settings), student)
+  again = json.loads((student / 'metrics.jsonl').read_text().splitlines()[-1])
+  assert again['step'] == 300 and again['loss'] == reference['loss']
+  assert json.loads((student / 'teacher.json').read_text())['step'] == 60
+
+
+def message(function, *args):
+  with pytest.raises(config.ConfigError) as caught:
+    function(*args)
+  text = str(caught.value)
+  assert '\n' not in text
+  return text
+
+
+def test_a_missing_teacher_is_one_clear_line(student, tmp_path):
+  nowhere = student_config(tmp_path / 'nowhere')
+  text = message(distill.run, nowhere, tmp_path / 'new')
+  assert 'is not a run' in text and '--config.teacher=RUN' in text
+  assert not (tmp_path / 'new').exists()
+  shutil.rmtree(student.parent / 'teacher')
+  assert '--config.teacher=RUN' in message(sample.run, configured(student), student)
+  unnamed = dataclasses.replace(nowhere, teacher=None)
+  assert '--config.teacher=RUN' in message(config.check, unnamed)
+
+
+def test_a_teacher_without_checkpoint(student, tmp_path):
+  teacher = student.parent / 'teacher'
+  shutil.rmtree(teacher / 'checkpoints')
+  assert 'no checkpoint yet' in message(distill.run, student_config(teacher), tmp_path / 'new')
+
+
+def test_another_model_as_teacher(student, tmp_path):
+  settings = student_config(student.parent / 'teacher')
+  wider = dataclasses.replace(
+    settings.model, flow=dataclasses.replace(settings.model.flow, width=64)
+  )
+  text = message(distill.run, dataclasses.replace(settings, model=wider), tmp_path / 'new')
+  assert 'model.flow.width is 32 there and 64 here' in text
+
+
+def test_a_teacher_that_was_trained_anew(student):
+  file = student.parent / 'teacher' / 'config.json'
+  file.write_text(json.dumps(json.loads(file.read_text()) | {'seed': 7}))
+  text = message(sample.run, configured(student), student)
+  assert 'not the run that this student learned from' in text and 'seed' in text
+
+
+def test_a_teacher_that_dropped_the_checkpoint(student):
+  checkpoints = student.parent / 'teacher' / 'checkpoints'
+  (checkpoints / '60').rename(checkpoints / '70')
+  text = message(sample.run, configured(student), student)
+  assert 'no longer has the checkpoint of step 60' in text and 'keep_checkpoints' in text
+
+
+def test_a_student_is_asked_for_where_none_was_trained(student):
+  teacher = student.parent / 'teacher'
+  text = message(config.check, configured(teacher, inverse='student'))
+  assert '--job=distill' in text
+
+
+def test_a_flow_of_no_blocks_cannot_be_distilled():
+  settings = student_config('teacher')
+  model = dataclasses.replace(settings.model, flow=config.Flow(blocks=0))
+  assert 'no flow' in message(config.check, dataclasses.replace(settings, model=model))
