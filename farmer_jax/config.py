@@ -325,6 +325,103 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Likelihood:
+  """Scoring images one by one: what --job=likelihood does."""
+
+  name: str | None = key(
+    None, 'name of the results; None: made of the data and the settings', changeable=True
+  )
+  source: str | None = key(
+    None,
+    'data whose images are scored, as for data.source; None: those of the run',
+    changeable=True,
+  )
+  path: str | None = key(None, 'where they are, as for data.path', changeable=True)
+  split: str = key(
+    'valid', 'which of them: train or valid', choices=('train', 'valid'), changeable=True
+  )
+  examples: int | None = key(
+    None, 'images scored, from the first; None: the whole split', changeable=True
+  )
+  draws: int = key(1, 'draws of the noise for each image', changeable=True)
+  condition: str = key(
+    'label',
+    'label (given each image\'s class), none (under the model\'s "no class"), or marginal (class'
+    ' unknown: the mean over classes, which also classifies)',
+    choices=('label', 'none', 'marginal'),
+    changeable=True,
+  )
+  noise_std: float | None = key(
+    None,
+    'models of Gaussian noise: its standard deviation here; None: noise.std_end',
+    least=0,
+    changeable=True,
+  )
+  dtype: str = key(
+    'float32',
+    "dtype of the transformers, whatever training's was",
+    choices=('float32', 'bfloat16', 'float64'),
+    changeable=True,
+  )
+  batch_size: int = key(250, 'images scored together, in each process', changeable=True)
+  seed: int = key(0, 'seed of the noise', least=0, changeable=True)
+  other_source: str | None = key(
+    None,
+    'other data, to be told apart by their likelihood; needs a condition other than label',
+    changeable=True,
+  )
+  other_path: str | None = key(None, 'where they are, as for data.path', changeable=True)
+  other_split: str = key(
+    'valid', 'which of them: train or valid', choices=('train', 'valid'), changeable=True
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fidelity:
+  """Comparing samples with real images: what --job=fidelity does."""
+
+  name: str | None = key(
+    None, 'name of the results; None: made of the samples and the settings', changeable=True
+  )
+  samples: str | None = key(
+    None,
+    'images to judge: an npz with arr_0, a folder of those, or a folder of images; None: drawn from'
+    ' the run, as config.sampling says',
+    changeable=True,
+  )
+  count: int = key(50_000, 'samples to judge', changeable=True)
+  reference: str | None = key(
+    None,
+    'what to compare with: images as for samples, or an npz with mu and sigma; None: data of the'
+    ' run',
+    changeable=True,
+  )
+  split: str = key(
+    'train', "which of the run's data: train or valid", choices=('train', 'valid'), changeable=True
+  )
+  reference_count: int | None = key(
+    None, 'images to compare with, from the first; None: all', changeable=True
+  )
+  network: str = key(
+    'auto',
+    'whose features are compared: inception, classifier (a small one, trained on the training'
+    ' images), or auto (inception for images in colour from 32 pixels on)',
+    choices=('auto', 'inception', 'classifier'),
+    changeable=True,
+  )
+  weights: str | None = key(
+    None, 'inception: path of pt_inception-2015-12-05-6726825d.pth', changeable=True
+  )
+  batch_size: int = key(100, 'images looked at together', changeable=True)
+  compared: int = key(
+    50_000,
+    'images of either set, evenly spread, that KID, precision and recall compare one by one',
+    changeable=True,
+  )
+  neighbours: int = key(3, 'precision and recall: nearest neighbours k', changeable=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class Distill:
   """Teaching a student to undo the flow in one pass a block."""
 
@@ -355,7 +452,10 @@ class Config:
     'farmer', 'name of the run; the workdir is runs/<name> unless --workdir says otherwise'
   )
   job: str = key(
-    'pretrain', 'what to do', choices=('pretrain', 'distill', 'sample'), changeable=True
+    'pretrain',
+    'what to do',
+    choices=('pretrain', 'distill', 'sample', 'likelihood', 'fidelity'),
+    changeable=True,
   )
   teacher: str | None = key(
     None, 'distill: workdir of the trained run whose flow is to be undone', changeable=True
@@ -367,6 +467,8 @@ class Config:
   train: Train = section(Train)
   sampling: Sampling = section(Sampling)
   distill: Distill = section(Distill)
+  likelihood: Likelihood = section(Likelihood)
+  fidelity: Fidelity = section(Fidelity)
 
 
 def defaults():
@@ -515,6 +617,8 @@ def check(config):
   _check_sampling(config, require)
   if config.job == 'distill':
     _check_distill(config, require)
+  if config.job == 'likelihood':
+    _check_likelihood(config, require)
 
 
 def _check_sampling(config, require):
@@ -557,6 +661,30 @@ def _check_distill(config, require):
   )
   share = config.distill.drawn_share
   require(share <= 1, f'config.distill.drawn_share={share} must not be above 1')
+
+
+def _check_likelihood(config, require):
+  """Requires the asked-for density to be one that the model has."""
+  settings, classes = config.likelihood, config.data.num_classes
+  require(
+    settings.noise_std is None or config.noise.kind == 'gaussian',
+    'config.likelihood.noise_std is for models trained with config.noise.kind=gaussian; this one'
+    ' has uniform dequantisation',
+  )
+  require(
+    settings.condition != 'marginal' or classes,
+    'config.likelihood.condition=marginal needs classes, and this model has none',
+  )
+  require(
+    settings.condition != 'none' or not classes or config.model.label_dropout,
+    'this model has not learned to do without a class (config.model.label_dropout=0); take'
+    ' config.likelihood.condition=marginal',
+  )
+  require(
+    settings.other_source is None or settings.condition != 'label' or not classes,
+    'images of config.likelihood.other_source have none of the classes of this model; set'
+    ' config.likelihood.condition=none or marginal',
+  )
 
 
 def _check_ranges(config, require):

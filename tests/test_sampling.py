@@ -94,7 +94,8 @@ def test_guidance_moves_samples_towards_the_class(params):
   @jax.jit
   def advantage(z):
     def log_prob(z, labels):
-      return MODEL.apply({'params': params}, z, labels, method=lambda m, z, c: m.prior(z, c)[0])
+      tokens, _ = MODEL.apply({'params': params}, z, labels, method=lambda m, z, c: m.prior(z, c))
+      return tokens.sum(1)
 
     return (log_prob(z, jnp.asarray(labels)) - log_prob(z, jnp.full(200, 10))).mean()
 

@@ -109,7 +109,7 @@ class TrainIterator(grain.DatasetIterator):
 
 
 def valid_batches(
-  source, batch_size, limit=None, process_index=0, process_count=1, threads=2, prefetch=2
+  source, batch_size, limit=None, process_index=0, process_count=1, threads=2, prefetch=2, start=0
 ):
   """Yields every example once, in order, in batches of one size.
 
@@ -124,10 +124,12 @@ def valid_batches(
     process_count: number of processes.
     threads: threads that read images.
     prefetch: batches read ahead.
+    start: example to start at.
 
   Yields:
-    `{'image': uint8 [b, H, W, C], 'label': int32 [b], 'mask': bool [b]}`, where b is
-    batch_size / process_count. The mask is True for the examples proper.
+    `{'image': uint8 [b, H, W, C], 'label': int32 [b], 'index': int32 [b], 'mask': bool [b]}`, where
+    b is batch_size / process_count, and index the place of the example in the source. The mask is
+    True for the examples proper.
 
   Raises:
     ConfigError: the batch cannot be divided among the processes.
@@ -137,11 +139,11 @@ def valid_batches(
   part = _part(batch_size, process_index, process_count)
 
   def gather(batch):
-    indices = np.arange(batch * batch_size, (batch + 1) * batch_size)[part]
-    examples = source.gather(np.minimum(indices, count - 1))
-    return {**examples, 'mask': indices < count}
+    indices = start + np.arange(batch * batch_size, (batch + 1) * batch_size)[part]
+    real = np.minimum(indices, count - 1)
+    return {**source.gather(real), 'index': real.astype(np.int32), 'mask': indices < count}
 
-  batches = grain.MapDataset.range(-(-count // batch_size)).map(gather)
+  batches = grain.MapDataset.range(-(-max(count - start, 0) // batch_size)).map(gather)
   yield from batches.to_iter_dataset(_read_options(threads, prefetch))
 
 

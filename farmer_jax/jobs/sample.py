@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import json
-import re
 import time
-import zlib
 from collections.abc import Callable
 
 import jax
@@ -22,16 +20,21 @@ from farmer_jax.runtime import workdir as workdir_lib
 # Settings that say how many images are wanted and what is made of them, not what image i is.
 _NOT_IN_NAME = {'count', 'batch_size', 'png', 'figures', 'per_class', 'max_classes'}
 
+# What is kept of each image, and its name in the npz files: evaluators look for images, uint8
+# [n, H, W, C], under arr_0 and for labels under arr_1.
+ARRAYS = {'images': 'arr_0', 'labels': 'arr_1', 'residual': 'residual', 'finite': 'finite'}
+
 
 def run(config, workdir):
-  """Draws `config.sampling.count` images into WORKDIR/samples/<step and settings>/."""
+  """Draws `config.sampling.count` images into WORKDIR/samples/<step and settings>/; returns that
+  folder."""
   workdir = workdir_lib.open_run(config, workdir)
   class_names = workdir_lib.read_class_names(workdir)
   labels = parse_labels(config, class_names)
   model = farmer.build(config)
   params, step = restore.load_params(config, workdir, model)
   folder = workdir / 'samples' / folder_name(config.sampling, step)
-  store = shards.Shards(folder)
+  store = shards.Shards(folder, ARRAYS)
   console.say(f'{len(store)} of {config.sampling.count} images of step {step} are in {folder}')
   plan = _inverse_plan(config, workdir, model, params, step, labels)
   chunks = plan.get('chunks')
@@ -44,6 +47,7 @@ def run(config, workdir):
   if config.sampling.figures:
     _save_figures(config, workdir, model, params, labels, names, chunks)
   _print_report(report, folder)
+  return folder
 
 
 def parse_labels(config, class_names):
@@ -78,13 +82,7 @@ def _label_name(label, class_names, classes):
 
 def folder_name(settings, step):
   """A name for the samples of a checkpoint: the settings that differ from the defaults."""
-  words = [str(step)]
-  for path, field in config_lib.leaves(config_lib.Sampling):
-    value = config_lib.get(settings, path)
-    if path not in _NOT_IN_NAME and value != field.default:
-      words.append(f'{path.removeprefix("guidance.")}={value}')
-  name = re.sub(r'[^\w.,=+-]', '_', '-'.join(words))
-  return name if len(name) <= 150 else f'{name[:140]}-{zlib.crc32(name.encode()):08x}'
+  return workdir_lib.results_name(step, settings, _NOT_IN_NAME)
 
 
 def _inverse_plan(config, workdir, model, params, step, labels):

@@ -17,9 +17,14 @@ from farmer_jax.ops import patches
 class LogDensity:
   """The terms of log p(x | c), in nats, an entry an image."""
 
-  informative: jax.Array  # [B], log-density of the informative channels
+  tokens: jax.Array  # [B, N], log-density of each token's informative channels, in raster order
   redundant: jax.Array  # [B], log-density of the redundant channels
   log_dets: jax.Array  # [T, B], log|det| of each flow block
+
+  @property
+  def informative(self):
+    """Log-density of the informative channels, [B]."""
+    return self.tokens.sum(1)
 
   @property
   def log_det(self):
@@ -108,8 +113,15 @@ class Farmer(nn.Module):
   def __call__(self, images, labels):  # [B, H, W, C], int [B]
     """The terms of the exact log-density, a `LogDensity`."""
     z, log_dets = self.encode(images, labels)
-    informative, redundant = self.prior(z, labels)
-    return LogDensity(informative, redundant, log_dets)
+    return self.log_density(z, log_dets, labels)
+
+  def log_density(self, z, log_dets, labels):  # [B, N, d], [T, B], int [B]
+    """The `LogDensity` of images of which `encode` makes `z` and `log_dets`."""
+    tokens, redundant = self.prior(z, labels)
+    flow = self.settings.flow
+    # Each block has turned the order of the tokens round; the last turn may have been taken back.
+    turns = flow.blocks - (flow.blocks > 0 and not flow.final_permutation)
+    return LogDensity(tokens[:, ::-1] if turns % 2 else tokens, redundant, log_dets)
 
   def encode(self, images, labels):  # [B, H, W, C], int [B]
     """Images to latents z [B, N, d], and log|det| of each block [T, B]."""

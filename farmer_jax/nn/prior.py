@@ -104,10 +104,11 @@ class Prior(nn.Module):
     return self.redundant == 'mixture' and self.informative_channels < self.channels
 
   def __call__(self, z, labels):  # [B, N, d], int [B]
-    """Log-densities of the informative and of the redundant channels, nats, [B] each."""
+    """Log-densities, nats: of the informative channels of each token [B, N], and of the redundant
+    channels of all together [B]."""
     informative, redundant = jnp.split(z, [self.informative_channels], axis=-1)
     token_mixtures, shared_mixture = self.mixtures(informative, labels)
-    log_informative = mixture.log_prob(token_mixtures, informative).sum(-1)
+    log_informative = mixture.log_prob(token_mixtures, informative)
     if shared_mixture is not None:
       return log_informative, mixture.shared_log_prob(shared_mixture, redundant).sum(-1)
     return log_informative, mixture.standard_normal_log_prob(redundant).sum(-1)
@@ -174,8 +175,8 @@ class NormalPrior(nn.Module):
   def __call__(self, z, labels):  # [B, N, d], int [B]
     """Log-densities as `Prior.__call__` gives them; every channel counts as informative."""
     del labels
-    log_prob = mixture.standard_normal_log_prob(z).sum(-1)
-    return log_prob, jnp.zeros_like(log_prob)
+    log_prob = mixture.standard_normal_log_prob(z)
+    return log_prob, jnp.zeros_like(log_prob[:, 0])
 
   def sample(self, labels, draws):  # int [S, B]
     """Draws z [B, N, d]."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+import zlib
 
 from etils import epath
 
@@ -65,6 +67,28 @@ def read_config(workdir):
     raise config_lib.ConfigError(f'{workdir} is not a run: it has no {CONFIG_FILE}') from None
   except (ValueError, OSError) as error:
     raise config_lib.ConfigError(f'cannot read {file}: {error}') from error
+
+
+def results_name(beginning, settings, ignored):
+  """A name for results: a beginning and those settings that differ from their defaults.
+
+  Args:
+    beginning: of the name.
+    settings: a section of the configuration.
+    ignored: paths in it that have no say in what the results are.
+  """
+  words = [str(beginning)]
+  for path, field in config_lib.leaves(type(settings)):
+    value = config_lib.get(settings, path)
+    if path not in ignored and value != field.default:
+      words.append(f'{path.rpartition(".")[2]}={value}')
+  name = re.sub(r'[^\w.,=+-]', '_', '-'.join(words))
+  return name if len(name) <= 150 else f'{name[:140]}-{fingerprint(name)}'
+
+
+def fingerprint(value):
+  """Eight characters that tell values apart, by how they are written."""
+  return f'{zlib.crc32(str(value).encode()):08x}'
 
 
 def write_class_names(workdir, names):

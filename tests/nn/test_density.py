@@ -28,7 +28,8 @@ def make(tokens, channels, blocks=0, **prior_changes):
     z, log_dets = x, jnp.zeros((1, len(x)))
     if flow:
       z, log_dets = flow.apply({'params': flow_params}, x, labels)
-    return *prior.apply({'params': prior_params}, z, labels), log_dets.sum(0)
+    tokens, redundant = prior.apply({'params': prior_params}, z, labels)
+    return tokens.sum(1), redundant, log_dets.sum(0)
 
   return evaluate
 

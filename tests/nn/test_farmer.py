@@ -229,3 +229,28 @@ def test_memory_and_speed_settings_leave_checkpoints_alone():
   expected = shapes(dtype='float32')
   assert shapes(dtype='bfloat16', remat='full') == expected
   assert shapes(dtype='float32', remat='dots', scan_unroll=4) == expected
+
+
+@pytest.mark.parametrize('blocks, final', [(0, True), (1, True), (1, False), (2, True), (3, False)])
+def test_tokens_are_in_raster_order(blocks, final):
+  """The flow being the identity, the token that the prior reads last changes no density but its
+  own; which one that is depends on how often the order was turned round."""
+  settings = tiny.model_settings(
+    dict(blocks=blocks, final_permutation=final), dict(informative_channels=0)
+  )
+  model = farmer.Farmer(SIZE, CHANNELS, 3, settings)
+  images = tiny.normals(1, SIZE, SIZE, CHANNELS)
+  label = jnp.zeros(1, jnp.int32)
+  params = tiny.filled_parameters(model, images, label)
+  if blocks:
+    out = params['flow']['stack']['out_proj']
+    params['flow']['stack']['out_proj'] = jax.tree.map(jnp.zeros_like, out)
+
+  def tokens(images):
+    return model.apply({'params': params}, images, label).tokens[0]
+
+  turned = (blocks - (blocks > 0 and not final)) % 2 == 1
+  last = images.at[:, -1, -1].add(1.0)  # in the last patch of the raster
+  changed = np.asarray(abs(tokens(last) - tokens(images)) > 1e-9)
+  # Turned round, the last patch comes first and all the others see it.
+  np.testing.assert_array_equal(changed, [turned] * (N - 1) + [True])
