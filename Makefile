@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-all lint reference clean
 
 quickstart: .venv/run
 	$(BIN)/python -m farmer_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -17,6 +17,10 @@ test-all: .venv/dev lint
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy farmer_jax
+
+# PyTorch and torch-fidelity, with which some tests compare; without them those are skipped.
+reference: .venv/dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-reference.txt
 
 clean:
 	rm -rf .venv runs

@@ -34,5 +34,8 @@ setuptools.setup(
     'tqdm',
   ],
   # CLU's TensorBoard writer, and preparing (not reading) TFDS data sets.
-  extras_require={'tensorboard': ['tensorflow-cpu>=2.21', 'tensorboard>=2.21']},
+  extras_require={
+    'tensorboard': ['tensorflow-cpu>=2.21', 'tensorboard>=2.21'],
+    'tpu': ['jax[tpu]'],
+  },
 )

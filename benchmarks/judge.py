@@ -7,10 +7,9 @@ import numpy as np
 
 from farmer_jax import config as config_lib
 from farmer_jax.data import sources
-from farmer_jax.evaluation import classifier
+from farmer_jax.evaluation import classifier, fidelity
 from farmer_jax.jobs import restore
 from farmer_jax.nn import farmer
-from farmer_jax.ops import frechet
 from farmer_jax.runtime import workdir as workdir_lib
 
 
@@ -34,18 +33,24 @@ class Judge:
   def __init__(self, config, workdir):
     train, valid = (sources.load(config.data, split) for split in ('train', 'valid'))
     self.images = valid.gather(np.arange(len(valid)))
-    self._classifier = classifier.load_or_train(config.data, train, workdir / 'fidelity')
-    features, classes = self._classifier(self.images['image'])
-    self._reference = _gaussian(features)
-    self.accuracy = (classes == self.images['label']).mean()
+    network, params, _ = classifier.load_or_train(config.data, train, workdir / 'fidelity')
+    self._extract = fidelity.Extractor(network, params, 1000)
+    self._reference = self._statistics(self.images['image'])
+    self.accuracy = self._accuracy(self._reference, self.images['label'])
     same = train.gather(np.arange(len(valid)))
     self.floor = self(same['image'], same['label'])[1]
 
   def __call__(self, images, labels):  # uint8 [n, H, W, C], int [n]
     """How often the classifier sees the class, and the distance to the held-out images."""
-    features, classes = self._classifier(images)
-    distance = frechet.frechet_distance(*_gaussian(features), *self._reference)
-    return (classes == labels).mean(), distance
+    found = self._statistics(images)
+    distance = fidelity.frechet_distance(found.pool, self._reference.pool)
+    return self._accuracy(found, labels), distance
+
+  def _statistics(self, images):
+    return self._extract(images.__getitem__, len(images), 0, 'images')
+
+  def _accuracy(self, statistics, labels):
+    return (statistics.logits.argmax(-1) == labels).mean()
 
 
 def draw(sampler, params, labels, batch):
@@ -57,8 +62,3 @@ def draw(sampler, params, labels, batch):
     images.append(samples.images)
     broken += int((~samples.finite).sum())
   return np.concatenate(images), broken
-
-
-def _gaussian(features):
-  moments = frechet.Moments.of(features)
-  return moments.mean, moments.covariance

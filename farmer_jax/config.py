@@ -227,6 +227,33 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+  """How training is spread over devices: their axes, and over which of these what is split.
+
+  Batches are split over data and fsdp. Results change by rounding alone.
+  """
+
+  data: int = key(0, 'devices along the axis data; 0: all that are left', least=0, changeable=True)
+  fsdp: int = key(1, 'devices along the axis fsdp; 0: all that are left', least=0, changeable=True)
+  tensor: int = key(
+    1, 'devices along the axis tensor; 0: all that are left', least=0, changeable=True
+  )
+  embed: str = key(
+    'fsdp',
+    'axes, with commas, that split parameters along the width of a transformer',
+    changeable=True,
+  )
+  hidden: str = key(
+    'tensor',
+    'the same along what is wider inside of a layer: attention heads, the middle of an MLP',
+    changeable=True,
+  )
+  outputs: str = key(
+    'tensor', 'the same along what is read off: shifts, scales, mixtures', changeable=True
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Guidance:
   """Sampling from p_c^(1 + w) p_u^(-w), p_c being the prior for the class, p_u that for none."""
 
@@ -422,6 +449,19 @@ class Fidelity:
 
 
 @dataclasses.dataclass(frozen=True)
+class Compile:
+  """Compiling ahead of time: what --job=compile does."""
+
+  topology: str | None = key(
+    None,
+    'TPU slice to compile for, as in v5e:16x16 or v5p:4x4x8, with no need to have it (needs'
+    ' libtpu); None: the devices at hand',
+    changeable=True,
+  )
+  sampler: bool = key(False, 'compile the sampler too', changeable=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class Distill:
   """Teaching a student to undo the flow in one pass a block."""
 
@@ -454,7 +494,7 @@ class Config:
   job: str = key(
     'pretrain',
     'what to do',
-    choices=('pretrain', 'distill', 'sample', 'likelihood', 'fidelity'),
+    choices=('pretrain', 'distill', 'sample', 'likelihood', 'fidelity', 'compile'),
     changeable=True,
   )
   teacher: str | None = key(
@@ -465,9 +505,11 @@ class Config:
   noise: Noise = section(Noise)
   model: Model = section(Model)
   train: Train = section(Train)
+  mesh: Mesh = section(Mesh)
   sampling: Sampling = section(Sampling)
   distill: Distill = section(Distill)
   likelihood: Likelihood = section(Likelihood)
+  compile: Compile = section(Compile)
   fidelity: Fidelity = section(Fidelity)
 
 

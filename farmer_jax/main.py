@@ -21,6 +21,17 @@ _WORKDIR = flags.DEFINE_string(
   ' the name from the configuration.',
 )
 _JOB = flags.DEFINE_string('job', None, 'What to do; default: the job of the configuration.')
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed',
+  False,
+  'Run one job in several processes, of which this is one; the environment says who they are (TPU'
+  ' pods, SLURM, Open MPI, Kubernetes).',
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'The same where it does not: host:port of the first process.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
 _CONFIG_HELP = flags.DEFINE_bool('config_help', False, 'List all keys of the configuration.')
 
 
@@ -38,7 +49,11 @@ def main(argv):
   config_lib.check(config)
   # Imported here: the command line answers before JAX has loaded.
   from farmer_jax import jobs
+  from farmer_jax.runtime import distributed
 
+  processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  if _DISTRIBUTED.value or any(value is not None for value in processes):
+    distributed.start(*processes)
   jobs.run(config, _WORKDIR.value or f'runs/{config.name}')
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from farmer_jax import sampling
+from farmer_jax.nn import farmer
 from farmer_jax.ops import bits, dequantize, random
 
 
@@ -84,9 +85,10 @@ def nll_loss(params, batch, step, part, *, model, config, noise_std):
 
 
 def init_student(key, teacher, *, model, objective):
-  """What distillation starts from: a copy of the teacher's flow and, for the objective hidden, the
-  linear maps [T, width, d] from hidden states to tokens."""
-  params = {'student': jax.tree.map(jnp.copy, teacher['flow'])}
+  """What distillation starts from: a copy of the teacher's flow, in boxes with the names of its
+  axes, and for the objective hidden linear maps [T, width, d] from hidden states to tokens."""
+  flow = farmer.with_names(teacher, model)['flow']
+  params = {'student': jax.tree.map(jnp.copy, flow)}
   if objective == 'hidden':
     blocks, width = model.settings.flow.blocks, model.settings.flow.width
     d = model.channels * model.settings.patch_size**2

@@ -4,6 +4,7 @@ the flow."""
 import dataclasses
 import functools
 import time
+from typing import Any
 
 import flax.struct
 import jax
@@ -67,13 +68,16 @@ class Sampler:
     config: `config.Config`.
     chunks: for each flow block how many tokens its inverse finds together (see
       `flow.FlowBlock.inverse`); None inverts token by token, which is exact.
+    out_shardings: where results live, as `jax.jit` takes it.
   """
 
-  def __init__(self, model, config, chunks=None):
+  def __init__(self, model, config, chunks=None, out_shardings=None):
     self._settings = config.sampling
     chunks = None if chunks is None else tuple(chunks)
-    self._latents = jax.jit(functools.partial(_draw_numbered, model=model, config=config))
-    self._images = jax.jit(functools.partial(_to_images, model=model, config=config, chunks=chunks))
+    both: dict[str, Any] = dict(model=model, config=config)
+    jit = functools.partial(jax.jit, out_shardings=out_shardings)
+    self._latents = jit(functools.partial(_draw_numbered, **both))
+    self._images = jit(functools.partial(_to_images, chunks=chunks, **both))
 
   def __call__(self, params, labels, numbers):  # int [n], int [n]
     """Draws the images `numbers` of the classes `labels`; returns `Samples`."""
@@ -94,15 +98,32 @@ class Sampler:
     variance = self._settings.redundant_variance if variance is None else variance
     return self._latents(
       params,
-      np.asarray(labels, np.int32),
-      np.asarray(numbers, np.int32),
+      _int32(labels),
+      _int32(numbers),
       np.asarray(scales, np.float32),
       np.float32(variance),
     )
 
+  def lower(self, params, labels):
+    """Traces both halves, ready to be compiled: {'prior': …, 'inverse': …}. Arguments may be what
+    describes arrays that are not there; labels int32 [n]."""
+    scales, variance = np.zeros(2, np.float32), np.float32(1)
+    arguments = params, labels, labels, scales, variance
+    z = jax.eval_shape(self._latents, *arguments)
+    z = jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=labels.sharding)
+    return {
+      'prior': self._latents.lower(*arguments),
+      'inverse': self._images.lower(params, z, labels),
+    }
+
   def images(self, params, z, labels):  # [n, N, d], int [n]
     """The `Samples` whose latents are z."""
-    return self._images(params, z, np.asarray(labels, np.int32))
+    return self._images(params, z, _int32(labels))
+
+
+def _int32(values):
+  """Lists and NumPy arrays as int32; arrays on devices stay where they are."""
+  return values if isinstance(values, jax.Array) else np.asarray(values, np.int32)
 
 
 def guidance_scales(settings):

@@ -20,7 +20,7 @@ ALLOWED = {
   'evaluation': {'evaluation', 'objectives', 'sampling', 'nn', 'ops', 'runtime', 'config'},
 }
 ALLOWED['jobs'] = set(ALLOWED) | {'jobs'}
-ALLOWED['main'] = {'jobs', 'config'}
+ALLOWED['main'] = {'jobs', 'runtime', 'config'}
 FILES = sorted(PACKAGE.rglob('*.py'))
 
 

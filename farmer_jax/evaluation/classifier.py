@@ -1,8 +1,9 @@
 """A small classifier, trained on the spot on the real images: its features and its labels judge
 samples of data that Inception does not suit."""
 
-import functools
+import hashlib
 import zlib
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from farmer_jax.evaluation import fidelity
 from farmer_jax.ops import random
 from farmer_jax.runtime import console, workdir
 
+CHANNELS = 128  # features of an image
 _BATCH, _STEPS, _SEED = 128, 5000, 0
 
 
@@ -23,28 +26,12 @@ class Network(nn.Module):
 
   @nn.compact
   def __call__(self, images):  # uint8 [B, H, W, C]
-    """Features [B, 128] and logits [B, num_classes]."""
+    """The `fidelity.Outputs`."""
     x = images.astype(jnp.float32) / 127.5 - 1
     for channels in (32, 64, 128):
       x = nn.relu(nn.Conv(channels, (3, 3), (2, 2))(x))
-    features = nn.relu(nn.Dense(128)(x.reshape(len(x), -1)))
-    return features, nn.Dense(self.num_classes)(features)
-
-
-class Classifier:
-  """A trained `Network`."""
-
-  def __init__(self, num_classes, params):
-    self._apply = jax.jit(functools.partial(Network(num_classes).apply, {'params': params}))
-
-  def __call__(self, images):  # uint8 [n, H, W, C]
-    """Features float32 [n, 128] and classes int [n]."""
-    features, classes = [], []
-    for start in range(0, len(images), 1000):
-      batch_features, logits = self._apply(images[start : start + 1000])
-      features.append(np.asarray(batch_features))
-      classes.append(np.asarray(logits.argmax(-1)))
-    return np.concatenate(features), np.concatenate(classes)
+    features = nn.relu(nn.Dense(CHANNELS)(x.reshape(len(x), -1)))
+    return fidelity.Outputs(features, nn.Dense(self.num_classes)(features))
 
 
 def load_or_train(data, train_source, folder):
@@ -54,6 +41,10 @@ def load_or_train(data, train_source, folder):
     data: `config.Data`.
     train_source: its training images, a `data.base.Source`.
     folder: where the weights are kept.
+
+  Returns:
+    network(params, uint8 [B, H, W, C]) -> `fidelity.Outputs`, its params, and what tells these
+    weights from others, in characters.
   """
   what = repr((data.source, len(train_source), data.image_size, data.channels, data.num_classes))
   file = folder / f'classifier-{zlib.crc32(what.encode()):08x}.npz'
@@ -67,7 +58,15 @@ def load_or_train(data, train_source, folder):
     folder.mkdir(parents=True, exist_ok=True)
     with workdir.replacing(file) as temporary, temporary.open('wb') as opened:
       np.savez(opened, *jax.tree.leaves(params))
-  return Classifier(data.num_classes, params)
+  network = Network(data.num_classes)
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(params):
+    digest.update(np.asarray(leaf).tobytes())
+  return (
+    lambda params, images: network.apply({'params': params}, images),
+    params,
+    digest.hexdigest(),
+  )
 
 
 def _init(data):
@@ -85,8 +84,8 @@ def _train(data, source, params):
   @jax.jit
   def step(params, state, images, labels, index):
     def loss(params):
-      _, logits = network.apply({'params': params}, _augmented(images, index, data.flip))
-      return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+      outputs: Any = network.apply({'params': params}, _augmented(images, index, data.flip))
+      return optax.softmax_cross_entropy_with_integer_labels(outputs.logits, labels).mean()
 
     value, gradients = jax.value_and_grad(loss)(params)
     updates, state = optimizer.update(gradients, state)

@@ -144,11 +144,10 @@ class LikelihoodEvaluator:
     meaning, and `noise_std` says which density this is.
     """
     total: dict[str, float] = {}
-    count = 0.0
     for batch in batches:
       sums = jax.device_get(self._sums(params, batch))
-      count += float(batch['mask'].sum())
       total = {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}
+    count = total.pop('count')
     means = {name: value / count for name, value in total.items()}
     if self._config.noise.kind == 'uniform':
       means['bits_per_dim'] = bits.bits_per_dim(means['loss'])
@@ -158,9 +157,9 @@ class LikelihoodEvaluator:
 
 
 def _masked_sums(params, batch, *, score):
-  """Sums over the real examples of a batch of each term in nats/dim."""
+  """Sums over the real examples of a batch of each term in nats/dim, and their `count`."""
   found = score(params, batch['image'], batch['label'], batch['index'])
   # Padding must not turn a sum into nan, so it is cut out rather than multiplied by zero.
   mask = batch['mask'].astype(bool)
   names = ('loss', 'nll_informative', 'nll_redundant', 'log_det')
-  return {name: jnp.where(mask, found[name], 0).sum() for name in names}
+  return {name: jnp.where(mask, found[name], 0).sum() for name in names} | {'count': mask.sum()}

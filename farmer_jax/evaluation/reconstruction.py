@@ -27,10 +27,11 @@ class ReconstructionEvaluator:
     `loss` is what training minimises, the mean over blocks of `loss_block_t`; `rmse` is the root
     mean square error of the images, in [-1, 1], and `psnr` the same in dB.
     """
-    sums, count = [], 0.0
+    sums, count = [], 0
     for index, batch in enumerate(batches):
-      sums.append(np.asarray(self._sums(params, self._teacher, batch, index), np.float64))
-      count += float(batch['mask'].sum())
+      found = jax.device_get(self._sums(params, self._teacher, batch, index))
+      sums.append(np.asarray(found[0], np.float64))
+      count += int(found[1])
     errors = np.sum(sums, axis=0) / count
     rmse = math.sqrt(errors[0])
     return {
@@ -42,7 +43,7 @@ class ReconstructionEvaluator:
 
 
 def _masked_sums(params, teacher, batch, index, *, model, config):
-  """Sums over the real examples of a batch of the errors of each block, [T]."""
+  """Sums over the real examples of a batch of the errors of each block, [T], and their count."""
   key = random.named_key(config.seed, 'reconstruction', index)
   images = objectives.real_valued(key, batch['image'], config.noise)
   errors = objectives.student_errors(
@@ -54,4 +55,5 @@ def _masked_sums(params, teacher, batch, index, *, model, config):
     model=model,
     objective=config.distill.objective,
   )
-  return jnp.where(batch['mask'].astype(bool), errors, 0).sum(1)
+  mask = batch['mask'].astype(bool)
+  return jnp.where(mask, errors, 0).sum(1), mask.sum()

@@ -4,7 +4,7 @@ import importlib
 
 import jax
 
-from farmer_jax.runtime import host
+from farmer_jax.runtime import distributed, host
 
 
 def run(config, workdir):
@@ -16,3 +16,5 @@ def run(config, workdir):
   # the inverse of the flow would undo something else. bfloat16 models are not affected.
   jax.config.update('jax_default_matmul_precision', 'highest')
   importlib.import_module(f'farmer_jax.jobs.{config.job}').run(config, workdir)
+  # The first process may have more to do than the others, which would give it up if they ended.
+  distributed.wait_for_all('end')

@@ -10,6 +10,7 @@ from farmer_jax import objectives, sampling
 from farmer_jax.evaluation import figures, reconstruction, sweeps
 from farmer_jax.jobs import restore, training
 from farmer_jax.nn import farmer
+from farmer_jax.runtime import console
 from farmer_jax.runtime import workdir as workdir_lib
 
 
@@ -21,10 +22,13 @@ def run(config, workdir):
     sampling=dataclasses.replace(config.sampling, inverse='student'),
   )
   data = training.load_data(config)
+  mesh = training.make_mesh(config)
   model = farmer.build(config)
   teacher, record = restore.load_teacher(config, workdir, model)
+  teacher = mesh.place(farmer.with_names(teacher, model))
   workdir = training.claim(config, workdir, data)
-  restore.keep_teacher(workdir, record)
+  if not jax.process_index():
+    restore.keep_teacher(workdir, record)
   settings = config.distill
 
   def complete(params):
@@ -34,6 +38,7 @@ def run(config, workdir):
     config,
     workdir,
     data,
+    mesh,
     model=model,
     evaluator=reconstruction.ReconstructionEvaluator(model, config, teacher),
     complete=complete,
@@ -50,7 +55,7 @@ def run(config, workdir):
 def _report(config, workdir, model, params, valid, examples, class_names):
   """The closing lines, and a picture of what the student makes of drawn latents."""
   if valid:
-    print(
+    console.tell(
       f'Held-out reconstruction ({examples} images): {valid["psnr"]:.2f} dB, root mean square error'
       f' {valid["rmse"]:.4f} (pixels in [-1, 1])'
     )
@@ -58,12 +63,14 @@ def _report(config, workdir, model, params, valid, examples, class_names):
   batch = np.resize(labels[:, 0], config.sampling.batch_size)
   z = sampling.Sampler(model, config).latents(params, batch, np.arange(len(batch)))
   found = sampling.compare_student(model, config, params, jax.block_until_ready(z), batch)
-  print(
+  console.tell(
     f'Samples against the exact inverse: {found["psnr"]:.2f} dB; {found["ms_per_image"]:.2f} ms an'
     f' image in place of {found["sequential_ms_per_image"]:.2f} ({found["speedup"]:.1f} times'
     f' faster), in batches of {len(batch)}'
   )
   names = [class_names[label] for label in labels[:, 0]] if class_names else ()
   path = workdir / 'figures' / 'student.png'
-  figures.save_png(path, sweeps.student(model, config, params, labels[:, 0], names))
-  print(f'Exact, student, difference: {path}')
+  picture = sweeps.student(model, config, params, labels[:, 0], names)
+  if not jax.process_index():
+    figures.save_png(path, picture)
+  console.tell(f'Exact, student, difference: {path}')

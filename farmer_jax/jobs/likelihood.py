@@ -6,13 +6,12 @@ import json
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from farmer_jax.data import base, pipeline, sources
 from farmer_jax.evaluation import figures, likelihood, likelihood_figures, summary
 from farmer_jax.jobs import restore
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import console, mesh, shards
+from farmer_jax.runtime import console, distributed, mesh, shards
 from farmer_jax.runtime import workdir as workdir_lib
 
 # Settings that have no say in what the value of an image is.
@@ -119,12 +118,10 @@ class Scoring:
     count = min(len(source), self._settings.examples or len(source))
     processes = jax.process_count()
     ends = [count * p // processes for p in range(processes + 1)]
-    stores = [self._store(source, what, start) for start in ends[:-1]]
     own = jax.process_index()
-    self._fill(stores[own], source, what, ends[own], ends[own + 1])
-    if processes > 1:
-      multihost_utils.sync_global_devices(f'scored {what}')
-      stores = [self._store(source, what, start) for start in ends[:-1]]
+    self._fill(self._store(source, what, ends[own]), source, what, ends[own], ends[own + 1])
+    distributed.wait_for_all(f'scored {what}')
+    stores = [self._store(source, what, start) for start in ends[:-1]]
     parts = [
       {name: store.read(name, end - start) for name in store.names}
       for store, start, end in zip(stores, ends[:-1], ends[1:], strict=True)

@@ -14,7 +14,7 @@ from farmer_jax import sampling
 from farmer_jax.evaluation import figures, sweeps
 from farmer_jax.jobs import restore
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import console, shards
+from farmer_jax.runtime import console, distributed, mesh, shards
 from farmer_jax.runtime import workdir as workdir_lib
 
 # Settings that say how many images are wanted and what is made of them, not what image i is.
@@ -25,24 +25,28 @@ _NOT_IN_NAME = {'count', 'batch_size', 'png', 'figures', 'per_class', 'max_class
 ARRAYS = {'images': 'arr_0', 'labels': 'arr_1', 'residual': 'residual', 'finite': 'finite'}
 
 
+REPORT_FILE = 'samples.json'
+
+
 def run(config, workdir):
   """Draws `config.sampling.count` images into WORKDIR/samples/<step and settings>/; returns that
-  folder."""
+  folder. Several processes divide the images among them, a thousand at a time."""
   workdir = workdir_lib.open_run(config, workdir)
   class_names = workdir_lib.read_class_names(workdir)
   labels = parse_labels(config, class_names)
   model = farmer.build(config)
   params, step = restore.load_params(config, workdir, model)
   folder = workdir / 'samples' / folder_name(config.sampling, step)
-  store = shards.Shards(folder, ARRAYS)
-  console.say(f'{len(store)} of {config.sampling.count} images of step {step} are in {folder}')
   plan = _inverse_plan(config, workdir, model, params, step, labels)
   chunks = plan.get('chunks')
-  sampler = sampling.Sampler(model, config, chunks)
-  seconds = _draw_missing(config, sampler, params, labels, store)
+  seconds = _draw_missing(config, folder, sampling.Sampler(model, config, chunks), params, labels)
+  distributed.wait_for_all('samples')
+  if jax.process_index():
+    return folder
+  store = shards.Shards(folder, ARRAYS)
   names = [_label_name(label, class_names, config.data.num_classes) for label in labels]
   report = _report(config, store, step, plan, seconds)
-  workdir_lib.write_atomically(folder / 'samples.json', json.dumps(report, indent=2) + '\n')
+  workdir_lib.write_atomically(folder / REPORT_FILE, json.dumps(report, indent=2) + '\n')
   _save_pictures(config, store, folder, names)
   if config.sampling.figures:
     _save_figures(config, workdir, model, params, labels, names, chunks)
@@ -101,7 +105,7 @@ def _inverse_plan(config, workdir, model, params, step, labels):
   )
   file = workdir / 'inverse_plan.json'
   plans = json.loads(file.read_text()) if file.exists() else {}
-  if key not in plans:
+  if key not in plans and not jax.process_index():  # measures for all
     console.say('Measuring the inverse of the flow ...')
     batch = _batch_labels(labels, np.arange(settings.batch_size))
     sampler = sampling.Sampler(model, config)
@@ -109,8 +113,10 @@ def _inverse_plan(config, workdir, model, params, step, labels):
     measure = sampling.compare_student if settings.inverse == 'student' else sampling.plan_inverse
     plans[key] = measure(model, config, params, z, batch)
     workdir_lib.write_atomically(file, json.dumps(plans, indent=2) + '\n')
-  _tell_plan(plans[key], settings)
-  return plans[key]
+  distributed.wait_for_all('plan')
+  plan = json.loads(file.read_text())[key]
+  _tell_plan(plan, settings)
+  return plan
 
 
 def _tell_plan(plan, settings):
@@ -133,22 +139,31 @@ def _batch_labels(labels, numbers):
   return np.asarray(labels, np.int32)[numbers % len(labels)]
 
 
-def _draw_missing(config, sampler, params, labels, store):
-  """Draws what `store` lacks; returns seconds an image for the prior and for the inverse, without
-  compilation, or None if nothing was left to time."""
-  settings, start = config.sampling, len(store)
-  size, times = settings.batch_size, []
-  with console.progress('sampling', 'image', settings.count, min(start, settings.count)) as bar:
+def _draw_missing(config, folder, sampler, params, labels):
+  """Draws what is missing of this process's share; returns seconds an image for the prior and for
+  the inverse, without compilation, or None if nothing was left to time."""
+  settings, size_of_shard = config.sampling, shards.SHARD_SIZE
+  files = -(-settings.count // size_of_shard)
+  process, processes = jax.process_index(), jax.process_count()
+  file, next_file = files * process // processes, files * (process + 1) // processes
+  store = shards.Shards(folder, ARRAYS, file)
+  origin, end = file * size_of_shard, min(next_file * size_of_shard, settings.count)
+  start = min(origin + len(store), end)
+  console.say(f'{start - origin} of {end - origin} images are in {folder}')
+  devices = mesh.LocalDevices()
+  params, size, times = devices.replicate(params), devices.batch_size(settings.batch_size), []
+  with console.progress('sampling', 'image', end - origin, start - origin) as bar:
     # Batches begin where they did before, so that a job that goes on repeats the same arithmetic.
-    for first in range(start - start % size, settings.count, size):
+    for first in range(start - start % size, end, size):
       numbers = np.arange(first, first + size)
       batch = _batch_labels(labels, numbers)
+      on_devices = devices.split((batch, numbers.astype(np.int32)))
       began = time.perf_counter()
-      z = jax.block_until_ready(sampler.latents(params, batch, numbers))
+      z = jax.block_until_ready(sampler.latents(params, *on_devices))
       between = time.perf_counter()
-      samples = jax.block_until_ready(sampler.images(params, z, batch))
+      samples = jax.block_until_ready(sampler.images(params, z, on_devices[0]))
       times.append((between - began, time.perf_counter() - between))
-      wanted = (numbers >= start) & (numbers < settings.count)
+      wanted = (numbers >= start) & (numbers < end)
       samples = jax.device_get((samples.images, samples.finite, samples.residual))
       images, finite, residual = (array[wanted] for array in samples)
       store.append(images=images, labels=batch[wanted], finite=finite, residual=residual)

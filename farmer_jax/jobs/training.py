@@ -6,10 +6,11 @@ import time
 import jax
 import numpy as np
 
+from farmer_jax import config as config_lib
 from farmer_jax import sampling
 from farmer_jax.data import base, pipeline, sources
 from farmer_jax.evaluation import figures
-from farmer_jax.runtime import console, metrics
+from farmer_jax.runtime import console, distributed, mesh, metrics
 from farmer_jax.runtime import workdir as workdir_lib
 from farmer_jax.training import loop
 
@@ -27,21 +28,39 @@ def load_data(config):
   return Data(*(sources.load(config.data, split) for split in ('train', 'valid')))
 
 
+def make_mesh(config, devices=None):
+  """The `mesh.Mesh` to train on, of all devices or of those given."""
+  found, settings = mesh.Mesh(config.mesh, devices), config.train
+  if settings.batch_size % (found.batch_parts * settings.accumulate):
+    raise config_lib.ConfigError(
+      f'config.train.batch_size={settings.batch_size} cannot be divided among the'
+      f' {found.batch_parts} devices along data and fsdp and the config.train.accumulate='
+      f'{settings.accumulate} parts of a batch; make it a multiple of both together'
+    )
+  return found
+
+
 def claim(config, workdir, data):
-  """The workdir, ready for this run."""
-  workdir = workdir_lib.prepare(config, workdir)
-  workdir_lib.write_class_names(workdir, data.train.class_names)
+  """The workdir, ready for this run; of several processes the first prepares it."""
+  if not jax.process_index():
+    workdir = workdir_lib.prepare(config, workdir)
+    workdir_lib.write_class_names(workdir, data.train.class_names)
+  distributed.wait_for_all('workdir')
+  workdir = workdir_lib.open_run(config, workdir)
   console.say(f'{len(data.train)} training and {len(data.valid)} validation images.')
   return workdir
 
 
-def train(config, workdir, data, *, model, evaluator, complete=lambda params: params, **objective):
+def train(
+  config, workdir, data, mesh, *, model, evaluator, complete=lambda params: params, **objective
+):
   """Trains, validates, draws sample grids and, at the end, the curves; prints where they lie.
 
   Args:
     config: `config.Config`.
     workdir: a claimed workdir.
     data: `Data`.
+    mesh: a `mesh.Mesh`.
     model: a `farmer.Farmer`.
     evaluator: evaluator(params, batches) -> validation metrics.
     complete: makes the model's parameters, to sample with, of those that are trained.
@@ -51,35 +70,38 @@ def train(config, workdir, data, *, model, evaluator, complete=lambda params: pa
     The final `TrainState`, the last validation metrics, and the number of images these are of.
   """
   start, settings = time.monotonic(), config.train
-  sampler = sampling.Sampler(model, config)
+  sampler = sampling.Sampler(model, config, out_shardings=mesh.whole)
+  share = mesh.share()
 
   def validate(params):
     batches = pipeline.valid_batches(
       data.valid,
-      settings.valid_batch_size,
+      mesh.batch_size(settings.valid_batch_size),
       settings.valid_examples,
-      threads=config.data.threads,
+      share[0],
+      share[1],
+      config.data.threads,
     )
-    return evaluator(params, batches)
+    return evaluator(params, map(mesh.batch, batches))
 
   def draw(params, step):
     path = _grid_path(workdir, step)
     return _draw_grid(sampler, complete(params), config, data.train.class_names, path)
 
-  state, valid = loop.train(
-    config,
-    workdir,
-    iterator=pipeline.train_iterator(data.train, config.data, settings.batch_size, config.seed),
-    validate=validate,
-    draw=draw,
-    **objective,
+  iterator = pipeline.train_iterator(
+    data.train, config.data, settings.batch_size, config.seed, *share
   )
+  with mesh():
+    state, valid = loop.train(
+      config, workdir, mesh, iterator=iterator, validate=validate, draw=draw, **objective
+    )
   curves = workdir / 'figures' / 'curves.png'
-  figures.training_curves(curves, metrics.read(workdir), config.name)
-  print(f'Finished after {(time.monotonic() - start) / 60:.1f} minutes.')
+  if not jax.process_index():
+    figures.training_curves(curves, metrics.read(workdir), config.name)
+  console.tell(f'Finished after {(time.monotonic() - start) / 60:.1f} minutes.')
   if settings.sample_every:
-    print(f'Samples: {_grid_path(workdir, settings.steps)}')
-  print(f'Curves:  {curves}')
+    console.tell(f'Samples: {_grid_path(workdir, settings.steps)}')
+  console.tell(f'Curves:  {curves}')
   return state, valid, min(len(data.valid), settings.valid_examples or len(data.valid))
 
 
@@ -97,5 +119,6 @@ def _draw_grid(sampler, params, config, class_names, path):
   grid = figures.sample_grid(
     samples.images.reshape(*labels.shape, *samples.images.shape[1:]), names
   )
-  figures.save_png(path, grid)
+  if not jax.process_index():
+    figures.save_png(path, grid)
   return grid

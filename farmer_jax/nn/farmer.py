@@ -45,8 +45,21 @@ def build(settings):
 
 def init_params(key, *, model):
   """Fresh parameters of a `Farmer`."""
+  return nn.unbox(init_named_params(key, model=model))
+
+
+def init_named_params(key, *, model):
+  """Fresh parameters in boxes that hold the logical names of their axes too."""
   images = jnp.zeros((1, model.image_size, model.image_size, model.channels))
   return model.init(key, images, jnp.zeros((1,), jnp.int32))['params']
+
+
+def with_names(params, model):
+  """The parameters of a `Farmer` in boxes that hold the logical names of their axes."""
+  init = functools.partial(init_named_params, model=model)
+  boxes = jax.eval_shape(init, jax.random.key(0))
+  is_box = lambda node: isinstance(node, nn.meta.AxisMetadata)  # noqa: E731
+  return jax.tree.map(lambda box, a: box.replace_boxed(a), boxes, params, is_leaf=is_box)
 
 
 class Farmer(nn.Module):

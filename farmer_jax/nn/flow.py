@@ -39,10 +39,10 @@ class FlowBlock(nn.Module):
   unroll: int = 1
 
   def setup(self):
-    self.in_proj = transformer.dense(self.width, self.dtype)
+    self.in_proj = transformer.dense(self.width, self.dtype, axes=(None, 'embed'))
     self.positions = self.param(
       'positions',
-      nn.initializers.normal(0.02),
+      transformer.named(nn.initializers.normal(0.02), None, 'embed'),
       (self.tokens - 1, self.width),
       transformer.param_dtype(self.dtype),
     )
@@ -62,7 +62,7 @@ class FlowBlock(nn.Module):
   def __call__(self, z, condition):  # [B, N, d], [B, width] or None
     """Maps data towards latents; returns [B, N, d] in reversed token order and log|det| [B]."""
     z, log_det = affine.affine_forward(z, *self._affine_of(z, condition)[0])
-    return z[:, ::-1], log_det
+    return transformer.split_batch(z[:, ::-1]), log_det
 
   def guess(self, z, condition, context=None):
     """Undoes `__call__` in one pass over all tokens (arXiv 2510.23588, one-step distillation).
@@ -195,12 +195,7 @@ class Flow(nn.Module):
     self.stack = stack(**settings)
     self.one_block = FlowBlock(**settings, parent=None)
     if self.num_classes:
-      self.class_embedding = nn.Embed(
-        self.num_classes + 1,
-        self.width,
-        dtype=self.dtype,
-        param_dtype=transformer.param_dtype(self.dtype),
-      )
+      self.class_embedding = transformer.class_embedding(self.num_classes, self.width, self.dtype)
 
   def __call__(self, x, labels):  # [B, N, d], int [B]
     """Maps data to latents; returns z [B, N, d] and log|det| of each block [T, B], nats."""

@@ -70,20 +70,17 @@ class Prior(nn.Module):
 
   def setup(self):
     float_dtype = transformer.param_dtype(self.dtype)
-    self.class_embedding = nn.Embed(
-      self.num_classes + 1,
-      self.width,
-      dtype=self.dtype,
-      param_dtype=float_dtype,
-      embedding_init=nn.initializers.normal(0.02),
+    small = nn.initializers.normal(0.02)
+    self.class_embedding = transformer.class_embedding(
+      self.num_classes, self.width, self.dtype, small
     )
     self.positions = self.param(
       'positions',
-      nn.initializers.normal(0.02),
+      transformer.named(small, None, 'embed'),
       (self.condition_copies + self.tokens, self.width),
       float_dtype,
     )
-    self.in_proj = transformer.dense(self.width, self.dtype)
+    self.in_proj = transformer.dense(self.width, self.dtype, axes=(None, 'embed'))
     self.transformer = transformer.Transformer(
       layers=self.layers,
       width=self.width,

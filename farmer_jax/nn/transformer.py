@@ -67,11 +67,30 @@ def param_dtype(dtype):
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def dense(features, dtype, **kwargs):
-  """A dense layer that computes in `dtype`."""
+def dense(features, dtype, axes, kernel_init=nn.linear.default_kernel_init, use_bias=True):
+  """A dense layer that computes in `dtype`; `axes` are the logical names of its kernel's."""
   return nn.Dense(
-    features, dtype=dtype, param_dtype=param_dtype(dtype), dot_general=_flat_dot_general, **kwargs
+    features,
+    dtype=dtype,
+    param_dtype=param_dtype(dtype),
+    dot_general=_flat_dot_general,
+    kernel_init=named(kernel_init, *axes),
+    bias_init=named(nn.initializers.zeros, axes[1]),
+    use_bias=use_bias,
   )
+
+
+def named(initializer, *axes):
+  """An initializer of parameters whose axes have these logical names: `config.Mesh` says over which
+  devices each is split. The names are `embed` (width of a transformer), `hidden` (what widens
+  inside of a layer), `outputs` (what is read off); None is never split."""
+  return nn.with_logical_partitioning(initializer, axes)
+
+
+def split_batch(x):
+  """`x` with its leading axis split over the devices as batches are, and no other; says so to the
+  compiler, which else might gather batches in place of weights."""
+  return nn.with_logical_constraint(x, ('batch', *(None,) * (x.ndim - 1)))
 
 
 class Readout(nn.Module):
@@ -90,17 +109,30 @@ class Readout(nn.Module):
   def __call__(self, x):  # [..., width]
     """Returns [..., features], float32 at least."""
     wide = param_dtype(self.dtype)
-    kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features), wide)
-    bias = self.param('bias', self.bias_init, (self.features,), wide)
+    kernel_init = named(self.kernel_init, 'embed', 'outputs')
+    kernel = self.param('kernel', kernel_init, (x.shape[-1], self.features), wide)
+    bias = self.param('bias', named(self.bias_init, 'outputs'), (self.features,), wide)
     dimensions = (((x.ndim - 1,), (0,)), ((), ()))
     return bias + _flat_dot_general(
       x.astype(self.dtype), kernel.astype(self.dtype), dimensions, preferred_element_type=wide
     )
 
 
+def class_embedding(num_classes, width, dtype, init=nn.linear.default_embed_init):
+  """Embeddings of classes; that of class num_classes means "no class"."""
+  return nn.Embed(
+    num_classes + 1,
+    width,
+    dtype=dtype,
+    param_dtype=param_dtype(dtype),
+    embedding_init=named(init, None, 'embed'),
+  )
+
+
 def norm(dtype):
   """Root-mean-square normalisation; statistics in float32 at least."""
-  return nn.RMSNorm(dtype=dtype, param_dtype=param_dtype(dtype))
+  scale_init = named(nn.initializers.ones, 'embed')
+  return nn.RMSNorm(dtype=dtype, param_dtype=param_dtype(dtype), scale_init=scale_init)
 
 
 def scan_stack(module, length, unroll, remat, in_axes, name):
@@ -138,15 +170,16 @@ class TransformerLayer(nn.Module):
     )
     linear = functools.partial(dense, dtype=self.dtype, use_bias=False)
     self.attention_norm = norm(self.dtype)
-    self.qkv = linear(3 * self.width)
-    self.attention_out = linear(self.width, kernel_init=residual_init)
+    wider, narrower = ('embed', 'hidden'), ('hidden', 'embed')
+    self.qkv = linear(3 * self.width, axes=wider)
+    self.attention_out = linear(self.width, axes=narrower, kernel_init=residual_init)
     self.mlp_norm = norm(self.dtype)
-    self.mlp_in = linear(int(self.mlp_ratio * self.width))
-    self.mlp_out = linear(self.width, kernel_init=residual_init)
+    self.mlp_in = linear(int(self.mlp_ratio * self.width), axes=wider)
+    self.mlp_out = linear(self.width, axes=narrower, kernel_init=residual_init)
 
   def __call__(self, x):  # [B, N, width]
     """Runs whole sequences; returns ([B, N, width], None), as a scan wants it."""
-    return self.extend(x)[0], None
+    return split_batch(self.extend(split_batch(x))[0]), None
 
   def extend(self, x, cache=None, position=0):  # x [B, n, width]
     """Runs the n tokens from `position` on. They see the tokens before them and themselves, or,

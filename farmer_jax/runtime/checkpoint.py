@@ -1,6 +1,8 @@
-"""Checkpoints: the training state and the place in the data, written together by Orbax."""
+"""Checkpoints: the training state and the place in the data, written together by Orbax.
 
-import grain
+Both are the same whatever the mesh and the number of processes: a run may go on with others.
+"""
+
 import jax
 import orbax.checkpoint as ocp
 
@@ -24,11 +26,11 @@ class Checkpoints:
     return max(self.all_steps(), default=None)
 
   def save(self, step, state, iterator):
-    """Starts writing `state` and the position of the Grain `iterator`."""
+    """Starts writing `state` and the position of the `iterator`."""
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), dataset=grain.checkpoint.CheckpointSave(iterator)
+        state=ocp.args.StandardSave(state), dataset=ocp.args.JsonSave(iterator.get_state())
       ),
       force=True,
     )
@@ -40,9 +42,10 @@ class Checkpoints:
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardRestore(_abstract(state)),
-        dataset=grain.checkpoint.CheckpointRestore(iterator),
+        dataset=ocp.args.JsonRestore(),
       ),
     )
+    iterator.set_state(restored.dataset)
     return restored.state
 
   def restore_params(self, step, name, params):

@@ -2,12 +2,21 @@
 
 import sys
 
+import jax
 import tqdm
 
 
 def say(message):
-  """Writes a line to standard error, above a progress bar if there is one."""
-  tqdm.tqdm.write(message, file=sys.stderr)
+  """Writes a line to standard error, above a progress bar if there is one. Of several processes the
+  first alone does, here and below."""
+  if not jax.process_index():
+    tqdm.tqdm.write(message, file=sys.stderr)
+
+
+def tell(message):
+  """Writes a result to standard output."""
+  if not jax.process_index():
+    print(message)
 
 
 def progress(what, unit, total, done=0):
@@ -19,6 +28,7 @@ def progress(what, unit, total, done=0):
     unit=unit,
     total=total,
     initial=done,
+    disable=jax.process_index() > 0,
     dynamic_ncols=interactive,
     ncols=None if interactive else 100,
     mininterval=0.2 if interactive else 15,

@@ -3,32 +3,37 @@
 import json
 import time
 
+import jax
+
 from farmer_jax.runtime import console
 from farmer_jax.runtime import workdir as workdir_lib
 
 
 class MetricWriter:
-  """Appends metrics to WORKDIR/metrics.jsonl, one JSON object a line, and to TensorBoard events.
+  """Appends metrics to WORKDIR/metrics.jsonl, one JSON object a line, and to TensorBoard events. Of
+  several processes the first alone does.
 
   A run that goes on from a checkpoint drops what was logged after it, so that each step stands
   there once.
   """
 
   def __init__(self, workdir, first_step):
-    self._path = workdir / 'metrics.jsonl'
-    self._lines = []
-    if self._path.exists():
-      self._lines = [
-        line for line in self._path.read_text().splitlines() if _step(line) <= first_step
-      ]
-      workdir_lib.write_atomically(self._path, ''.join(line + '\n' for line in self._lines))
-    self._file = self._path.open('a')
+    self._file = self._events = None
+    if jax.process_index():
+      return
+    path = workdir / 'metrics.jsonl'
+    if path.exists():
+      lines = [line for line in path.read_text().splitlines() if _step(line) <= first_step]
+      workdir_lib.write_atomically(path, ''.join(line + '\n' for line in lines))
+    self._file = path.open('a')
     self._events = _tensorboard_writer(workdir)
 
   def write(self, step, split, values):
     """Writes scalars of `split` ('train' or 'valid') at `step`."""
     values = {name: float(value) for name, value in values.items()}
     record = {'step': step, 'split': split, 'time': round(time.time(), 3), **values}
+    if not self._file:
+      return
     self._file.write(json.dumps(record) + '\n')
     self._file.flush()
     if self._events:
@@ -41,7 +46,8 @@ class MetricWriter:
 
   def close(self):
     """Flushes everything to disk."""
-    self._file.close()
+    if self._file:
+      self._file.close()
     if self._events:
       self._events.close()
 

@@ -15,16 +15,18 @@ _SECONDS_BETWEEN_WRITES = 30.0
 class Shards:
   """Rows 0, 1, … of several arrays, in FOLDER/00000.npz, 00001.npz, …"""
 
-  def __init__(self, folder, names):
+  def __init__(self, folder, names, first=0):
     """Opens or makes `folder` (an `epath.Path`) and finds out what is there.
 
     Args:
       folder: where the files are.
       names: of the arrays, as a dict to their names in a file. Rows are counted by the last one,
         which should be small.
+      first: number of the first file; rows count from there. Processes that share a folder begin
+        at different ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    self._folder, self.names = folder, names
+    self._folder, self.names, self._first = folder, names, first
     self._counted = list(names)[-1]
     self._last_write = time.monotonic()
     self._full, self._tail = 0, None
@@ -67,7 +69,7 @@ class Shards:
     return np.concatenate(parts)[:count]
 
   def _file(self, index):
-    return self._folder / f'{index:05d}.npz'
+    return self._folder / f'{self._first + index:05d}.npz'
 
   def _load(self, index, name):
     with self._file(index).open('rb') as file, np.load(file) as arrays:

@@ -7,6 +7,7 @@ import jax
 from clu import parameter_overview
 
 from farmer_jax.runtime import checkpoint, console, metrics
+from farmer_jax.runtime import mesh as mesh_lib
 from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
@@ -17,35 +18,37 @@ _COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
 }
 
 
-def train(config, workdir, *, init_params, loss_fn, iterator, validate, draw, constants=None):
+def train(config, workdir, mesh, *, init_params, loss_fn, iterator, validate, draw, constants=None):
   """Trains until `config.train.steps`, going on from the newest checkpoint in `workdir` if any.
 
   Args:
     config: the whole `config.Config`.
     workdir: a prepared workdir.
-    init_params: init_params(key, **constants) -> parameters.
+    mesh: a `mesh.Mesh`, over which everything is spread.
+    init_params: init_params(key, **constants) -> parameters, in boxes with the names of their axes.
     loss_fn: as `step.make_train_step` wants it.
-    iterator: checkpointable iterator over training batches.
+    iterator: checkpointable iterator over this process's share of training batches.
     validate: validate(params) -> dict of floats.
     draw: draw(params, step) -> uint8 picture [H, W, 3], which it has also saved.
-    constants: arrays that training leaves as they are and `loss_fn` takes by name, a dict.
+    constants: arrays on the mesh that training leaves as they are and `loss_fn` takes by name, a
+      dict.
 
   Returns:
     The final `TrainState` and the last validation metrics.
   """
   settings, constants = config.train, constants or {}
   optimizer = optimizer_lib.create(settings)
-  state = _initial_state(config, init_params, optimizer, constants)
+  state = _initial_state(config, mesh, init_params, optimizer, constants)
   checkpoints = checkpoint.Checkpoints(workdir, keep=settings.keep_checkpoints)
   first_step = checkpoints.latest_step() or 0
   if first_step:
     state = checkpoints.restore(first_step, state, iterator)
     console.say(f'Going on from step {first_step} of {settings.steps}.')
   else:
-    print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    console.tell(parameter_overview.get_parameter_overview(state.params, include_stats=False))
   writer = metrics.MetricWriter(workdir, first_step)
   step_fn = step_lib.make_train_step(loss_fn, optimizer, settings)
-  compiled = _compile(step_fn, state, iterator, constants)
+  compiled = _compile(step_fn, mesh, state, iterator, constants)
   meter = Meter(config, first_step)
   learning_rate = optimizer_lib.learning_rate_schedule(settings)
   valid = {}
@@ -67,7 +70,7 @@ def train(config, workdir, *, init_params, loss_fn, iterator, validate, draw, co
     valid = validate(state.best_params)
   for step in range(first_step + 1, settings.steps + 1):
     with meter.input():
-      batch = next(iterator)
+      batch = mesh.batch(next(iterator))
     state, values = compiled(state, batch, constants)
     meter.advance(step, values)
     if step % settings.log_every == 0 or step == settings.steps:
@@ -87,22 +90,23 @@ def _due(step, steps, every):
   return every and (step % every == 0 or step == steps)
 
 
-def _initial_state(config, init_params, optimizer, constants):
-  @jax.jit
-  def init(key, constants):
-    return state_lib.create(init_params(key, **constants), optimizer, config.train.ema_decay)
+def _initial_state(config, mesh, init_params, optimizer, constants):
+  """The state before the first step; no array in it is ever whole on one device that is split."""
+  init = state_lib.initializer(init_params, optimizer, config.train.ema_decay)
+  key = jax.random.key(config.seed)
+  shardings = mesh.shardings(jax.eval_shape(init, key, constants))
+  initialize = jax.jit(lambda *args: mesh_lib.unboxed(init(*args)), out_shardings=shardings)
+  return initialize(key, constants)
 
-  return init(jax.random.key(config.seed), constants)
 
-
-def _compile(step_fn, state, iterator, constants):
+def _compile(step_fn, mesh, state, iterator, constants):
   """Compiles the step ahead of the first batch, so that its time is known and said."""
   console.say('Compiling the training step ...')
   start = time.monotonic()
   place = iterator.get_state()
-  batch = next(iterator)
+  batch = mesh.batch(next(iterator))
   iterator.set_state(place)
-  lowered = jax.jit(step_fn, donate_argnums=0).lower(state, batch, constants)
+  lowered = step_lib.lower(step_fn, mesh, state, batch, constants)
   options = _COMPILER_OPTIONS.get(jax.default_backend())
   compiled = lowered.compile(compiler_options=options)
   console.say(f'... took {time.monotonic() - start:.1f} s.')

@@ -43,7 +43,10 @@ def create(train):
   o = train.optimizer
 
   def decayed(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
+    # Parameters may be in boxes with the names of their axes, which lengthen the path.
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: jax.tree_util.DictKey('kernel') in path, params
+    )
 
   adamw = optax.adamw(
     learning_rate_schedule(train), o.b1, o.b2, weight_decay=o.weight_decay, mask=decayed

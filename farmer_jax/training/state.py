@@ -20,6 +20,16 @@ class TrainState:
     return self.params if self.average is None else self.average
 
 
+def initializer(init_params, optimizer, ema_decay):
+  """A function init(key, constants) -> the state before the first step, of
+  init_params(key, **constants)."""
+
+  def init(key, constants):
+    return create(init_params(key, **constants), optimizer, ema_decay)
+
+  return init
+
+
 def create(params, optimizer, ema_decay):
   """The state before the first step."""
   return TrainState(

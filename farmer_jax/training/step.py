@@ -35,11 +35,21 @@ def make_train_step(loss_fn, optimizer, train):
   return step_fn
 
 
+def lower(step_fn, mesh, state, batch, constants):
+  """Traces a step for a `mesh.Mesh`, ready to be compiled; the state is donated and stays where it
+  is. Arguments are arrays, or what describes arrays that are not there."""
+  stays = jax.tree.map(lambda a: a.sharding, state), mesh.whole
+  with mesh():
+    jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=stays)
+    return jitted.lower(state, batch, constants)
+
+
 def _accumulated(gradients, state, batch, parts):
   """Loss, metrics and gradients of the whole batch, as the mean over `parts` equal parts of it."""
   if parts == 1:
     return gradients(state.params, batch, state.step, 0)
-  split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+  # Every parts-th example goes together: each device's share of the batch is divided, not moved.
+  split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
   def add_part(total, inputs):
     part, index = inputs

@@ -1,5 +1,6 @@
 """Small models with weights that look trained: an output layer of zeros would hide all mistakes."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +58,7 @@ def filled_parameters(module, *args, seed=0):
   Kernels keep the size of their input, norms scale by about 1, everything else is moderate; so are
   the layers that give log-scales, lest a density be too wide or too narrow to integrate.
   """
-  shapes = jax.eval_shape(module.init, jax.random.key(0), *args)['params']
+  shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *args)['params'])
   rng = np.random.default_rng(seed)
 
   def fill(path, leaf):

@@ -1,0 +1,261 @@
+"""`--job=fidelity`: how close samples are to real images."""
+
+import dataclasses
+import functools
+import json
+import zipfile
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from farmer_jax import config as config_lib
+from farmer_jax.data import sources
+from farmer_jax.evaluation import classifier, fidelity, inception
+from farmer_jax.jobs import sample
+from farmer_jax.runtime import console
+from farmer_jax.runtime import workdir as workdir_lib
+
+# Settings that have no say in the figures.
+_NOT_IN_NAME = {'name', 'samples', 'count', 'weights', 'batch_size'}
+
+# What figures in features of a classifier are called: nobody should take them for those of
+# Inception.
+_CLASSIFIER_NAMES = {
+  'fid': 'classifier_frechet_distance',
+  'inception_score': 'classifier_score',
+  'inception_score_std': 'classifier_score_std',
+}
+
+
+def run(config, workdir):
+  """Draws what samples are missing and compares them with real images; writes
+  WORKDIR/fidelity/<name>.json and prints the figures."""
+  workdir = workdir_lib.open_run(config, workdir)
+  settings, folder = config.fidelity, workdir / 'fidelity'
+  if jax.process_index():  # The first process looks at what all have drawn.
+    _open_samples(config, workdir)
+    return
+  judge = Judge.load(config, folder)
+  reference, reference_name = load_reference(config, judge, folder)
+  samples, drawn = _open_samples(config, workdir)
+  statistics = judge.statistics(samples, 'samples', settings.compared)
+  figures = fidelity.compare(statistics, reference, settings.neighbours)
+  report = {
+    'samples': samples.name,
+    'count': len(samples),
+    'reference': reference_name,
+    'network': judge.name,
+    **judge.figures(figures, statistics, samples.labels),
+    **{n: drawn[n] for n in ('checkpoint_step', 'nonfinite_samples', 'sampling') if n in drawn},
+    'settings': dataclasses.asdict(settings),
+  }
+  folder.mkdir(parents=True, exist_ok=True)
+  stem = workdir_lib.results_name(f'{samples.name}-{len(samples)}', settings, _NOT_IN_NAME)
+  file = folder / f'{settings.name or stem}.json'
+  workdir_lib.write_atomically(file, json.dumps(report, indent=2) + '\n')
+  _print_report(report, file)
+
+
+def _open_samples(config, workdir):
+  """The `ImageSet` to be judged, drawn where it is not given, and what the sampling job reports of
+  it."""
+  settings = config.fidelity
+  if settings.samples is not None:
+    return ImageSet.open(settings.samples, config).first(settings.count), {}
+  sampling = dataclasses.replace(config.sampling, count=settings.count, figures=False, png=False)
+  folder = sample.run(dataclasses.replace(config, sampling=sampling), workdir)
+  report = json.loads((folder / sample.REPORT_FILE).read_text())
+  return ImageSet.open(folder, config).first(settings.count), report
+
+
+def load_reference(config, judge, folder):
+  """The `fidelity.Statistics` to compare with, and their name; those of images are kept in
+  `folder`."""
+  settings, statistics = config.fidelity, None
+  if settings.reference is None:
+    source = sources.load(config.data, settings.split)
+    images = ImageSet.of(source, f'{config.data.source} ({settings.split})')
+  else:
+    path = workdir_lib.absolute(settings.reference)
+    arrays = _read_npz(path) if path.suffix == '.npz' else ()
+    if 'mu' in arrays:
+      statistics = judge.checked(fidelity.load(arrays))
+      if 'arr_0' not in arrays:
+        return statistics, path.name
+    images = ImageSet.open(path, config)
+  found = judge.kept_statistics(images.first(settings.reference_count), settings, folder)
+  if statistics is not None:  # What a file says of its images goes before what is found of them.
+    found = dataclasses.replace(statistics, features=found.features)
+  return found, images.name
+
+
+class Judge:
+  """A network whose features images are compared by.
+
+  Args:
+    name: 'inception' or 'classifier'.
+    extractor: a `fidelity.Extractor`.
+    channels: of its features.
+    identity: what distinguishes it from other networks, in characters.
+    accuracy: of a classifier, on real images that it has not seen.
+  """
+
+  def __init__(self, name, extractor, channels, identity, accuracy=None):
+    self.name, self._extractor, self._channels = name, extractor, channels
+    self._identity, self._accuracy = identity, accuracy
+
+  @classmethod
+  def load(cls, config, folder):
+    """The network that `config.fidelity` names; a classifier is trained and kept in `folder`."""
+    settings, data = config.fidelity, config.data
+    name = settings.network
+    if name == 'auto':
+      name = 'classifier' if data.channels == 1 or data.image_size < 32 else 'inception'
+    if name == 'inception':
+      network, params, identity = inception.load(settings.weights)
+      extractor = fidelity.Extractor(network, params, settings.batch_size)
+      return cls(name, extractor, inception.CHANNELS, identity)
+    if not data.num_classes:
+      raise config_lib.ConfigError(
+        'without classes no classifier can be trained to judge samples; set'
+        ' config.fidelity.network=inception'
+      )
+    train, valid = (sources.load(data, split) for split in ('train', 'valid'))
+    network, params, identity = classifier.load_or_train(data, train, folder)
+    extractor = fidelity.Extractor(network, params, settings.batch_size)
+    judge = cls(name, extractor, classifier.CHANNELS, identity)
+    real = ImageSet.of(valid, 'held-out images')
+    judge._accuracy = _accuracy(judge.statistics(real, real.name, 0), real.labels)
+    return judge
+
+  def statistics(self, images, what, kept):
+    """The `fidelity.Statistics` of an `ImageSet`."""
+    return self._extractor(images.gather, len(images), kept, what)
+
+  def kept_statistics(self, images, settings, folder):
+    """Those of real images, computed once and then read from `folder`."""
+    about = self._identity, images.identity, len(images), settings.compared
+    file = folder / f'reference-{workdir_lib.fingerprint(about)}.npz'
+    if file.exists():
+      return fidelity.load(_read_npz(file))
+    statistics = self.statistics(images, 'real images', settings.compared)
+    statistics = dataclasses.replace(statistics, logits=None)
+    folder.mkdir(parents=True, exist_ok=True)
+    with workdir_lib.replacing(file) as temporary, temporary.open('wb') as opened:
+      fidelity.save(opened, statistics)
+    return statistics
+
+  def checked(self, statistics):
+    """The statistics, if they are of features of this network, by their number."""
+    channels = len(statistics.pool.mean)
+    if channels != self._channels:
+      raise config_lib.ConfigError(
+        f'config.fidelity.reference has statistics of {channels} features, and the {self.name} has'
+        f' {self._channels}; set config.fidelity.network, or another reference'
+      )
+    return statistics
+
+  def figures(self, figures, statistics, labels):
+    """`figures` under names that say whose they are; of a classifier also how often it sees the
+    class."""
+    if self.name == 'inception':
+      return figures
+    named = {_CLASSIFIER_NAMES.get(n, f'classifier_{n}'): value for n, value in figures.items()}
+    named['classifier_accuracy_on_real_images'] = self._accuracy
+    if labels is not None:
+      named['classifier_accuracy'] = _accuracy(statistics, labels)
+    return named
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+  """Images to be looked at, in order."""
+
+  name: str
+  identity: object  # what tells the set from others
+  gather: Callable  # gather(indices) -> uint8 [n, H, W, C]
+  count: int
+  labels: np.ndarray | None = None  # int [count]
+
+  def __len__(self):
+    return self.count
+
+  def first(self, count):
+    """The first images alone, or all."""
+    count = min(count or self.count, self.count)
+    labels = None if self.labels is None else self.labels[:count]
+    return dataclasses.replace(self, count=count, labels=labels)
+
+  @classmethod
+  def of(cls, source, name):
+    """The images of a `data.base.Source`."""
+    labels = source.labels if hasattr(source, 'labels') else None
+    return cls(name, name, lambda indices: source.gather(indices)['image'], len(source), labels)
+
+  @classmethod
+  def open(cls, path, config):
+    """The images at a path: an npz with `arr_0`, a folder of such files, or one of images."""
+    path = workdir_lib.absolute(path)
+    if not path.exists():
+      raise config_lib.ConfigError(f'{path} does not exist; it should hold images to be compared')
+    files = [path] if path.is_file() else sorted(path.glob('*.npz'))
+    if not files:
+      data = dataclasses.replace(
+        config.data, source='folder', path=str(path), num_classes=0, valid_fraction=0.0
+      )
+      images = cls.of(sources.load(data, 'train'), path.name)
+      return dataclasses.replace(images, identity=str(path), labels=None)
+    sizes, labels = [], []
+    for file in files:
+      arrays = _read_npz(file)
+      if 'arr_0' not in arrays:
+        raise config_lib.ConfigError(f'{file} has no images (arr_0), nor statistics (mu and sigma)')
+      labels.append(arrays.get('arr_1'))
+      # Labels say how many images there are, and are read faster.
+      sizes.append(len(arrays['arr_0'] if labels[-1] is None else labels[-1]))
+    known = None if any(part is None for part in labels) else np.concatenate(labels)
+    identity = [(str(file), file.stat().length, file.stat().mtime) for file in files]
+    return cls(path.stem, identity, _Shards(files, sizes).gather, sum(sizes), known)
+
+
+class _Shards:
+  """Images in npz files, of which one is in memory at a time."""
+
+  def __init__(self, files, sizes):
+    self._files, self._ends = files, np.cumsum(sizes)
+    self._read = functools.lru_cache(maxsize=1)(self._load)
+
+  def _load(self, shard):
+    return _read_npz(self._files[shard])['arr_0']
+
+  def gather(self, indices):
+    shards = np.searchsorted(self._ends, indices, side='right')
+    starts = np.concatenate([[0], self._ends])
+    return np.stack(
+      [self._read(int(shard))[i - starts[shard]] for i, shard in zip(indices, shards, strict=True)]
+    )
+
+
+def _read_npz(path):
+  """The arrays of an npz file, read one by one when asked for; no pickled objects."""
+  try:
+    return np.load(path.open('rb'), allow_pickle=False)
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    raise config_lib.ConfigError(f'cannot read {path}: {error}') from error
+
+
+def _accuracy(statistics, labels):
+  return float((statistics.logits.argmax(-1) == labels).mean())
+
+
+def _print_report(report, file):
+  console.say(
+    f'{report["count"]} samples against {report["reference"]}, seen by {report["network"]}'
+  )
+  for name, value in report.items():
+    if isinstance(value, float):
+      print(f'{name:36} {value:.4f}')
+  if report.get('nonfinite_samples'):
+    print(f'Not finite: {report["nonfinite_samples"]} samples')
+  print(file)

@@ -1,0 +1,119 @@
+"""What a compiled program says of itself: cycles and collectives, counted through its loops.
+
+XLA's own cost analysis counts the body of a loop once. The text of a program for TPUs has an
+estimate of cycles beside each fusion; the rounds of a loop stand beside it, or in its condition.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+
+_COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+
+_HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*->.*\{$')
+_COLLECTIVE = re.compile(rf'= (.*?) ({"|".join(_COLLECTIVES)})(-start)?\(')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r'condition=%?([\w.\-]+)')
+_BOUND = re.compile(r'^\s+%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)')
+_BELOW = re.compile(r'compare\(.*?, %?([\w.\-]+)\), direction=LT')
+_CALLED = re.compile(r'(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.\-]+)')
+_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
+_ARRAY = re.compile(r'\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]')
+
+
+@dataclasses.dataclass
+class Cost:
+  """Sums over a program, or over one of its computations."""
+
+  cycles: int = 0  # estimated, of a device; None of collectives
+  unknown_loops: int = 0  # whose rounds are not known: their bodies count once
+  count: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  bytes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+  def add(self, other, times=1):
+    """Adds what `other` comes to `times` over."""
+    self.cycles += times * other.cycles
+    self.unknown_loops += other.unknown_loops
+    for mine, its in ((self.count, other.count), (self.bytes, other.bytes)):
+      for kind, value in its.items():
+        mine[kind] += times * value
+
+
+def cost(text):
+  """The `Cost` of a compiled program, `compiled.as_text()`: collectives by kind, with the bytes of
+  their results on one device."""
+  computations, entry = _parse(text)
+  known: dict[tuple, Cost] = {}
+
+  def visit(name, with_cycles):
+    """The cost of a computation; without cycles inside of a fusion, whose own estimate has them."""
+    if (name, with_cycles) not in known:
+      known[name, with_cycles] = total = Cost()
+      for line in computations.get(name, ()):
+        cycles = _CYCLES.search(line)
+        if cycles and with_cycles:
+          total.cycles += int(cycles[1])
+        found = _COLLECTIVE.search(line)
+        if found:
+          total.count[found[2]] += 1
+          total.bytes[found[2]] += _bytes(found[1], halve=bool(found[3]))
+        times = _rounds(line, computations) if ' while(' in line else 1
+        total.unknown_loops += times is None
+        for called in _called(line):
+          total.add(visit(called, with_cycles and not cycles), times or 1)
+    return known[name, with_cycles]
+
+  return visit(entry, True)
+
+
+def _parse(text):
+  """The lines of each computation, by name, and the name of the first to run."""
+  computations: dict[str, list[str]] = {}
+  entry, lines = None, []
+  for line in text.splitlines():
+    header = _HEADER.match(line)
+    if header:
+      lines = computations[header[2]] = []
+      entry = header[2] if header[1] else entry
+    elif ' = ' in line:
+      lines.append(line)
+  if entry is None:
+    raise ValueError('this is not the text of a compiled program')
+  return computations, entry
+
+
+def _rounds(line, computations):
+  """How often the body of a loop runs, or None. A condition that compares with a constant is that
+  of a loop that counts from 0, as `jax.lax.scan` makes them."""
+  known = _TRIPS.search(line)
+  if known:
+    return int(known[1])
+  named = _CONDITION.search(line)
+  condition = computations.get(named[1], ()) if named else ()
+  bounds = {match[1]: match[2] for match in map(_BOUND.match, condition) if match}
+  below = [match[1] for match in map(_BELOW.search, condition) if match]
+  return int(bounds[below[0]]) if len(below) == 1 and below[0] in bounds else None
+
+
+def _called(line):
+  names = _CALLED.findall(line)
+  for branches in _BRANCHES.findall(line):
+    names += [name.strip().lstrip('%') for name in branches.split(',')]
+  return names
+
+
+def _bytes(shapes, halve):
+  """Bytes of the arrays in a result's type; what starts a collective returns its operands too, and
+  of those as much is left out."""
+  sizes = [
+    math.prod(int(n) for n in dims.split(',') if n) * _width(kind)
+    for kind, dims in _ARRAY.findall(shapes)
+  ]
+  return max(sizes, default=0) if halve else sum(sizes)
+
+
+def _width(kind):
+  """Bytes of an element, of four bits half a one."""
+  return 1 if kind == 'pred' else int(re.sub(r'\D', '', kind)) / 8

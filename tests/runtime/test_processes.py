@@ -1,0 +1,158 @@
+"""Two real processes train together: killed, resumed, and evaluated and resumed by one."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 8
+SETTINGS = (
+  'model.patch_size=4 model.flow.blocks=2 model.flow.layers=1 model.flow.width=16'
+  ' model.flow.head_dim=8 model.prior.layers=1 model.prior.width=16 model.prior.head_dim=8'
+  ' model.prior.condition_copies=2 model.prior.components=4 model.prior.informative_channels=4'
+  ' model.prior.redundant_components=4 data.flip=True'
+  f' train.steps={STEPS} train.batch_size=16 train.accumulate=1 train.log_every=1'
+  ' train.validate_every=4 train.valid_batch_size=50 train.sample_every=0 train.checkpoint_every=2'
+  ' train.keep_checkpoints=4 train.ema_decay=0.9 train.optimizer.learning_rate=0.001'
+).split()
+
+
+def start(workdir, *arguments, devices=2, processes=1):
+  """Starts the command of the README in each of several processes."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  environment = os.environ | {
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'JAX_PLATFORMS': 'cpu',
+  }
+  started = []
+  for process in range(processes):
+    command = [sys.executable, '-m', 'farmer_jax.main', f'--workdir={workdir}', *arguments]
+    if processes > 1:
+      command += [f'--coordinator=localhost:{port}', f'--num_processes={processes}']
+      command += [f'--process_id={process}']
+    with pathlib.Path(f'{workdir}-{process}.log').open('ab') as log:
+      started.append(
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+      )
+  return started
+
+
+def finish(started, workdir):
+  for number, process in enumerate(started):
+    code = process.wait(timeout=400)
+    assert code == 0, pathlib.Path(f'{workdir}-{number}.log').read_text()[-3000:]
+
+
+def train(workdir, *more, **how):
+  arguments = ['--config=configs/quickstart.py', *(f'--config.{s}' for s in (*SETTINGS, *more))]
+  return start(workdir, *arguments, **how)
+
+
+def records(workdir):
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def state(workdir):
+  """The last checkpoint, whatever devices it was written by."""
+  path = workdir / 'checkpoints' / str(STEPS) / 'state'
+  with ocp.PyTreeCheckpointer() as reader:
+    as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+    tree = reader.metadata(path).item_metadata.tree
+    state = reader.restore(path, restore_args=jax.tree.map(lambda _: as_numpy, tree))
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
+
+
+def assert_alike(one, other):
+  """The same metrics at the same steps, and the same state, but for rounding on another mesh."""
+  assert [(r['step'], r['split']) for r in records(one)] == [
+    (r['step'], r['split']) for r in records(other)
+  ]
+  for a, b in zip(records(one), records(other), strict=True):
+    np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-4)
+  for (path, a), b in zip(state(one).items(), state(other).values(), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-4, err_msg=path)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """The run on one device of one process."""
+  workdir = tmp_path_factory.mktemp('whole') / 'run'
+  finish(train(workdir, devices=1), workdir)
+  return workdir
+
+
+def test_two_processes_are_killed_and_go_on_and_one_evaluates(whole, tmp_path):
+  """Two processes of two devices each, parameters split over all: SIGKILL for both once there is a
+  checkpoint; the same again; then one process alone scores the images."""
+  workdir = tmp_path / 'run'
+  started = train(workdir, 'mesh.fsdp=4', processes=2)
+  deadline = time.monotonic() + 300
+  while not any((workdir / 'checkpoints').glob('[0-9]')) and time.monotonic() < deadline:
+    assert all(process.poll() is None for process in started), pathlib.Path(
+      f'{workdir}-0.log'
+    ).read_text()[-3000:]
+    time.sleep(0.05)
+  for process in started:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  assert not (workdir / 'checkpoints' / str(STEPS)).exists(), 'killed too late to show anything'
+  finish(train(workdir, 'mesh.fsdp=4', processes=2), workdir)
+  first, second = (pathlib.Path(f'{workdir}-{n}.log').read_text() for n in range(2))
+  assert 'Going on from step' in first and 'Held-out likelihood' in first
+  assert 'Held-out' not in second and 'step' not in second
+  assert_alike(whole, workdir)
+  scored = ['--job=likelihood', f'--config=configs/from_run.py:{workdir}']
+  finish(start(workdir, *scored), workdir)
+  report = json.loads((workdir / 'likelihood' / 'digits-valid.json').read_text())
+  last = [r for r in records(workdir) if r['split'] == 'valid'][-1]
+  assert report['count'] == 180
+  np.testing.assert_allclose(report['bits_per_dim']['mean'], last['bits_per_dim'], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'first, second',
+  [(dict(devices=8), dict(devices=2)), (dict(processes=2), dict(devices=1))],
+  ids=['8 devices, then 2', '2 processes, then 1'],
+)
+def test_a_run_goes_on_with_other_devices(whole, tmp_path, first, second):
+  """Stopped by having no more steps to do, after half of them; the data go on in order."""
+  workdir = tmp_path / 'run'
+  finish(train(workdir, 'mesh.fsdp=2', **first), workdir)
+  for step in (STEPS, STEPS - 2):
+    shutil.rmtree(workdir / 'checkpoints' / str(step), ignore_errors=True)
+  assert any((workdir / 'checkpoints').iterdir()) or pytest.fail('no checkpoint is left')
+  finish(train(workdir, **second), workdir)
+  log = pathlib.Path(f'{workdir}-0.log').read_text()
+  assert f'Going on from step {STEPS - 4}' in log
+  assert_alike(whole, workdir)
+
+
+def test_mistakes_get_one_line(tmp_path):
+  for arguments, message in (
+    (['--process_id=0'], 'give all three'),
+    (['--coordinator=localhost:1', '--num_processes=2', '--process_id=2'], 'from 0 to 1'),
+    (['--config.mesh.data=3'], 'do not multiply to the 2 devices'),
+    (['--config.train.batch_size=7'], 'batch_size=7 cannot be divided among the 2 devices'),
+    (['--config.mesh.embed=depth'], 'must be of data, fsdp, tensor'),
+  ):
+    workdir = tmp_path / 'none'
+    (process,) = start(workdir, '--config=configs/quickstart.py', *arguments)
+    assert process.wait(timeout=120) == 1
+    lines = pathlib.Path(f'{workdir}-0.log').read_text()
+    assert message in lines and 'Traceback' not in lines
+    assert not workdir.exists()
+    pathlib.Path(f'{workdir}-0.log').unlink()
