@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from farmer_jax import config as config_lib
-from farmer_jax.data import sources
+from farmer_jax.data import base, sources
 from farmer_jax.evaluation import classifier, fidelity
 from farmer_jax.jobs import restore
 from farmer_jax.nn import farmer
@@ -33,7 +33,8 @@ class Judge:
   def __init__(self, config, workdir):
     train, valid = (sources.load(config.data, split) for split in ('train', 'valid'))
     self.images = valid.gather(np.arange(len(valid)))
-    network, params, _ = classifier.load_or_train(config.data, train, workdir / 'fidelity')
+    folder, contents = workdir / 'fidelity', base.contents(train)
+    network, params, _ = classifier.load_or_train(config.data, train, folder, contents)
     self._extract = fidelity.Extractor(network, params, 1000)
     self._reference = self._statistics(self.images['image'])
     self.accuracy = self._accuracy(self._reference, self.images['label'])

@@ -254,6 +254,18 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Profile:
+  """Recording what devices do."""
+
+  steps: str = key(
+    '',
+    'first and last training step to be recorded, as in 10,15, into WORKDIR/profile, for'
+    ' TensorBoard or XProf',
+    changeable=True,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Guidance:
   """Sampling from p_c^(1 + w) p_u^(-w), p_c being the prior for the class, p_u that for none."""
 
@@ -506,6 +518,7 @@ class Config:
   model: Model = section(Model)
   train: Train = section(Train)
   mesh: Mesh = section(Mesh)
+  profile: Profile = section(Profile)
   sampling: Sampling = section(Sampling)
   distill: Distill = section(Distill)
   likelihood: Likelihood = section(Likelihood)
@@ -656,11 +669,28 @@ def check(config):
     data.num_classes or not flow.class_conditional,
     'config.model.flow.class_conditional needs classes; config.data.num_classes is 0',
   )
+  step_range(config.profile.steps)
   _check_sampling(config, require)
   if config.job == 'distill':
     _check_distill(config, require)
   if config.job == 'likelihood':
     _check_likelihood(config, require)
+  if config.job == 'fidelity':
+    _check_fidelity(config, require)
+  require(
+    config.job != 'compile' or config.teacher is None,
+    '--job=compile compiles pretraining; this configuration distils a teacher',
+  )
+
+
+def step_range(text):
+  """The two numbers of `Profile.steps`, or None."""
+  if not text:
+    return None
+  numbers = [int(word) for word in text.split(',') if word.strip().isdecimal()]
+  if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+    raise ConfigError(f'config.profile.steps={text!r} must be two numbers of steps, as in 10,15')
+  return numbers[0], numbers[1]
 
 
 def _check_sampling(config, require):
@@ -727,6 +757,37 @@ def _check_likelihood(config, require):
     'images of config.likelihood.other_source have none of the classes of this model; set'
     ' config.likelihood.condition=none or marginal',
   )
+
+
+def fidelity_network(config):
+  """The network that config.fidelity asks for, by name."""
+  if config.fidelity.network != 'auto':
+    return config.fidelity.network
+  small = config.data.channels == 1 or config.data.image_size < 32
+  return 'classifier' if small else 'inception'
+
+
+def _check_fidelity(config, require):
+  """Requires a network, and images enough for the figures."""
+  settings = config.fidelity
+  inception = fidelity_network(config) == 'inception'
+  require(
+    inception or config.data.num_classes,
+    'without classes no classifier can be trained to judge samples; set'
+    ' config.fidelity.network=inception',
+  )
+  require(
+    not inception or settings.weights is not None,
+    'Inception needs its weights: config.fidelity.weights=pt_inception-2015-12-05-6726825d.pth,'
+    ' from the release fid_weights of github.com/mseitzer/pytorch-fid',
+  )
+  for name in ('count', 'reference_count', 'compared'):
+    value = getattr(settings, name)
+    require(
+      value is None or value > max(10, settings.neighbours),
+      f'config.fidelity.{name}={value} is too small: the Inception Score takes ten parts, and'
+      f' precision and recall {settings.neighbours} neighbours',
+    )
 
 
 def _check_ranges(config, require):

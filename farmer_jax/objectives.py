@@ -15,6 +15,16 @@ def real_valued(key, images, noise):  # uint8 [B, H, W, C]
   return dequantize.dequantize_gaussian(key, images, noise.std_end)
 
 
+def evaluation_images(images, indices, noise, seed, draw=0):  # uint8 [B, H, W, C], int [B]
+  """Images as the model is evaluated on them. The noise of each depends on the seed, its place in
+  the data and the number of the draw, not on how images are batched or spread over devices."""
+
+  def dequantize_one(image, index):
+    return real_valued(random.named_key(seed, 'evaluation', index, draw), image, noise)
+
+  return jax.vmap(dequantize_one)(images, indices)
+
+
 def training_images(key, images, noise, noise_std):  # uint8 [B, H, W, C]
   """Images as the model is trained on them, with Gaussian noise of `noise_std` (may be traced)."""
   if noise.kind == 'gaussian':

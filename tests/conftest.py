@@ -1,5 +1,6 @@
 """Fixtures and settings for all tests."""
 
+import contextlib
 import os
 
 # Nearly all programs run once, on a few numbers: compiling takes most of the time. The environment
@@ -8,6 +9,20 @@ os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+
+@contextlib.contextmanager
+def optimized():
+  """What is compiled here runs often enough to be worth compiling well."""
+  before = jax.config.jax_disable_most_optimizations
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)
+
+
+@pytest.fixture(scope='module', name='optimized')
+def _optimized():
+  return optimized
 
 
 @pytest.fixture(scope='module')

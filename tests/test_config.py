@@ -102,6 +102,8 @@ def test_unknown_keys_and_values_are_refused(values, message):
     ('model.label_dropout', 1.0, 'below 1'),
     ('noise.std_end', -0.1, 'must not be below 0'),
     ('model.patch_size', 8, 'one patch'),
+    ('profile.steps', '5', 'two numbers'),
+    ('profile.steps', '7,5', 'two numbers'),
     ('train.optimizer.learning_rate', float('nan'), 'finite'),
     ('train.optimizer.learning_rate', float('inf'), 'finite'),
   ],

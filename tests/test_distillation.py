@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,10 +44,13 @@ def labels(x64):
   return jnp.arange(B) % 3
 
 
+def fresh(key, teacher, objective):
+  return nn.unbox(objectives.init_student(key, teacher, model=MODEL, objective=objective))
+
+
 def student(teacher, objective, seed=3):
   """A student that has moved away from its teacher."""
-  start = functools.partial(objectives.init_student, model=MODEL, objective=objective)
-  params = start(jax.random.key(4), teacher)
+  params = fresh(jax.random.key(4), teacher, objective)
   keys = iter(jax.random.split(jax.random.key(seed), 100))
   return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape, a.dtype), params)
 
@@ -66,7 +70,7 @@ def levels(seed):
 
 
 def test_starts_from_the_teacher(teacher):
-  params = objectives.init_student(jax.random.key(0), teacher, model=MODEL, objective='stages')
+  params = fresh(jax.random.key(0), teacher, 'stages')
   assert set(params) == {'student'}
   jax.tree.map(np.testing.assert_array_equal, params['student'], teacher['flow'])
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import hashlib
+import zlib
 
 import numpy as np
 import tqdm
@@ -59,6 +60,15 @@ class ArraySource(Source):
   def gather(self, indices):
     """One fancy index instead of a Python loop over the examples."""
     return {'image': self.images[indices], 'label': self.labels[indices]}
+
+
+def contents(source):
+  """A number that tells the images of a source from others that go by the same name: of all of them
+  where they are in memory, else of a few."""
+  if isinstance(source, ArraySource):
+    return zlib.crc32(source.images.tobytes())
+  chosen = np.unique(np.linspace(0, len(source) - 1, 32).astype(int))
+  return zlib.crc32(source.gather(chosen)['image'].tobytes(), len(source))
 
 
 def fits_in_memory(count, data):

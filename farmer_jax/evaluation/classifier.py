@@ -34,19 +34,20 @@ class Network(nn.Module):
     return fidelity.Outputs(features, nn.Dense(self.num_classes)(features))
 
 
-def load_or_train(data, train_source, folder):
+def load_or_train(data, train_source, folder, contents):
   """The classifier for a data set; trained once, then kept in `folder` (an `epath.Path`).
 
   Args:
     data: `config.Data`.
     train_source: its training images, a `data.base.Source`.
     folder: where the weights are kept.
+    contents: of the images, as `data.base.contents` has it.
 
   Returns:
     network(params, uint8 [B, H, W, C]) -> `fidelity.Outputs`, its params, and what tells these
     weights from others, in characters.
   """
-  what = repr((data.source, len(train_source), data.image_size, data.channels, data.num_classes))
+  what = repr((contents, len(train_source), data.image_size, data.channels, data.num_classes))
   file = folder / f'classifier-{zlib.crc32(what.encode()):08x}.npz'
   template = _init(data)
   paths, tree = jax.tree.flatten(template)

@@ -45,7 +45,7 @@ class Extractor:
     self._apply = jax.jit(network)
     self._size = self._devices.batch_size(batch_size)
 
-  def __call__(self, gather, count, kept, what):
+  def __call__(self, gather, count, kept, what, with_logits=True):
     """The `Statistics` of a set of images; their features are never in memory all at once.
 
     Args:
@@ -53,6 +53,7 @@ class Extractor:
       count: how many images there are.
       kept: of how many, evenly spread, the features are kept.
       what: the images are, in words.
+      with_logits: keep the logits, of all.
     """
     moments: dict[str, frechet.Moments] = {}
     features, logits = [], []
@@ -68,7 +69,8 @@ class Extractor:
           batch = frechet.Moments.of(values)
           moments[name] = moments[name] + batch if name in moments else batch
       features.append(outputs.pool[keep[indices]])
-      logits.append(outputs.logits)
+      if with_logits:
+        logits.append(outputs.logits)
       bar.update(len(indices))
 
     with console.progress(f'looking at {what}', 'image', count) as bar:
@@ -86,7 +88,7 @@ class Extractor:
       pool=moments['pool'],
       spatial=moments.get('spatial'),
       features=np.concatenate(features),
-      logits=np.concatenate(logits),
+      logits=np.concatenate(logits) if with_logits else None,
     )
 
 

@@ -1,7 +1,7 @@
 """The likelihood of images, one by one and averaged.
 
-The noise of an image depends on the seed, its place in the data and the number of the draw alone:
-no figure depends on how images are batched or spread over devices.
+The noise of an image is its own (`objectives.evaluation_images`): but for rounding, no figure
+depends on how images are batched or spread over devices.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from farmer_jax import objectives
-from farmer_jax.ops import bits, random
+from farmer_jax.ops import bits
 
 
 @flax.struct.dataclass
@@ -50,24 +50,21 @@ class Scorer:
   def __call__(self, params, images, labels, indices):  # uint8 [B, H, W, C], int [B], int [B]
     """Returns a dict of arrays [B, ...].
 
-    `loss`, `terms…`, `log_dets` and `tokens` as in `Scores`, averaged over the draws; under uniform
-    dequantisation `loss_importance` too, the negative logarithm of the average density, nats/dim,
-    whose bits/dim are a bound that is never looser (arXiv 1509.00519); with the class unknown
-    `predicted`, the class of the highest likelihood.
+    `loss`, `terms…`, `log_dets` and `tokens` as in `Scores`, averaged over the draws; of several
+    draws of uniform dequantisation `loss_importance` too, the negative logarithm of the average
+    density, nats/dim, whose bits/dim are a bound that is never looser (arXiv 1509.00519); with the
+    class unknown `predicted`, the class of the highest likelihood.
     """
 
     def one_draw(draw):
-      def dequantize(image, index):
-        key = random.named_key(self._seed, 'likelihood', index, draw)
-        return objectives.real_valued(key, image, self._noise)
-
-      return self._density(params, jax.vmap(dequantize)(images, indices), labels)
+      values = objectives.evaluation_images(images, indices, self._noise, self._seed, draw)
+      return self._density(params, values, labels)
 
     scores = jax.lax.map(one_draw, jnp.arange(self._draws))
     dims = images[0].size
     mean = jax.tree.map(lambda a: a.mean(0), scores)
     found = {'loss': mean.loss, **mean.terms, 'log_dets': mean.log_dets, 'tokens': mean.tokens}
-    if self._noise.kind == 'uniform':
+    if self._noise.kind == 'uniform' and self._draws > 1:
       found['loss_importance'] = -_log_mean_exp(-scores.loss * dims) / dims
     if scores.log_classes is not None:
       # Bytes have one probability under each class; an average of noised images has none.
@@ -106,7 +103,9 @@ def _marginal(densities, dims):  # a LogDensity with a leading axis C
   posterior = jax.nn.softmax(log_classes, axis=0)
 
   def average(values):  # [C, B, ...] -> [B, ...]
-    return jnp.einsum('cb,cb...->b...', posterior, values)
+    weights = posterior.reshape(*posterior.shape, *(1,) * (values.ndim - 2))
+    # A class that is impossible may have infinite terms.
+    return jnp.where(weights > 0, weights * values, 0).sum(0)
 
   terms = jax.vmap(functools.partial(objectives.nll_terms, dims=dims))(densities)
   del terms['loss']

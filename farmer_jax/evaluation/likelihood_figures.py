@@ -41,7 +41,7 @@ def separation(found, names):
     for panel, (name, (auroc, *scores)) in zip(axes, found.items(), strict=True):
       together = np.concatenate(scores)
       # A few far away would hide the rest.
-      low, high = np.quantile(together[np.isfinite(together)], (0.005, 0.995))
+      low, high = _quantiles(together, 0.005)
       for values, label in zip(scores, names, strict=True):
         clipped, edges = np.clip(values, low, high), np.linspace(low, high, 80)
         panel.hist(clipped, edges, density=True, alpha=0.6, label=label)
@@ -61,8 +61,7 @@ def _classes(values, labels, class_names, unit):
     if len(order) > _CLASSES:
       order = order[: _CLASSES // 2] + order[-_CLASSES // 2 :]
     groups |= {class_names[c]: values[labels == c] for c in order}
-  finite = values[np.isfinite(values)]
-  low, high = np.quantile(finite, (0.001, 0.999)) if len(finite) else (0.0, 1.0)
+  low, high = _quantiles(values, 0.001)
   edges = np.linspace(low, high, 60)
 
   def plot(pyplot):
@@ -118,10 +117,16 @@ def _tokens(tokens):  # [n, N], nats
     right.fill_between(position, low, high, alpha=0.3, label='middle 80 % of the images')
     right.plot(position, mean, label='mean')
     right.set(xlabel='token, in raster order', ylabel='negative log-likelihood, nats')
-    right.legend()
+    right.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     return figure
 
   return _picture(plot)
+
+
+def _quantiles(values, share):
+  """What `share` of the finite values is below, and above."""
+  finite = values[np.isfinite(values)]
+  return np.quantile(finite, (share, 1 - share)) if len(finite) else (0.0, 1.0)
 
 
 def _picture(plot):

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from farmer_jax import objectives
-from farmer_jax.ops import dequantize, random
+from farmer_jax.ops import dequantize
 
 
 class ReconstructionEvaluator:
   """Errors of a student on a split, without noise on its input.
 
-  Images are as the teacher is evaluated on them; their noise depends on (seed, batch number) alone.
+  Images are as the teacher is evaluated on them: `objectives.evaluation_images`.
   """
 
   def __init__(self, model, config, teacher):
@@ -22,14 +22,14 @@ class ReconstructionEvaluator:
     self._sums = jax.jit(functools.partial(_masked_sums, model=model, config=config))
 
   def __call__(self, params, batches):
-    """Evaluates `params` on (image, label, mask) batches; returns a dict of floats.
+    """Evaluates `params` on (image, label, index, mask) batches; returns a dict of floats.
 
     `loss` is what training minimises, the mean over blocks of `loss_block_t`; `rmse` is the root
     mean square error of the images, in [-1, 1], and `psnr` the same in dB.
     """
     sums, count = [], 0
-    for index, batch in enumerate(batches):
-      found = jax.device_get(self._sums(params, self._teacher, batch, index))
+    for batch in batches:
+      found = jax.device_get(self._sums(params, self._teacher, batch))
       sums.append(np.asarray(found[0], np.float64))
       count += int(found[1])
     errors = np.sum(sums, axis=0) / count
@@ -42,10 +42,9 @@ class ReconstructionEvaluator:
     }
 
 
-def _masked_sums(params, teacher, batch, index, *, model, config):
+def _masked_sums(params, teacher, batch, *, model, config):
   """Sums over the real examples of a batch of the errors of each block, [T], and their count."""
-  key = random.named_key(config.seed, 'reconstruction', index)
-  images = objectives.real_valued(key, batch['image'], config.noise)
+  images = objectives.evaluation_images(batch['image'], batch['index'], config.noise, config.seed)
   errors = objectives.student_errors(
     params,
     teacher,

@@ -75,7 +75,8 @@ def separation(rows, other, dims):
   found = {}
   for name, scores in pairs.items():
     # What is not finite counts as the least likely.
-    ranked = np.nan_to_num(np.concatenate(scores), nan=-np.finfo(float).max)
+    together = np.concatenate(scores)
+    ranked = np.where(np.isfinite(together), together, -np.finfo(float).max)
     found[name] = (float(metrics.roc_auc_score(truth, ranked)), *scores)
   return found
 
@@ -90,11 +91,10 @@ def png_bits(image):  # uint8 [H, W, C]
 
 
 def with_bits(rows):
-  """The rows of uniformly dequantised images with their bits/dim, importance-weighted if they are
-  of several draws."""
-  named = {'bits_per_dim': rows['loss']}
-  if not np.array_equal(rows['loss'], rows['loss_importance']):
-    named['bits_per_dim_importance'] = rows['loss_importance']
+  """The rows of uniformly dequantised images with their bits/dim, importance-weighted too if they
+  are of several draws."""
+  names = {'loss': 'bits_per_dim', 'loss_importance': 'bits_per_dim_importance'}
+  named = {names[n]: array for n, array in rows.items() if n in names}
   return rows | {n: bits.bits_per_dim(np.asarray(a, np.float64)) for n, a in named.items()}
 
 

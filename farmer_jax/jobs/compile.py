@@ -19,12 +19,16 @@ from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
 
+STEP = 'training step'
+
 
 def run(config, workdir):
   """Compiles; prints a table and writes WORKDIR/compile/<devices>.json."""
   devices = _devices(config.compile.topology)
   spread = training.make_mesh(config, devices)
-  workdir = workdir_lib.prepare(config, workdir)
+  workdir = training.claim_workdir(config, workdir)
+  if jax.process_index():
+    return
   report = {
     'devices': len(devices),
     'device_kind': devices[0].device_kind,
@@ -37,18 +41,21 @@ def run(config, workdir):
   state, lowered = _lowered_step(config, spread)
   report['parameters'] = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   report['flops_per_step'] = flops.training_step(config)
-  programs = {'training step': lambda: lowered}
+  programs = {STEP: lambda: lowered}
   if config.compile.sampler:
     sampler = _lowered_sampler(config, spread, state.params)
     programs |= {name: (lambda program=program: program) for name, program in sampler.items()}
   for name, program in programs.items():
     console.say(f'Compiling the {name} for {len(devices)} x {devices[0].device_kind} ...')
-    report['programs'][name] = _compiled(program(), devices[0].device_kind)
+    options = step_lib.COMPILER_OPTIONS.get(devices[0].platform) if name == STEP else None
+    report['programs'][name] = _compiled(program(), devices[0].device_kind, options)
   _add_utilisation(report)
   folder = workdir / 'compile'
   folder.mkdir(parents=True, exist_ok=True)
   name = re.sub(r'\W+', '-', config.compile.topology or f'{len(devices)}-local')
-  file = folder / f'{name}-{config.train.batch_size}-{config.model.remat}.json'
+  shape = 'x'.join(map(str, spread.mesh.shape.values()))
+  settings = f'{shape}-{config.train.batch_size}-{config.model.remat}-{config.model.dtype}'
+  file = folder / f'{name}-{settings}.json'
   workdir_lib.write_atomically(file, json.dumps(report, indent=2) + '\n')
   _print_report(report)
   print(file)
@@ -94,10 +101,10 @@ def _lowered_sampler(config, spread, params):
   return sampling.Sampler(farmer.build(config), config).lower(params, labels)
 
 
-def _compiled(lowered, kind):
+def _compiled(lowered, kind, options):
   """What a program takes on each device."""
   start = time.monotonic()
-  compiled = lowered.compile()
+  compiled = lowered.compile(options)
   seconds = time.monotonic() - start
   memory, cost = compiled.memory_analysis(), hlo.cost(compiled.as_text())
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -123,7 +130,7 @@ def _compiled(lowered, kind):
 
 def _add_utilisation(report):
   """The share of the devices' peak that the compiler's estimate of time implies."""
-  step = report['programs']['training step']
+  step = report['programs'][STEP]
   peak = flops.peak(report['device_kind'])
   if peak and step['estimated_seconds']:
     rate = report['flops_per_step'] / report['devices'] / step['estimated_seconds']

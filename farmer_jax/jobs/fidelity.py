@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from farmer_jax import config as config_lib
-from farmer_jax.data import sources
+from farmer_jax.data import base, sources
 from farmer_jax.evaluation import classifier, fidelity, inception
 from farmer_jax.jobs import sample
 from farmer_jax.runtime import console
@@ -33,12 +33,13 @@ def run(config, workdir):
   WORKDIR/fidelity/<name>.json and prints the figures."""
   workdir = workdir_lib.open_run(config, workdir)
   settings, folder = config.fidelity, workdir / 'fidelity'
-  if jax.process_index():  # The first process looks at what all have drawn.
-    _open_samples(config, workdir)
+  if settings.samples is None and jax.process_count() > 1:
+    _draw(config, workdir)  # All draw; the first then looks at the images, alone.
+  if jax.process_index():
     return
   judge = Judge.load(config, folder)
   reference, reference_name = load_reference(config, judge, folder)
-  samples, drawn = _open_samples(config, workdir)
+  samples, drawn = _open_samples(config, workdir, judge)
   statistics = judge.statistics(samples, 'samples', settings.compared)
   figures = fidelity.compare(statistics, reference, settings.neighbours)
   report = {
@@ -51,22 +52,33 @@ def run(config, workdir):
     'settings': dataclasses.asdict(settings),
   }
   folder.mkdir(parents=True, exist_ok=True)
-  stem = workdir_lib.results_name(f'{samples.name}-{len(samples)}', settings, _NOT_IN_NAME)
+  # Paths may end in the same name.
+  name = samples.name
+  if settings.samples is not None:
+    name += f'-{workdir_lib.fingerprint(workdir_lib.absolute(settings.samples))}'
+  stem = workdir_lib.results_name(f'{name}-{len(samples)}', settings, _NOT_IN_NAME)
   file = folder / f'{settings.name or stem}.json'
   workdir_lib.write_atomically(file, json.dumps(report, indent=2) + '\n')
   _print_report(report, file)
 
 
-def _open_samples(config, workdir):
+def _open_samples(config, workdir, judge):
   """The `ImageSet` to be judged, drawn where it is not given, and what the sampling job reports of
   it."""
-  settings = config.fidelity
-  if settings.samples is not None:
-    return ImageSet.open(settings.samples, config).first(settings.count), {}
-  sampling = dataclasses.replace(config.sampling, count=settings.count, figures=False, png=False)
-  folder = sample.run(dataclasses.replace(config, sampling=sampling), workdir)
-  report = json.loads((folder / sample.REPORT_FILE).read_text())
-  return ImageSet.open(folder, config).first(settings.count), report
+  settings, report = config.fidelity, {}
+  path = settings.samples
+  if path is None:
+    path = _draw(config, workdir)
+    report = json.loads((path / sample.REPORT_FILE).read_text())
+  return judge.suited(ImageSet.open(path, config)).first(settings.count), report
+
+
+def _draw(config, workdir):
+  """Draws what is missing of the samples; returns their folder."""
+  settings = dataclasses.replace(
+    config.sampling, count=config.fidelity.count, figures=False, png=False
+  )
+  return sample.run(dataclasses.replace(config, sampling=settings), workdir)
 
 
 def load_reference(config, judge, folder):
@@ -83,7 +95,7 @@ def load_reference(config, judge, folder):
       statistics = judge.checked(fidelity.load(arrays))
       if 'arr_0' not in arrays:
         return statistics, path.name
-    images = ImageSet.open(path, config)
+    images = judge.suited(ImageSet.open(path, config))
   found = judge.kept_statistics(images.first(settings.reference_count), settings, folder)
   if statistics is not None:  # What a file says of its images goes before what is found of them.
     found = dataclasses.replace(statistics, features=found.features)
@@ -98,40 +110,47 @@ class Judge:
     extractor: a `fidelity.Extractor`.
     channels: of its features.
     identity: what distinguishes it from other networks, in characters.
-    accuracy: of a classifier, on real images that it has not seen.
+    side: of the images that it takes; None: any.
   """
 
-  def __init__(self, name, extractor, channels, identity, accuracy=None):
+  def __init__(self, name, extractor, channels, identity, side=None):
     self.name, self._extractor, self._channels = name, extractor, channels
-    self._identity, self._accuracy = identity, accuracy
+    self._identity, self._side = identity, side
+    self._accuracy = None  # of a classifier, on real images that it has not seen
 
   @classmethod
   def load(cls, config, folder):
     """The network that `config.fidelity` names; a classifier is trained and kept in `folder`."""
     settings, data = config.fidelity, config.data
-    name = settings.network
-    if name == 'auto':
-      name = 'classifier' if data.channels == 1 or data.image_size < 32 else 'inception'
+    name = config_lib.fidelity_network(config)
     if name == 'inception':
       network, params, identity = inception.load(settings.weights)
       extractor = fidelity.Extractor(network, params, settings.batch_size)
       return cls(name, extractor, inception.CHANNELS, identity)
-    if not data.num_classes:
-      raise config_lib.ConfigError(
-        'without classes no classifier can be trained to judge samples; set'
-        ' config.fidelity.network=inception'
-      )
     train, valid = (sources.load(data, split) for split in ('train', 'valid'))
-    network, params, identity = classifier.load_or_train(data, train, folder)
+    network, params, identity = classifier.load_or_train(data, train, folder, base.contents(train))
     extractor = fidelity.Extractor(network, params, settings.batch_size)
-    judge = cls(name, extractor, classifier.CHANNELS, identity)
+    judge = cls(name, extractor, classifier.CHANNELS, identity, side=data.image_size)
+    labels = np.concatenate(
+      [valid.gather(part)['label'] for part in np.array_split(np.arange(len(valid)), 100)]
+    )
     real = ImageSet.of(valid, 'held-out images')
-    judge._accuracy = _accuracy(judge.statistics(real, real.name, 0), real.labels)
+    judge._accuracy = _accuracy(judge.statistics(real, real.name, 0), labels)
     return judge
 
-  def statistics(self, images, what, kept):
+  def statistics(self, images, what, kept, with_logits=True):
     """The `fidelity.Statistics` of an `ImageSet`."""
-    return self._extractor(images.gather, len(images), kept, what)
+    return self._extractor(images.gather, len(images), kept, what, with_logits)
+
+  def suited(self, images):
+    """The `ImageSet`, if this network can look at it."""
+    shape = images.gather(np.array([0])).shape[1:]
+    if self._side not in (None, shape[0]):
+      raise config_lib.ConfigError(
+        f'the images of {images.name} are {shape[0]} × {shape[1]} pixels, and the classifier knows'
+        f' {self._side} × {self._side}; set config.fidelity.network=inception'
+      )
+    return images
 
   def kept_statistics(self, images, settings, folder):
     """Those of real images, computed once and then read from `folder`."""
@@ -139,8 +158,7 @@ class Judge:
     file = folder / f'reference-{workdir_lib.fingerprint(about)}.npz'
     if file.exists():
       return fidelity.load(_read_npz(file))
-    statistics = self.statistics(images, 'real images', settings.compared)
-    statistics = dataclasses.replace(statistics, logits=None)
+    statistics = self.statistics(images, 'real images', settings.compared, with_logits=False)
     folder.mkdir(parents=True, exist_ok=True)
     with workdir_lib.replacing(file) as temporary, temporary.open('wb') as opened:
       fidelity.save(opened, statistics)
@@ -163,7 +181,7 @@ class Judge:
       return figures
     named = {_CLASSIFIER_NAMES.get(n, f'classifier_{n}'): value for n, value in figures.items()}
     named['classifier_accuracy_on_real_images'] = self._accuracy
-    if labels is not None:
+    if labels is not None and labels.max() < statistics.logits.shape[1]:  # or it is of no class
       named['classifier_accuracy'] = _accuracy(statistics, labels)
     return named
 
@@ -190,8 +208,9 @@ class ImageSet:
   @classmethod
   def of(cls, source, name):
     """The images of a `data.base.Source`."""
-    labels = source.labels if hasattr(source, 'labels') else None
-    return cls(name, name, lambda indices: source.gather(indices)['image'], len(source), labels)
+    labels = getattr(source, 'labels', None)
+    identity = base.contents(source)
+    return cls(name, identity, lambda indices: source.gather(indices)['image'], len(source), labels)
 
   @classmethod
   def open(cls, path, config):
@@ -205,18 +224,38 @@ class ImageSet:
         config.data, source='folder', path=str(path), num_classes=0, valid_fraction=0.0
       )
       images = cls.of(sources.load(data, 'train'), path.name)
-      return dataclasses.replace(images, identity=str(path), labels=None)
-    sizes, labels = [], []
-    for file in files:
-      arrays = _read_npz(file)
-      if 'arr_0' not in arrays:
-        raise config_lib.ConfigError(f'{file} has no images (arr_0), nor statistics (mu and sigma)')
-      labels.append(arrays.get('arr_1'))
-      # Labels say how many images there are, and are read faster.
-      sizes.append(len(arrays['arr_0'] if labels[-1] is None else labels[-1]))
+      return dataclasses.replace(images, labels=None)
+    sizes = [_image_count(file) for file in files]
+    labels = [_read_npz(file).get('arr_1') for file in files]
     known = None if any(part is None for part in labels) else np.concatenate(labels)
     identity = [(str(file), file.stat().length, file.stat().mtime) for file in files]
-    return cls(path.stem, identity, _Shards(files, sizes).gather, sum(sizes), known)
+    return cls(_name(path), identity, _Shards(files, sizes).gather, sum(sizes), known)
+
+
+def _name(path):
+  """A name for the images at a path: folders of samples may have dots in theirs."""
+  return path.name.removesuffix('.npz')
+
+
+def _image_count(file):
+  """How many images an npz file has, of the kind that a network takes; they are not read."""
+  try:
+    with zipfile.ZipFile(file.open('rb')) as archive, archive.open('arr_0.npy') as member:
+      if np.lib.format.read_magic(member) == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+      else:
+        shape, _, dtype = np.lib.format.read_array_header_2_0(member)
+  except KeyError:
+    raise config_lib.ConfigError(
+      f'{file} has no images (arr_0), nor statistics (mu and sigma)'
+    ) from None
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    raise config_lib.ConfigError(f'cannot read {file}: {error}') from error
+  if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not shape[0]:
+    raise config_lib.ConfigError(
+      f'arr_0 of {file} is {dtype} {list(shape)}; images are uint8 [n, H, W, 1 or 3]'
+    )
+  return shape[0]
 
 
 class _Shards:

@@ -15,7 +15,7 @@ from farmer_jax.runtime import console, distributed, mesh, shards
 from farmer_jax.runtime import workdir as workdir_lib
 
 # Settings that have no say in what the value of an image is.
-_NOT_IN_NAME = {'name', 'source', 'path', 'split', 'batch_size', 'other_path', 'other_split'}
+_NOT_IN_NAME = {'name', 'source', 'split', 'batch_size'}
 
 
 def run(config, workdir):
@@ -23,7 +23,7 @@ def run(config, workdir):
   workdir = workdir_lib.open_run(config, workdir)
   settings = config.likelihood
   source, other = load_sources(config)
-  params, step = restore.load_params(config, workdir, farmer.build(config))
+  params, step = _density_of(config, workdir)
   scoring = Scoring(as_scored(config), workdir, params, step)
   rows = scoring.rows(source, 'images')
   other_rows = None if other is None else scoring.rows(other, 'other images')
@@ -55,11 +55,24 @@ def run(config, workdir):
   print(f'{folder / name}.json, .csv; {workdir / "figures" / f"likelihood-{name}"}-*.png')
 
 
+def _density_of(config, workdir):
+  """Parameters of the density, and the step of their checkpoint: of a student's run, the teacher's."""
+  model = farmer.build(config)
+  if config.teacher is None:
+    return restore.load_params(config, workdir, model)
+  params, record = restore.load_teacher(config, workdir, model)
+  return params, record['step']
+
+
 def load_sources(config):
   """The images to be scored, and the others, or None: two `data.base.Source`."""
   settings, data = config.likelihood, config.data
   if settings.source is not None:
-    data = dataclasses.replace(data, source=settings.source, path=settings.path)
+    # Without a class to be given, what classes they have does not matter.
+    classes = 0 if settings.condition == 'none' else data.num_classes
+    data = dataclasses.replace(
+      data, source=settings.source, path=settings.path, num_classes=classes
+    )
   elif settings.path is not None:
     data = dataclasses.replace(data, path=settings.path)
   source, other = sources.load(data, settings.split), None
@@ -101,6 +114,8 @@ class Scoring:
     if config.model.dtype == 'float64':
       params = jax.tree.map(lambda a: a.astype(np.float64), params)
     self._params = self._devices.replicate(params)
+    # Maxima are exact in any order.
+    self._weights = [float(abs(leaf).max()) for leaf in jax.tree.leaves(params)]
     self._score = self._compiled(config)
     self._change = None
 
@@ -118,10 +133,12 @@ class Scoring:
     count = min(len(source), self._settings.examples or len(source))
     processes = jax.process_count()
     ends = [count * p // processes for p in range(processes + 1)]
-    own = jax.process_index()
-    self._fill(self._store(source, what, ends[own]), source, what, ends[own], ends[own + 1])
+    own, contents = jax.process_index(), base.contents(source)
+    store = self._store(source, contents, own, ends[own])
+    if ends[own] < ends[own + 1]:
+      self._fill(store, source, what, ends[own], ends[own + 1])
     distributed.wait_for_all(f'scored {what}')
-    stores = [self._store(source, what, start) for start in ends[:-1]]
+    stores = [self._store(source, contents, p, start) for p, start in enumerate(ends[:-1])]
     parts = [
       {name: store.read(name, end - start) for name in store.names}
       for store, start, end in zip(stores, ends[:-1], ends[1:], strict=True)
@@ -130,10 +147,13 @@ class Scoring:
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return summary.with_bits(rows) if self._config.noise.kind == 'uniform' else rows
 
-  def _store(self, source, what, start):
-    """Where the scores of the images from `start` on are kept."""
-    settings = dataclasses.replace(self._settings, name=None, batch_size=1, examples=None)
-    about = what, self._step, self._config.data, self._config.noise, settings, len(source), start
+  def _store(self, source, contents, process, start):
+    """Where a process keeps the scores of the images from `start` on: apart from those of other
+    images, weights and settings."""
+    settings = dataclasses.replace(
+      self._settings, name=None, batch_size=1, examples=None, path=None, other_path=None
+    )
+    about = contents, self._weights, self._config.noise, settings, process, start
     shapes = jax.eval_shape(self._score, self._params, *self._arguments(_first(source)))
     names = [*shapes, *(['png_bits'] if settings.other_source else []), 'index', 'label']
     folder = self._folder / f'{self._step}-{workdir_lib.fingerprint(about)}'
@@ -182,11 +202,11 @@ class Scoring:
     arguments = self._params, *self._devices.split(self._arguments(batch))
     losses = [score(*arguments)['loss'] for score in (self._compiled(wide), self._score)]
     exact, rounded = (np.asarray(loss, np.float64)[batch['mask']] for loss in losses)
-    change = rounded - exact
+    change = (rounded - exact)[np.isfinite(rounded - exact)]
     return {
       'images': len(change),
-      'mean_nats_per_dim': float(change.mean()),
-      'largest_nats_per_dim': float(abs(change).max()),
+      'mean_nats_per_dim': float(change.mean()) if len(change) else None,
+      'largest_nats_per_dim': float(abs(change).max(initial=0)),
     }
 
   def description(self):
@@ -232,8 +252,8 @@ def _print_report(report):
     print(f'Not finite: {len(report["nonfinite_images"])} images, numbers {shown}')
   if 'accuracy' in report:
     print(f'Accuracy of the class of highest likelihood: {report["accuracy"]:.4f}')
-  if 'change_by_dtype' in report:
-    change = report['change_by_dtype']
+  change = report.get('change_by_dtype')
+  if change and change['images']:
     print(
       f'bfloat16 moved the first {change["images"]} images by'
       f' {change["mean_nats_per_dim"]:+.2e} nats/dim on average, at most'

@@ -146,8 +146,10 @@ def _draw_missing(config, folder, sampler, params, labels):
   files = -(-settings.count // size_of_shard)
   process, processes = jax.process_index(), jax.process_count()
   file, next_file = files * process // processes, files * (process + 1) // processes
-  store = shards.Shards(folder, ARRAYS, file)
   origin, end = file * size_of_shard, min(next_file * size_of_shard, settings.count)
+  if origin >= end:
+    return None
+  store = shards.Shards(folder, ARRAYS, file)
   start = min(origin + len(store), end)
   console.say(f'{start - origin} of {end - origin} images are in {folder}')
   devices = mesh.LocalDevices()
@@ -206,8 +208,10 @@ def _save_pictures(config, store, folder, names):
     grid = images.reshape(rows, columns, *images.shape[1:])
   figures.save_png(folder / 'grid.png', figures.sample_grid(grid, names if by_class else ()))
   if settings.png:
-    for number, image in enumerate(store.read('images', settings.count)):
-      figures.save_png(folder / 'png' / f'{number:06d}.png', figures.as_rgb(image))
+    for start in range(0, settings.count, shards.SHARD_SIZE):
+      end = min(start + shards.SHARD_SIZE, settings.count)
+      for number, image in enumerate(store.read('images', end, start), start):
+        figures.save_png(folder / 'png' / f'{number:06d}.png', figures.as_rgb(image))
 
 
 def _save_figures(config, workdir, model, params, labels, names, chunks):

@@ -40,13 +40,17 @@ def make_mesh(config, devices=None):
   return found
 
 
-def claim(config, workdir, data):
+def claim_workdir(config, workdir):
   """The workdir, ready for this run; of several processes the first prepares it."""
+  distributed.by_first(lambda: workdir_lib.prepare(config, workdir))
+  return workdir_lib.open_run(config, workdir)
+
+
+def claim(config, workdir, data):
+  """The same, with the names of the classes in it."""
+  workdir = claim_workdir(config, workdir)
   if not jax.process_index():
-    workdir = workdir_lib.prepare(config, workdir)
     workdir_lib.write_class_names(workdir, data.train.class_names)
-  distributed.wait_for_all('workdir')
-  workdir = workdir_lib.open_run(config, workdir)
   console.say(f'{len(data.train)} training and {len(data.valid)} validation images.')
   return workdir
 

@@ -1,6 +1,7 @@
 """Several processes that run one job together."""
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from farmer_jax.config import ConfigError
@@ -31,6 +32,23 @@ def start(coordinator=None, num_processes=None, process_id=None):
   except (RuntimeError, ValueError) as error:
     reason = ' '.join(str(error).split())
     raise ConfigError(f'cannot join the other processes: {reason}') from error
+
+
+def by_first(action):
+  """Runs action() in the first process alone; if that ends in a ConfigError, all processes do."""
+  error = None
+  if not jax.process_index():
+    try:
+      action()
+    except ConfigError as raised:
+      error = raised
+  failed = error is not None
+  if jax.process_count() > 1:
+    failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
+  if error:
+    raise error
+  if failed:
+    raise ConfigError('the first process has stopped; its message says why')
 
 
 def wait_for_all(what):

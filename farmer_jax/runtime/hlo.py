@@ -58,7 +58,8 @@ def cost(text):
         found = _COLLECTIVE.search(line)
         if found:
           total.count[found[2]] += 1
-          total.bytes[found[2]] += _bytes(found[1], halve=bool(found[3]))
+          starts = bool(found[3]) and found[2] != 'all-reduce'
+          total.bytes[found[2]] += _bytes(found[1], halve=starts)
         times = _rounds(line, computations) if ' while(' in line else 1
         total.unknown_loops += times is None
         for called in _called(line):
@@ -105,13 +106,13 @@ def _called(line):
 
 
 def _bytes(shapes, halve):
-  """Bytes of the arrays in a result's type; what starts a collective returns its operands too, and
-  of those as much is left out."""
+  """Bytes of the arrays in a result's type; what starts a collective mostly returns its operands
+  too, before its results, and those are left out."""
   sizes = [
     math.prod(int(n) for n in dims.split(',') if n) * _width(kind)
     for kind, dims in _ARRAY.findall(shapes)
   ]
-  return max(sizes, default=0) if halve else sum(sizes)
+  return sum(sizes[len(sizes) // 2 :] if halve else sizes)
 
 
 def _width(kind):

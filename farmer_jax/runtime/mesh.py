@@ -9,6 +9,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from farmer_jax.config import ConfigError
+from farmer_jax.runtime import console
 
 AXES = ('data', 'fsdp', 'tensor')
 
@@ -29,7 +30,9 @@ class Mesh:
 
   def __init__(self, settings, devices=None):
     devices = jax.devices() if devices is None else devices
-    given = sizes = [settings.data, settings.fsdp, settings.tensor]
+    given = [settings.data, settings.fsdp, settings.tensor]
+    # Where another axis takes what is left, nothing is left for data.
+    sizes = [1 if not given[0] and 0 in given[1:] else given[0], *given[1:]]
     known = math.prod(size for size in sizes if size)
     sizes = [size or max(1, len(devices) // known) for size in sizes]
     if math.prod(sizes) != len(devices):
@@ -67,14 +70,24 @@ class Mesh:
       The same tree without boxes, of shardings.
     """
     specs = nn.logical_to_mesh(nn.get_partition_spec(tree), self._rules)
+    whole, total = 0, 0
 
     def sharding(spec, leaf):
+      nonlocal whole, total
       named = zip(spec, leaf.shape[: len(spec)], strict=True)
       even = [axis if size % self._parts(axis) == 0 else None for axis, size in named]
+      total += leaf.size
+      whole += leaf.size * (even != list(spec))
       return NamedSharding(self.mesh, PartitionSpec(*even))
 
     is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
-    return jax.tree.map(sharding, specs, unboxed(tree), is_leaf=is_spec)
+    found = jax.tree.map(sharding, specs, unboxed(tree), is_leaf=is_spec)
+    if whole > total / 20:
+      console.say(
+        f'{whole / total:.0%} of the state cannot be split over all axes of the mesh'
+        f' {dict(self.mesh.shape)}: its sizes are not multiples of theirs.'
+      )
+    return found
 
   def abstract(self, tree):
     """Describes the arrays of a tree of shapes, some in boxes, where `shardings` puts them."""

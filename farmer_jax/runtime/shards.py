@@ -29,7 +29,7 @@ class Shards:
     self._folder, self.names, self._first = folder, names, first
     self._counted = list(names)[-1]
     self._last_write = time.monotonic()
-    self._full, self._tail = 0, None
+    self._full, self._tail, self._changed = 0, None, False
     while (shard := self._read(self._full)) is not None:
       if len(shard[self._counted]) < SHARD_SIZE:
         self._tail = shard
@@ -44,6 +44,7 @@ class Shards:
     """Adds rows. They reach the disk within half a minute, when a shard is full, or with
     `flush`."""
     while len(arrays[self._counted]):
+      self._changed = True
       tail = self._tail or {name: array[:0] for name, array in arrays.items()}
       room = SHARD_SIZE - len(tail[self._counted])
       self._tail = {n: np.concatenate([tail[n], arrays[n][:room]]) for n in self.names}
@@ -56,17 +57,24 @@ class Shards:
 
   def flush(self):
     """Writes what is not on disk yet."""
-    if self._tail:
+    if self._tail and self._changed:  # What is there may be another process's.
       with workdir.replacing(self._file(self._full)) as temporary, temporary.open('wb') as file:
         np.savez(file, **{self.names[name]: array for name, array in self._tail.items()})
+      self._changed = False
     self._last_write = time.monotonic()
 
-  def read(self, name, count):
-    """The first `count` rows of an array."""
-    parts = [self._load(i, name) for i in range(min(self._full, -(-count // SHARD_SIZE)))]
-    if self._tail:
+  def read(self, name, end, start=0):
+    """The rows from `start` to `end` of an array."""
+    first, last = start // SHARD_SIZE, -(-end // SHARD_SIZE)
+    parts = [self._load(i, name) for i in range(first, min(self._full, last))]
+    if self._tail and last > self._full:
       parts.append(self._tail[name])
-    return np.concatenate(parts)[:count]
+    rows = np.concatenate(parts)[start - first * SHARD_SIZE :][: end - start]
+    if len(rows) < end - start:
+      raise RuntimeError(
+        f'{self._folder} has too few rows: another process has not written its own'
+      )
+    return rows
 
   def _file(self, index):
     return self._folder / f'{self._first + index:05d}.npz'

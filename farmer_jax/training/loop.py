@@ -6,16 +6,12 @@ import time
 import jax
 from clu import parameter_overview
 
-from farmer_jax.runtime import checkpoint, console, metrics
+from farmer_jax import config as config_lib
+from farmer_jax.runtime import checkpoint, console, flops, metrics
 from farmer_jax.runtime import mesh as mesh_lib
 from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
-
-# LLVM's later optimisations of XLA's CPU kernels take longer than they ever save.
-_COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
-  'cpu': {'xla_backend_optimization_level': '1'}
-}
 
 
 def train(config, workdir, mesh, *, init_params, loss_fn, iterator, validate, draw, constants=None):
@@ -68,11 +64,16 @@ def train(config, workdir, mesh, *, init_params, loss_fn, iterator, validate, dr
 
   if first_step == settings.steps and settings.validate_every:
     valid = validate(state.best_params)
+  trace = Trace(config.profile, workdir)
   for step in range(first_step + 1, settings.steps + 1):
+    with meter.pause():
+      trace.before(step)
     with meter.input():
       batch = mesh.batch(next(iterator))
     state, values = compiled(state, batch, constants)
     meter.advance(step, values)
+    with meter.pause():
+      trace.after(step, values)
     if step % settings.log_every == 0 or step == settings.steps:
       values = jax.device_get(values)
       writer.write(
@@ -80,6 +81,7 @@ def train(config, workdir, mesh, *, init_params, loss_fn, iterator, validate, dr
       )
     with meter.pause():
       finish(step, state)
+  trace.close()
   meter.close()
   checkpoints.close()
   writer.close()
@@ -107,10 +109,38 @@ def _compile(step_fn, mesh, state, iterator, constants):
   batch = mesh.batch(next(iterator))
   iterator.set_state(place)
   lowered = step_lib.lower(step_fn, mesh, state, batch, constants)
-  options = _COMPILER_OPTIONS.get(jax.default_backend())
-  compiled = lowered.compile(compiler_options=options)
+  compiled = lowered.compile(step_lib.COMPILER_OPTIONS.get(jax.default_backend()))
   console.say(f'... took {time.monotonic() - start:.1f} s.')
   return compiled
+
+
+class Trace:
+  """Records what the devices do in some steps, for TensorBoard and XProf."""
+
+  def __init__(self, settings, workdir):
+    self._folder = workdir / 'profile'
+    steps: tuple[int, int] = config_lib.step_range(settings.steps) or (0, 0)
+    self._first, self._last = steps
+    self._running = False
+
+  def before(self, step):
+    """Starts before the first of these steps, or of those that a resumed run has left."""
+    if self._first <= step <= self._last and not self._running:
+      jax.profiler.start_trace(str(self._folder))
+      self._running = True
+
+  def after(self, step, values):
+    """Ends with the last of them; `values` are a result of the step."""
+    if step == self._last:
+      jax.block_until_ready(values)
+      self.close()
+
+  def close(self):
+    """Ends, if that has not happened."""
+    if self._running:
+      jax.profiler.stop_trace()
+      self._running = False
+      console.say(f'A trace of training steps is in {self._folder}')
 
 
 class Meter:
@@ -119,6 +149,10 @@ class Meter:
   def __init__(self, config, first_step):
     self._batch_size = config.train.batch_size
     self._log_every = config.train.log_every
+    # Of the density alone: a distillation step does other work.
+    self._flops = flops.training_step(config)
+    peak = flops.peak(jax.devices()[0].device_kind)
+    self._peak = peak and config.job == 'pretrain' and peak * jax.device_count()
     self._bar = console.progress('training', 'step', config.train.steps, first_step)
     self._previous = None  # metrics of the step before, whose computation is surely under way
     self._reset()
@@ -146,12 +180,14 @@ class Meter:
 
   def rates(self):
     """Speed since the last call; call it when the step's values are on the host."""
-    seconds = time.monotonic() - self._start - self._paused
+    seconds = (time.monotonic() - self._start - self._paused) / self._steps
     rates = {
-      'step_seconds': seconds / self._steps,
-      'images_per_second': self._batch_size * self._steps / seconds,
+      'step_seconds': seconds,
+      'images_per_second': self._batch_size / seconds,
       'input_wait_seconds': self._waited / self._steps,
     }
+    if self._peak:
+      rates['mfu'] = self._flops / seconds / self._peak
     self._reset()
     return rates
 

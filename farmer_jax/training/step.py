@@ -6,6 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+# By platform. LLVM's later optimisations of XLA's CPU kernels take longer than they ever save.
+COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
+  'cpu': {'xla_backend_optimization_level': '1'}
+}
+
 
 def make_train_step(loss_fn, optimizer, train):
   """Builds step(state, batch, constants=None) -> (state, metrics).

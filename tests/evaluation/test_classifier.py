@@ -12,15 +12,17 @@ DATA = config.Data(source='digits')
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
+def short(monkeypatch, optimized):
   monkeypatch.setattr(classifier, '_BATCH', 64)
   monkeypatch.setattr(classifier, '_STEPS', 400)
+  with optimized():
+    yield
 
 
 def test_recognises_held_out_digits_and_is_trained_once(tmp_path, monkeypatch):
   folder = epath.Path(tmp_path) / 'fidelity'
   train, valid = (sources.load(DATA, split) for split in ('train', 'valid'))
-  network, params, identity = classifier.load_or_train(DATA, train, folder)
+  network, params, identity = classifier.load_or_train(DATA, train, folder, 1)
   outputs = network(params, valid.images)
   assert outputs.pool.shape == (180, classifier.CHANNELS) and outputs.pool.std(0).max() > 0
   assert (outputs.logits.argmax(-1) == valid.labels).mean() > 0.7  # chance: 0.1
@@ -29,9 +31,9 @@ def test_recognises_held_out_digits_and_is_trained_once(tmp_path, monkeypatch):
     raise AssertionError('trained again')
 
   monkeypatch.setattr(classifier, '_train', never)
-  network, params, same = classifier.load_or_train(DATA, train, folder)
+  network, params, same = classifier.load_or_train(DATA, train, folder, 1)
   np.testing.assert_array_equal(outputs.pool, network(params, valid.images).pool)
   assert same == identity
   # Another data set is judged by another classifier.
   with pytest.raises(AssertionError, match='trained again'):
-    classifier.load_or_train(config.Data(source='digits', num_classes=5), train, folder)
+    classifier.load_or_train(DATA, train, folder, 2)

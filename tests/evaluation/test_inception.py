@@ -21,7 +21,7 @@ FEATURES = ['2048', 'logits_unbiased', 'logits']
 
 @pytest.fixture(scope='module')
 def torch():
-  return pytest.importorskip('torch')
+  return pytest.importorskip('torch', exc_type=ImportError)
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +35,7 @@ def reference(torch):
   with pytest.MonkeyPatch.context() as patch:
     for name, module in modules.items():
       patch.setitem(sys.modules, name if name == 'torchvision' else f'torchvision.{name}', module)
-    yield pytest.importorskip('torch_fidelity')
+    yield pytest.importorskip('torch_fidelity', exc_type=ImportError)
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 from scipy import stats
 
-from farmer_jax.evaluation import summary
+from farmer_jax.evaluation import likelihood_figures, summary
 
 RNG = np.random.default_rng(0)
 
@@ -74,8 +74,14 @@ def test_separation_counts_pairs():
 
 def test_separation_with_what_is_not_finite():
   rows, other = make_rows(30), make_rows(30)
-  other['loss'][:] = np.nan
-  assert summary.separation(rows, other, 64)['log_density'][0] == 1.0
+  for value in (np.nan, -np.inf, np.inf):
+    other['loss'][:] = value
+    found = summary.separation(rows, other, 64)
+    assert found['log_density'][0] == 1.0
+    assert likelihood_figures.separation(found, ('a', 'b')).ndim == 3
+  rows['loss'][:] = np.nan
+  found = summary.separation(rows, other, 64)
+  assert likelihood_figures.separation(found, ('a', 'b')).ndim == 3
 
 
 @pytest.mark.parametrize('channels', [1, 3])

@@ -116,7 +116,7 @@ def test_reads_tensors_and_views(read, container):
 
 @FORMATS
 def test_reads_what_pytorch_writes(tmp_path, container):
-  torch = pytest.importorskip('torch')
+  torch = pytest.importorskip('torch', exc_type=ImportError)
   generator = torch.Generator().manual_seed(0)
   base = torch.randn(5, 6, 7, generator=generator)
   tensors = {
@@ -230,6 +230,7 @@ def test_a_far_place_in_the_memo_takes_no_memory(read):
     dict(shape=(2,) * 33, strides=(0,) * 33),
     dict(strides=(4,)),
     dict(strides=(-4, 1)),
+    dict(offset=8, strides=(-4, 1)),
     dict(strides=(2**61, 1)),
     dict(shape=(2**20, 2**20), strides=(0, 0)),  # terabytes in an instant
     dict(shape='ab', strides='cd'),

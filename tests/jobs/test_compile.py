@@ -56,7 +56,9 @@ def test_the_devices_at_hand(tmp_path):
 def test_a_slice_that_is_not_there(tmp_path):
   done = compile_for(tmp_path / 'run', 'compile.topology=v5e:2x4', 'model.dtype=bfloat16')
   assert done.returncode == 0, done.stderr
-  report = json.loads((tmp_path / 'run' / 'compile' / 'v5e-2x4-16-none.json').read_text())
+  report = json.loads(
+    (tmp_path / 'run' / 'compile' / 'v5e-2x4-2x4x1-16-none-bfloat16.json').read_text()
+  )
   step = report['programs']['training step']
   assert report['device_kind'] == 'TPU v5 lite' and step['fits']
   assert 0 < step['estimated_mfu'] < 1 and step['loops_of_unknown_length'] == 0

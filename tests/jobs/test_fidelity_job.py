@@ -9,52 +9,31 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_run
 from etils import epath
 from PIL import Image
 
 from farmer_jax import config
-from farmer_jax.data import sources
+from farmer_jax.data import base, sources
 from farmer_jax.evaluation import classifier, inception
-from farmer_jax.jobs import fidelity, pretrain
+from farmer_jax.jobs import fidelity
 from farmer_jax.ops import frechet
 
-CONFIG = config.Config(
-  name='tiny',
-  job='fidelity',
-  data=config.Data(source='digits', image_size=8),
-  model=config.Model(
-    patch_size=2,
-    flow=config.Flow(blocks=2, layers=1, width=16, head_dim=8),
-    prior=config.Prior(layers=1, width=16, head_dim=8, condition_copies=2, components=3),
-  ),
-  train=config.Train(steps=3, batch_size=16, validate_every=0, sample_every=0, checkpoint_every=3),
-  sampling=config.Sampling(inverse='sequential', batch_size=20),
+CONFIG = dataclasses.replace(
+  tiny_run.CONFIG, sampling=config.Sampling(inverse='sequential', batch_size=20)
 )
 NAMES = ('frechet_distance', 'score', 'kid', 'precision', 'recall', 'accuracy')
 
 
-def shorten(monkeypatch):
-  monkeypatch.setattr(classifier, '_BATCH', 64)
-  monkeypatch.setattr(classifier, '_STEPS', 400)
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-  """A run, and the classifier that judges it."""
-  workdir = tmp_path_factory.mktemp('trained') / 'run'
-  pretrain.run(CONFIG, workdir)
-  with pytest.MonkeyPatch.context() as patch:
-    shorten(patch)
+@pytest.fixture(scope='module', autouse=True)
+def judge(trained, optimized):
+  """The classifier that judges the run: trained for a shorter time, and kept with it."""
+  with optimized(), pytest.MonkeyPatch.context() as patch:
+    patch.setattr(classifier, '_BATCH', 64)
+    patch.setattr(classifier, '_STEPS', 400)
     real = sources.load(CONFIG.data, 'train')
-    classifier.load_or_train(CONFIG.data, real, epath.Path(workdir) / 'fidelity')
-  return workdir
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-  """A copy of the run, for each test to write to."""
-  shutil.copytree(trained, tmp_path / 'run')
-  return tmp_path / 'run'
+    folder = epath.Path(trained) / 'fidelity'
+    return classifier.load_or_train(CONFIG.data, real, folder, base.contents(real))
 
 
 def with_settings(**changes):
@@ -104,11 +83,11 @@ def test_a_set_compared_with_itself(run):
   assert 'classifier_accuracy' not in report(run)
 
 
-def test_statistics_of_others_need_no_images(run):
+def test_statistics_of_others_need_no_images(run, judge):
   """Moments computed by hand, as an npz with mu and sigma."""
   real = sources.load(CONFIG.data, 'train')
   fidelity.run(with_settings(), run)
-  network, params, _ = classifier.load_or_train(CONFIG.data, real, epath.Path(run) / 'fidelity')
+  network, params, _ = judge
   features = np.asarray(network(params, real.images).pool, np.float64)
   np.savez(run / 'stats.npz', mu=features.mean(0), sigma=np.cov(features, rowvar=False))
   fidelity.run(with_settings(name='stats', reference=str(run / 'stats.npz')), run)
@@ -145,8 +124,7 @@ def test_a_killed_job_ends_in_the_same_report(run, tmp_path):
   shutil.copytree(run, whole)
   program = """
 import os, signal
-from farmer_jax.evaluation import classifier, fidelity as looking
-classifier._BATCH, classifier._STEPS = 64, 400
+from farmer_jax.evaluation import fidelity as looking
 call, calls = looking.Extractor.__call__, []
 def killing(self, gather, count, kept, what):
   if what == 'samples' and KILL:
@@ -171,6 +149,32 @@ from farmer_jax.jobs import fidelity
     assert done.returncode == 0, done.stderr.decode()
   found = [(w / 'fidelity' / 'found.json').read_bytes() for w in (run, whole)]
   assert found[0] == found[1]
+
+
+def test_images_of_other_kinds_are_refused(run):
+  for array, message in (
+    (np.zeros((20, 8, 8, 1), np.float32), 'float32'),
+    (np.zeros((20, 8, 8), np.uint8), r'images are uint8 \[n, H, W'),
+    (np.zeros((20, 16, 16, 1), np.uint8), '16 × 16 pixels'),
+  ):
+    np.savez(run / 'other.npz', arr_0=array)
+    with pytest.raises(config.ConfigError, match=message):
+      fidelity.run(with_settings(samples=str(run / 'other.npz')), run)
+
+
+def test_settings_have_files_of_their_own(run, tmp_path):
+  """Scales in folder names have dots; files elsewhere may have the same name."""
+  real = sources.load(CONFIG.data, 'train').images
+  for scale in (1.25, 1.5):
+    built = with_settings(name=None, count=20)
+    guidance = config.Guidance(scale=scale)
+    sampling = dataclasses.replace(built.sampling, guidance=guidance)
+    fidelity.run(dataclasses.replace(built, sampling=sampling), run)
+  for folder in 'ab':
+    (tmp_path / folder).mkdir()
+    np.savez(tmp_path / folder / 'x.npz', arr_0=real[:20])
+    fidelity.run(with_settings(name=None, samples=str(tmp_path / folder / 'x.npz')), run)
+  assert len(list((run / 'fidelity').glob('*.json'))) == 4
 
 
 @pytest.mark.parametrize(

@@ -13,24 +13,11 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_run import CONFIG
 
 from farmer_jax import config
-from farmer_jax.jobs import likelihood, pretrain, restore
-from farmer_jax.nn import farmer
+from farmer_jax.jobs import likelihood, pretrain
 
-CONFIG = config.Config(
-  name='tiny',
-  job='likelihood',
-  data=config.Data(source='digits', image_size=8),
-  model=config.Model(
-    patch_size=2,
-    flow=config.Flow(blocks=2, layers=1, width=16, head_dim=8),
-    prior=config.Prior(
-      layers=1, width=16, head_dim=8, condition_copies=2, components=3, informative_channels=2
-    ),
-  ),
-  train=config.Train(steps=3, batch_size=16, validate_every=0, sample_every=0, checkpoint_every=3),
-)
 NAME, OTHER = 'digits-valid', 'digits-valid-other'
 
 
@@ -38,20 +25,6 @@ def with_settings(**changes):
   return dataclasses.replace(
     CONFIG, likelihood=config.Likelihood(**(dict(batch_size=50, name=NAME) | changes))
   )
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('trained') / 'run'
-  pretrain.run(CONFIG, workdir)
-  return workdir
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-  """A copy of the run, for each test to write to."""
-  shutil.copytree(trained, tmp_path / 'run')
-  return tmp_path / 'run'
 
 
 def report(run, name=NAME):
@@ -176,6 +149,27 @@ shards.Shards.append = killing
   assert (run / 'figures' / f'likelihood-{NAME}-other.png').exists()
 
 
+def test_other_images_or_weights_are_scored_anew(run, tmp_path):
+  """The same number of images at the same path, and a checkpoint of the same step."""
+  rng, folder, tables = np.random.default_rng(0), tmp_path / 'images', []
+  folder.mkdir()
+  built = with_settings(condition='none', source='folder', path=str(folder), examples=4)
+  for _ in range(2):
+    for number in range(40):
+      image = Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8))
+      image.save(folder / f'{number}.png')
+    likelihood.run(built, run)
+    tables.append(table(run))
+  other = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, batch_size=32))
+  pretrain.run(other, tmp_path / 'other')
+  shutil.rmtree(run / 'checkpoints')
+  shutil.copytree(tmp_path / 'other' / 'checkpoints', run / 'checkpoints')
+  likelihood.run(built, run)
+  tables.append(table(run))
+  losses = [[row['loss'] for row in rows] for rows in tables]
+  assert losses[0] != losses[1] != losses[2]
+
+
 def test_more_images_later_are_added(run, capsys):
   likelihood.run(with_settings(examples=60), run)
   few = table(run)
@@ -206,10 +200,6 @@ def test_bfloat16_says_what_it_changes(run, capsys):
 
 
 def test_a_non_finite_image_is_named(run, monkeypatch, capsys):
-  """A density that overflows for the images whose first pixels are not black."""
-  params, step = restore.load_params(CONFIG, run, farmer.build(CONFIG))
-  params = jax.tree.map(np.array, params)
-  monkeypatch.setattr(restore, 'load_params', lambda *_: (params, step))
   original = likelihood.likelihood.Scorer.__call__
 
   def broken(self, params, images, labels, indices):

@@ -9,46 +9,18 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_run import CONFIG
 
 from farmer_jax import config, sampling
 from farmer_jax.evaluation import sweeps
-from farmer_jax.jobs import pretrain, restore, sample
+from farmer_jax.jobs import restore, sample
 from farmer_jax.nn import farmer
 from farmer_jax.runtime import shards
-
-CONFIG = config.Config(
-  name='tiny',
-  data=config.Data(source='digits', image_size=8),
-  model=config.Model(
-    patch_size=2,
-    flow=config.Flow(blocks=2, layers=1, width=16, head_dim=8),
-    prior=config.Prior(
-      layers=1, width=16, head_dim=8, condition_copies=2, components=3, informative_channels=2
-    ),
-  ),
-  train=config.Train(
-    steps=3, batch_size=16, ema_decay=0.5, validate_every=0, sample_every=0, checkpoint_every=3
-  ),
-)
 
 
 def with_sampling(**changes):
   settings = dict(count=25, batch_size=8, inverse='sequential') | changes
   return dataclasses.replace(CONFIG, sampling=config.Sampling(**settings))
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('trained') / 'run'
-  pretrain.run(CONFIG, workdir)
-  return workdir
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-  """A copy of the run, for each test to write to."""
-  shutil.copytree(trained, tmp_path / 'run')
-  return tmp_path / 'run'
 
 
 def arrays(folder):

@@ -111,6 +111,20 @@ MESHES = {
 }
 
 
+def test_one_axis_takes_the_devices_that_are_left():
+  program = """
+import jax
+from farmer_jax import config
+from farmer_jax.runtime import mesh
+for settings in ({}, dict(fsdp=0), dict(tensor=0), dict(data=0, fsdp=4), dict(data=2, fsdp=0)):
+  print(list(mesh.Mesh(config.Mesh(**settings)).mesh.shape.values()))
+"""
+  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+  done = subprocess.run([sys.executable, '-c', program], capture_output=True, env=environment)
+  expected = [[8, 1, 1], [1, 8, 1], [1, 1, 8], [2, 4, 1], [2, 4, 1]]
+  assert [json.loads(line) for line in done.stdout.splitlines()] == expected, done.stderr.decode()
+
+
 @pytest.mark.parametrize('name', MESHES)
 def test_loss_and_gradients_are_those_of_one_device(results, name):
   found = results[name]

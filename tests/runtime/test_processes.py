@@ -28,8 +28,8 @@ SETTINGS = (
 ).split()
 
 
-def start(workdir, *arguments, devices=2, processes=1):
-  """Starts the command of the README in each of several processes."""
+def start(workdir, *arguments, devices=2, processes=1, before=None):
+  """Starts the command of the README in each of several processes, after a line of Python."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
@@ -39,7 +39,10 @@ def start(workdir, *arguments, devices=2, processes=1):
   }
   started = []
   for process in range(processes):
-    command = [sys.executable, '-m', 'farmer_jax.main', f'--workdir={workdir}', *arguments]
+    program = ['-m', 'farmer_jax.main']
+    if before:
+      program = ['-c', f'{before}\nfrom farmer_jax import main; main.run()']
+    command = [sys.executable, *program, f'--workdir={workdir}', *arguments]
     if processes > 1:
       command += [f'--coordinator=localhost:{port}', f'--num_processes={processes}']
       command += [f'--process_id={process}']
@@ -121,6 +124,38 @@ def test_two_processes_are_killed_and_go_on_and_one_evaluates(whole, tmp_path):
   last = [r for r in records(workdir) if r['split'] == 'valid'][-1]
   assert report['count'] == 180
   np.testing.assert_allclose(report['bits_per_dim']['mean'], last['bits_per_dim'], rtol=1e-5)
+
+
+def test_two_processes_draw_and_one_judges(whole, tmp_path):
+  """Fewer samples than a file holds: one process has nothing to draw."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(whole, workdir)
+  arguments = ['--job=fidelity', f'--config=configs/from_run.py:{workdir}']
+  arguments += ['--config.fidelity.count=40', '--config.sampling.inverse=sequential']
+  arguments += ['--config.fidelity.split=valid', '--config.fidelity.name=found']
+  before = 'from farmer_jax.evaluation import classifier; classifier._STEPS = 20'
+  finish(start(workdir, *arguments, processes=2, before=before), workdir)
+  assert json.loads((workdir / 'fidelity' / 'found.json').read_text())['count'] == 40
+
+
+def test_two_processes_divide_the_samples(whole, tmp_path):
+  """A file of a thousand each; the images are those that one process draws."""
+  drawn = []
+  for processes in (1, 2):
+    workdir = tmp_path / f'by-{processes}'
+    shutil.copytree(whole, workdir)
+    settings = ['count=1200', 'inverse=sequential', 'batch_size=200']
+    arguments = ['--job=sample', f'--config=configs/from_run.py:{workdir}']
+    arguments += [f'--config.sampling.{s}' for s in settings]
+    finish(start(workdir, *arguments, processes=processes), workdir)
+    (folder,) = (p for p in (workdir / 'samples').iterdir() if p.is_dir())
+    files = [np.load(file) for file in sorted(folder.glob('*.npz'))]
+    assert [len(file['arr_0']) for file in files] == [1000, 200]
+    drawn.append(np.concatenate([file['arr_0'] for file in files]).astype(int))
+    assert json.loads((folder / 'samples.json').read_text())['count'] == 1200
+  difference = abs(drawn[0] - drawn[1])
+  assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+  assert len(np.unique(drawn[0], axis=0)) == 1200
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Whole tiny runs: reproducible, resumable bit for bit, and leaving behind what the README says."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -147,6 +149,19 @@ def test_a_finished_run_reports_again_without_training(whole, capsys):
   pretrain.run(tiny(), whole)
   assert 'bits/dim' in capsys.readouterr().out
   assert (whole / 'metrics.jsonl').read_text() == before
+
+
+def test_steps_are_recorded_also_by_a_run_that_goes_on(tmp_path):
+  """The range begins before the checkpoint that the second half goes on from, and ends after the
+  last step."""
+  workdir = tmp_path / 'run'
+  pretrain.run(tiny(validate_every=0), workdir)
+  shutil.rmtree(workdir / 'checkpoints' / str(STEPS))
+  recorded = dataclasses.replace(
+    tiny(validate_every=0), profile=config.Profile(steps=f'2,{STEPS + 9}')
+  )
+  pretrain.run(recorded, workdir)
+  assert list((workdir / 'profile').rglob('*.xplane.pb'))
 
 
 def test_another_model_in_the_workdir_is_refused(whole):
