@@ -14,7 +14,7 @@ import pytest  # noqa: E402
 @contextlib.contextmanager
 def optimized():
   """What is compiled here runs often enough to be worth compiling well."""
-  before = jax.config.jax_disable_most_optimizations
+  before = jax.config.read('jax_disable_most_optimizations')
   jax.config.update('jax_disable_most_optimizations', False)
   yield
   jax.config.update('jax_disable_most_optimizations', before)

@@ -56,7 +56,7 @@ def run(config, workdir):
 
 
 def _density_of(config, workdir):
-  """Parameters of the density, and the step of their checkpoint: of a student's run, the teacher's."""
+  """Parameters of the density and their checkpoint's step; a student's run has its teacher's."""
   model = farmer.build(config)
   if config.teacher is None:
     return restore.load_params(config, workdir, model)

@@ -126,10 +126,10 @@ def test_a_killed_job_ends_in_the_same_report(run, tmp_path):
 import os, signal
 from farmer_jax.evaluation import fidelity as looking
 call, calls = looking.Extractor.__call__, []
-def killing(self, gather, count, kept, what):
+def killing(self, gather, count, kept, what, *more):
   if what == 'samples' and KILL:
     os.kill(os.getpid(), signal.SIGKILL)
-  return call(self, gather, count, kept, what)
+  return call(self, gather, count, kept, what, *more)
 looking.Extractor.__call__ = killing
 from farmer_jax import config
 from farmer_jax.jobs import fidelity
