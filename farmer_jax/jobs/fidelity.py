@@ -33,13 +33,17 @@ def run(config, workdir):
   WORKDIR/fidelity/<name>.json and prints the figures."""
   workdir = workdir_lib.open_run(config, workdir)
   settings, folder = config.fidelity, workdir / 'fidelity'
-  if settings.samples is None and jax.process_count() > 1:
-    _draw(config, workdir)  # All draw; the first then looks at the images, alone.
+  path = settings.samples
+  if path is None and jax.process_count() > 1:
+    path = _draw(config, workdir)  # All draw; the first then looks at the images, alone.
   if jax.process_index():
     return
   judge = Judge.load(config, folder)
   reference, reference_name = load_reference(config, judge, folder)
-  samples, drawn = _open_samples(config, workdir, judge)
+  if path is None:  # Drawn last: what is wrong with the rest shows before that.
+    path = _draw(config, workdir)
+  samples = judge.suited(ImageSet.open(path, config)).first(settings.count)
+  drawn = {} if settings.samples else json.loads((path / sample.REPORT_FILE).read_text())
   statistics = judge.statistics(samples, 'samples', settings.compared)
   figures = fidelity.compare(statistics, reference, settings.neighbours)
   report = {
@@ -60,17 +64,6 @@ def run(config, workdir):
   file = folder / f'{settings.name or stem}.json'
   workdir_lib.write_atomically(file, json.dumps(report, indent=2) + '\n')
   _print_report(report, file)
-
-
-def _open_samples(config, workdir, judge):
-  """The `ImageSet` to be judged, drawn where it is not given, and what the sampling job reports of
-  it."""
-  settings, report = config.fidelity, {}
-  path = settings.samples
-  if path is None:
-    path = _draw(config, workdir)
-    report = json.loads((path / sample.REPORT_FILE).read_text())
-  return judge.suited(ImageSet.open(path, config)).first(settings.count), report
 
 
 def _draw(config, workdir):

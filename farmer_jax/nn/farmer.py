@@ -58,7 +58,10 @@ def with_names(params, model):
   """The parameters of a `Farmer` in boxes that hold the logical names of their axes."""
   init = functools.partial(init_named_params, model=model)
   boxes = jax.eval_shape(init, jax.random.key(0))
-  is_box = lambda node: isinstance(node, nn.meta.AxisMetadata)  # noqa: E731
+
+  def is_box(node):
+    return isinstance(node, nn.meta.AxisMetadata)
+
   return jax.tree.map(lambda box, a: box.replace_boxed(a), boxes, params, is_leaf=is_box)
 
 

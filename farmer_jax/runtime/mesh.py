@@ -80,7 +80,9 @@ class Mesh:
       whole += leaf.size * (even != list(spec))
       return NamedSharding(self.mesh, PartitionSpec(*even))
 
-    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
+    def is_spec(node):
+      return isinstance(node, PartitionSpec)
+
     found = jax.tree.map(sharding, specs, unboxed(tree), is_leaf=is_spec)
     if whole > total / 20:
       console.say(
@@ -142,7 +144,10 @@ class Mesh:
 
 def unboxed(tree):
   """The tree without boxes. Flax's own function would also put constraints on what was in them."""
-  is_box = lambda node: isinstance(node, nn.meta.AxisMetadata)  # noqa: E731
+
+  def is_box(node):
+    return isinstance(node, nn.meta.AxisMetadata)
+
   return jax.tree.map(lambda node: node.value if is_box(node) else node, tree, is_leaf=is_box)
 
 

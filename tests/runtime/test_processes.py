@@ -160,8 +160,12 @@ def test_two_processes_divide_the_samples(whole, tmp_path):
 
 @pytest.mark.parametrize(
   'first, second',
-  [(dict(devices=8), dict(devices=2)), (dict(processes=2), dict(devices=1))],
-  ids=['8 devices, then 2', '2 processes, then 1'],
+  [
+    pytest.param(dict(devices=8), dict(devices=2), id='8 devices, then 2'),
+    pytest.param(
+      dict(processes=2), dict(devices=1), id='2 processes, then 1', marks=pytest.mark.slow
+    ),
+  ],
 )
 def test_a_run_goes_on_with_other_devices(whole, tmp_path, first, second):
   """Stopped by having no more steps to do, after half of them; the data go on in order."""
