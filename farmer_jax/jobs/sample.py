@@ -24,7 +24,6 @@ _NOT_IN_NAME = {'count', 'batch_size', 'png', 'figures', 'per_class', 'max_class
 # [n, H, W, C], under arr_0 and for labels under arr_1.
 ARRAYS = {'images': 'arr_0', 'labels': 'arr_1', 'residual': 'residual', 'finite': 'finite'}
 
-
 REPORT_FILE = 'samples.json'
 
 

@@ -1,5 +1,6 @@
 """The count of arithmetic against the compiler's, and against the paper's sizes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -55,8 +56,6 @@ def compiled_flops(settings):
 )
 def test_count_is_the_compilers_but_for_what_is_no_product(prior):
   """Loops unrolled, or their bodies would count once."""
-  import dataclasses
-
   model = dataclasses.replace(SMALL.model, prior=dataclasses.replace(SMALL.model.prior, **prior))
   settings = dataclasses.replace(SMALL, model=model)
   counted, compiled = flops.forward(settings), compiled_flops(settings)
