@@ -80,6 +80,22 @@ class Data:
     changeable=True,
     least=0,
   )
+  max_bad_examples: int = key(
+    10,
+    'training images that may turn out unreadable on the way, in each process, and others be read'
+    ' in their place, before the run stops',
+    changeable=True,
+    least=0,
+  )
+  max_worker_restarts: int = key(
+    10, 'times that worker processes may die before the run stops', changeable=True, least=0
+  )
+  stall_seconds: float = key(
+    60.0, 'waiting for a batch is reported whenever it has taken this long', changeable=True
+  )
+  stall_limit_seconds: float = key(
+    1800.0, 'waiting this long for a batch stops the run; 0: never', changeable=True, least=0
+  )
 
 
 @dataclasses.dataclass(frozen=True)

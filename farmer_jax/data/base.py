@@ -19,11 +19,29 @@ IN_MEMORY_BYTES = 2**30
 _PROGRESS_DELAY = 3.0
 
 
+class BadExampleError(ConfigError):
+  """An example that cannot be read.
+
+  Attributes:
+    name: the file or record.
+    reason: what is wrong with it, in a few words.
+    advice: what to do about it.
+  """
+
+  def __init__(self, name, reason, advice='remove it or repair it'):
+    super().__init__(name, reason, advice)  # As arguments: pickled between processes.
+    self.name, self.reason, self.advice = name, reason, advice
+
+  def __str__(self):
+    return f'{self.name} cannot be read ({self.reason}); {self.advice}'
+
+
 class Source:
   """A random-access sequence of examples `{'image': uint8 [H, W, C], 'label': int32 []}`.
 
   Subclasses define `__len__`, `__getitem__` and `class_names`, which is empty where the names are
-  unknown or labels are not used.
+  unknown or labels are not used. `__getitem__` raises BadExampleError for an example that is
+  damaged or gone.
   """
 
   class_names: tuple[str, ...]
@@ -34,13 +52,13 @@ class Source:
   def __getitem__(self, index):
     raise NotImplementedError
 
+  def name(self, index):
+    """What to call an example in messages; does not read it."""
+    return f'example {index}'
+
   def gather(self, indices):
     """The examples at `indices` [B], as `{'image': uint8 [B, H, W, C], 'label': int32 [B]}`."""
-    examples = [self[int(index)] for index in indices]
-    return {
-      'image': np.stack([example['image'] for example in examples]),
-      'label': np.array([example['label'] for example in examples], np.int32),
-    }
+    return stack([self[int(index)] for index in indices])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +78,14 @@ class ArraySource(Source):
   def gather(self, indices):
     """One fancy index instead of a Python loop over the examples."""
     return {'image': self.images[indices], 'label': self.labels[indices]}
+
+
+def stack(examples):
+  """A batch, `{'image': uint8 [B, H, W, C], 'label': int32 [B]}`, of a list of examples."""
+  return {
+    'image': np.stack([example['image'] for example in examples]),
+    'label': np.array([example['label'] for example in examples], np.int32),
+  }
 
 
 def contents(source):

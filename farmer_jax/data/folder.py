@@ -47,11 +47,12 @@ class FolderSource(base.Source):
     path = self.paths[index]
     try:
       image = _decode(path, self.image_size, self.channels)
-    except images.BadImageError as error:
-      raise ConfigError(
-        f'{path} begins like an image but cannot be decoded ({error}); remove it or repair it'
-      ) from error
+    except (OSError, images.BadImageError) as error:
+      raise base.BadExampleError(str(path), _reason(error)) from error
     return {'image': image, 'label': self.labels[index]}
+
+  def name(self, index):
+    return str(self.paths[index])
 
 
 def load(data, split):
@@ -200,9 +201,13 @@ def _good(paths, read, data):
 
   def attempt(path):
     try:
+      if not path.is_file() and path.exists():
+        return None, 'it is not a regular file'  # Of a pipe, reading would wait for ever.
       return read(path), None
-    except images.BadImageError as error:
-      return None, str(error)
+    except (FileNotFoundError, PermissionError, images.BadImageError) as error:
+      return None, _reason(error)
+    except OSError as error:  # A failing disk is no reason to do without the files on it.
+      raise ConfigError(f'{path} cannot be read: {_reason(error)}') from error
 
   bad = []
   results = base.parallel_map(attempt, paths, data.threads, 'reading images')
@@ -229,18 +234,15 @@ def _good(paths, read, data):
 
 
 def _check_header(path):
-  with _opened(path) as stream:
+  with open(path, 'rb') as stream:
     images.check_header(stream)
 
 
 def _decode(path, size, channels):
-  with _opened(path) as stream:
+  with open(path, 'rb') as stream:
     return images.decode(stream.read(), size, channels)
 
 
-def _opened(path):
-  """The file, opened; a file that is not there or not ours to read is a bad one like any other."""
-  try:
-    return open(path, 'rb')
-  except (FileNotFoundError, PermissionError) as error:
-    raise images.BadImageError(error.strerror) from error
+def _reason(error):
+  """What went wrong, without the path that Python adds to it."""
+  return getattr(error, 'strerror', None) or str(error)

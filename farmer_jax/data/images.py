@@ -1,15 +1,39 @@
 """From encoded images of any common kind to uint8 squares of one size, by Pillow."""
 
 import io
+import warnings
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 
 # Formats that Pillow may try, whatever a file is called. Others stay off: EPS starts a program.
 _FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF')
 
 _MODES = {1: 'L', 3: 'RGB'}
+
+# Above these an image is taken for a decompression bomb. One just below takes a gigabyte to decode.
+_MAX_PIXELS = 2**27
+_MAX_SIDE = 2**16
+
+# Pixels times passes over them: a progressive JPEG of a few megabytes can ask for hours of work.
+_MAX_WORK = 2**32
+
+# Pixels that are converted together where a conversion needs several copies of them.
+_BAND_PIXELS = 2**22
+
+_ORIENTATIONS = {
+  2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+  3: PIL.Image.Transpose.ROTATE_180,
+  4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+  5: PIL.Image.Transpose.TRANSPOSE,
+  6: PIL.Image.Transpose.ROTATE_270,
+  7: PIL.Image.Transpose.TRANSVERSE,
+  8: PIL.Image.Transpose.ROTATE_90,
+}
+
+# They name no file, and what is wrong with an image is an exception or does not matter.
+warnings.filterwarnings('ignore', module=r'PIL\.')
 
 
 class BadImageError(ValueError):
@@ -35,10 +59,11 @@ def decode(encoded, size, channels):
   """
   try:
     with PIL.Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+      _check_work(image, encoded)
       image.load()
-      upright = PIL.ImageOps.exif_transpose(image)
-      return _to_array(fit(_opaque(upright, _MODES[channels]), size), channels)
-  except MemoryError:
+      _check_work(image)  # A frame may be larger than the header said.
+      return _to_array(fit(_opaque(_upright(image), _MODES[channels]), size), channels)
+  except BadImageError:
     raise
   except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes.
     raise BadImageError(_reason(error)) from error
@@ -47,12 +72,32 @@ def decode(encoded, size, channels):
 def check_header(stream):
   """Raises BadImageError unless the binary file begins like an image; pixels are not decoded."""
   try:
-    with PIL.Image.open(stream, formats=_FORMATS):
-      pass
-  except MemoryError:
+    with PIL.Image.open(stream, formats=_FORMATS) as image:
+      _check_work(image)
+  except BadImageError:
     raise
   except Exception as error:
     raise BadImageError(_reason(error)) from error
+
+
+def _check_work(image, encoded=b''):
+  """Raises BadImageError where decoding would take too much memory or time."""
+  width, height = image.size
+  if max(width, height) > _MAX_SIDE or width * height > _MAX_PIXELS:
+    raise BadImageError(f'its {width} by {height} pixels look like a decompression bomb')
+  if image.format in ('JPEG', 'MPO'):
+    scans = encoded.count(b'\xff\xda')
+    if scans * width * height > _MAX_WORK:
+      raise BadImageError(f'its {scans} scans look like a decompression bomb')
+
+
+def _upright(image):
+  """`image`, turned as its EXIF data say; if those are damaged, as it is."""
+  try:
+    orientation = _ORIENTATIONS.get(image.getexif().get(PIL.ExifTags.Base.Orientation))
+  except Exception:  # As with pixels, almost any type; but the pixels are whole.
+    orientation = None
+  return image if orientation is None else image.transpose(orientation)
 
 
 def from_array(pixels, size, channels):
@@ -106,11 +151,36 @@ def _crop_range(length, scale, size):
 def _opaque(image, mode):
   """`image` in `mode` ('L' or 'RGB'), eight bits a channel, over white where it is transparent."""
   if image.mode.startswith('I'):  # 16-bit grey, which `convert` would clip at 255.
-    values = (np.asarray(image).astype(np.int32).clip(0, 65535) + 128) // 257
-    return PIL.Image.fromarray(values.astype(np.uint8)).convert(mode)
+    return _in_bands(image, mode, _eight_bits)
   if image.has_transparency_data:
-    image = image.convert('RGBA')
-    image = PIL.Image.alpha_composite(PIL.Image.new('RGBA', image.size, 'white'), image)
+    return _in_bands(image, mode, _over_white)
+  return _convert(image, mode)
+
+
+def _in_bands(image, mode, convert):
+  """`convert(band, mode)` of bands of rows, put together: saves memory where it makes copies."""
+  rows = max(1, _BAND_PIXELS // image.width)
+  if rows >= image.height:
+    return convert(image, mode)
+  result = PIL.Image.new(mode, image.size)
+  for top in range(0, image.height, rows):
+    box = (0, top, image.width, min(top + rows, image.height))
+    result.paste(convert(image.crop(box), mode), box)
+  return result
+
+
+def _eight_bits(image, mode):
+  values = (np.asarray(image).astype(np.int32).clip(0, 65535) + 128) // 257
+  return PIL.Image.fromarray(values.astype(np.uint8)).convert(mode)
+
+
+def _over_white(image, mode):
+  image = image.convert('RGBA')
+  white = PIL.Image.new('RGBA', image.size, 'white')
+  return _convert(PIL.Image.alpha_composite(white, image), mode)
+
+
+def _convert(image, mode):
   if image.mode not in ('1', 'L'):
     image = image.convert('RGB')  # Palettes, CMYK and others know no direct way to grey.
   return image.convert(mode)
@@ -125,4 +195,6 @@ def _reason(error):
   """What went wrong, in one line, without the addresses of in-memory files that Pillow shows."""
   if isinstance(error, PIL.UnidentifiedImageError):
     return 'it is not a JPEG, PNG, WebP, BMP or GIF image'
+  if isinstance(error, PIL.Image.DecompressionBombError):
+    return 'it looks like a decompression bomb'
   return ' '.join(str(error).split()) or type(error).__name__

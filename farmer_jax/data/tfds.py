@@ -13,7 +13,7 @@ from farmer_jax.data import base, images
 class TfdsSource(base.Source):
   """Examples of one split of a prepared data set, decoded when they are read."""
 
-  name: str
+  dataset: str
   records: typing.Any  # random-access sequence of dicts, with the images as encoded bytes
   indices: np.ndarray  # int64 [N], the records that are part of this source
   image_key: str
@@ -27,19 +27,17 @@ class TfdsSource(base.Source):
     return len(self.indices)
 
   def __getitem__(self, index):
-    index = int(self.indices[index])
-    record = self.records[index]
-    return {
-      'image': self._image(record[self.image_key], index),
-      'label': self._label(record, index),
-    }
-
-  def _image(self, encoded, index):
-    """uint8 [image_size, image_size, channels]."""
+    record = int(self.indices[index])
     try:
-      return images.decode(encoded, self.image_size, self.channels)
-    except images.BadImageError as error:
-      raise ConfigError(f'example {index} of {self.name} cannot be decoded: {error}') from error
+      values = self.records[record]
+      image = images.decode(values[self.image_key], self.image_size, self.channels)
+    except Exception as error:  # The readers of files and records raise almost anything.
+      reason = ' '.join(str(error).split()) or type(error).__name__
+      raise base.BadExampleError(self.name(index), reason, 'prepare the data set again') from error
+    return {'image': image, 'label': self._label(values, record)}
+
+  def name(self, index):
+    return f'example {int(self.indices[index])} of {self.dataset}'
 
   def _label(self, record, index):
     """The label, int32 [], or 0 where labels are not used."""
@@ -48,7 +46,7 @@ class TfdsSource(base.Source):
     label = int(record[self.label_key])
     if not 0 <= label < self.num_classes:
       raise ConfigError(
-        f'example {index} of {self.name} has the label {label}, outside of the'
+        f'example {index} of {self.dataset} has the label {label}, outside of the'
         f' {self.num_classes} classes; set --config.data.num_classes=0 to train without labels'
       )
     return np.int32(label)
@@ -83,7 +81,7 @@ def load(data, split):
   if held_out:
     indices = base.part([str(index) for index in indices], np.zeros(len(indices)), data, split)
   source = TfdsSource(
-    name=data.source,
+    dataset=data.source,
     records=records,
     indices=indices,
     image_key=image_key,

@@ -1,5 +1,6 @@
 """What the jobs that train have in common."""
 
+import contextlib
 import dataclasses
 import time
 
@@ -85,6 +86,7 @@ def train(
       share[0],
       share[1],
       config.data.threads,
+      data=config.data,
     )
     return evaluator(params, map(mesh.batch, batches))
 
@@ -95,7 +97,7 @@ def train(
   iterator = pipeline.train_iterator(
     data.train, config.data, settings.batch_size, config.seed, *share
   )
-  with mesh():
+  with mesh(), contextlib.closing(iterator):
     state, valid = loop.train(
       config, workdir, mesh, iterator=iterator, validate=validate, draw=draw, **objective
     )

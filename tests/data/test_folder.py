@@ -8,7 +8,7 @@ import pytest
 from absl import logging
 
 from farmer_jax import config
-from farmer_jax.data import base, folder, sources
+from farmer_jax.data import base, folder, images, sources
 
 
 def write(path, value, size=(9, 7)):
@@ -210,7 +210,7 @@ def test_large_folder_is_checked_by_header(tmp_path, monkeypatch, warnings):
   source = sources.load(data, 'train')
   assert '2 of' in warnings[0]
   index = source.paths.index(cut)
-  with pytest.raises(config.ConfigError, match=r'cut\.png begins like an image'):
+  with pytest.raises(config.ConfigError, match=r'cut\.png cannot be read \(image file is'):
     source[index]
   with pytest.raises(config.ConfigError, match='is no image that can be read'):
     sources.load(settings(tmp_path, valid_fraction=0.05), 'train')
@@ -236,11 +236,11 @@ def test_links_to_nowhere_are_bad_files(tmp_path):
 def test_failing_disk_is_not_skipped(tmp_path, monkeypatch):
   make(tmp_path, ['a', 'b'])
 
-  def fail(path):
+  def fail(encoded, size, channels):
     raise OSError(5, 'Input/output error')
 
-  monkeypatch.setattr(folder, '_opened', fail)
-  with pytest.raises(OSError, match='Input/output'):
+  monkeypatch.setattr(images, 'decode', fail)
+  with pytest.raises(config.ConfigError, match=r'\.png cannot be read: Input/output error'):
     sources.load(settings(tmp_path, bad_files='skip'), 'train')
 
 

@@ -124,7 +124,7 @@ def test_images_that_tfds_would_not_decode(root):
     ('animals', {'valid_split': 'dev'}, 'valid', r'valid_split=dev is not .* set it to test'),
     ('animals', {'valid_split': 'train'}, 'valid', r'valid_split=train is not .* set it to test'),
     ('test_alone', {}, 'train', r'no split called train \(it has test\)'),
-    ('bad', {}, 'train', r'example 0 of bad cannot be decoded: it is not a JPEG'),
+    ('bad', {}, 'train', r'example 0 of bad cannot be read \(it is not a JPEG'),
     ('no_such_set', {}, 'train', r'no data set of TFDS \(Dataset no_such_set not found\)'),
     ('No Set!', {}, 'train', r'no data set of TFDS'),
     ('mnist:99.0.0', {}, 'train', r'no data set of TFDS'),

@@ -1,0 +1,249 @@
+"""Reading batches ahead of time in such a way that waiting for one can end.
+
+`concurrent.futures` and Grain wait for their threads and workers without limit, also when a program
+ends. A read from a file system that hangs never returns, and cannot be interrupted.
+"""
+
+import atexit
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import multiprocessing
+import queue
+import signal
+import threading
+import time
+import weakref
+
+import grain
+from absl import logging
+
+from farmer_jax.config import ConfigError
+from farmer_jax.data import faults
+
+# Seconds between looks at whether worker processes live, while no batch comes.
+_LOOK_SECONDS = 1.0
+
+# Seconds that threads and worker processes get to end in an orderly way.
+_CLOSE_SECONDS = 10.0
+
+# Threads, and where their tasks come from.
+_threads: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue] = (
+  weakref.WeakKeyDictionary()
+)
+
+
+class WorkerDiedError(RuntimeError):
+  """A worker process has ended by itself; the message says how."""
+
+
+class ReadAhead:
+  """Calls read(0), read(1), … ahead of time in daemon threads; hands the results out in order."""
+
+  def __init__(self, read, threads, depth, count=None):
+    """Sets up.
+
+    Args:
+      read: called with consecutive numbers.
+      threads: number of threads.
+      depth: results kept ready.
+      count: number of calls; None for no end.
+    """
+    self._pending: collections.deque[concurrent.futures.Future] = collections.deque()
+    self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+    self._read, self._threads, self._depth = read, max(1, threads), max(1, depth)
+    self._count = float('inf') if count is None else count
+    self._submitted = 0
+
+  def start(self):
+    """Starts to read; the first `take` does so too."""
+    if not self._submitted:
+      for _ in range(self._threads):
+        # The threads know nothing of this object: they end when it is forgotten.
+        thread = threading.Thread(target=_work, args=(self._tasks, self._read), daemon=True)
+        _threads[thread] = self._tasks
+        thread.start()
+      weakref.finalize(self, _stop, self._tasks, self._threads).atexit = False
+    while len(self._pending) < self._depth and self._submitted < self._count:
+      future: concurrent.futures.Future = concurrent.futures.Future()
+      self._tasks.put((future, self._submitted))
+      self._pending.append(future)
+      self._submitted += 1
+
+  def take(self, patience):
+    """The next result; raises what `read` raised.
+
+    Args:
+      patience: a `Patience`.
+
+    Raises:
+      StopIteration: there are no more.
+      ConfigError: it took too long.
+    """
+    self.start()
+    if not self._pending:
+      raise StopIteration
+    future = self._pending.popleft()
+    self.start()
+    if not future.done():
+      patience.wait(future, self.check)
+    return future.result()
+
+  def check(self):
+    """Raises WorkerDiedError if the next result will never come."""
+
+  def close(self, hanging=False):
+    """Gives up what is being read; `hanging`: without waiting for anything."""
+    del hanging
+    self._pending.clear()
+    self._count = 0
+    _stop(self._tasks, self._threads)
+
+
+def _work(tasks, read):
+  while task := tasks.get():
+    future, number = task
+    try:
+      future.set_result(read(number))
+    except BaseException as error:
+      future.set_exception(error)
+    del future, task  # Or the thread would hold the last result while it waits.
+
+
+def _stop(tasks, threads):
+  """Has threads end after what they are reading."""
+  with contextlib.suppress(queue.Empty):
+    while True:
+      tasks.get_nowait()
+  for _ in range(threads):
+    tasks.put(None)
+
+
+@atexit.register
+def _end():
+  """Waits for the threads when the program ends, but not for those that hang.
+
+  Python kills daemon threads on their return from native code, which brings some libraries down.
+  """
+  threads = list(_threads.items())
+  for _, tasks in threads:
+    _stop(tasks, len(threads))
+  deadline = time.monotonic() + _CLOSE_SECONDS
+  for thread, _ in threads:
+    thread.join(max(0.0, deadline - time.monotonic()))
+
+
+class Workers(ReadAhead):
+  """The elements of a Grain data set, read by worker processes."""
+
+  def __init__(self, dataset, read_options, count, watch_seconds):
+    """Sets up.
+
+    Args:
+      dataset: grain.MapDataset.
+      read_options: grain.ReadOptions, of each worker.
+      count: number of workers.
+      watch_seconds: a worker says what it is reading whenever that takes longer.
+    """
+    self._stream = iter(
+      dataset.to_iter_dataset(read_options).mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=count),
+        functools.partial(faults.watch, watch_seconds),
+      )
+    )
+    self._workers = count
+    self._others = set(multiprocessing.active_children())
+    self._children = set()
+    stream = self._stream
+    super().__init__(lambda number: next(stream), threads=1, depth=1)
+
+  def take(self, patience):
+    try:
+      element = super().take(patience)
+    except (ConfigError, WorkerDiedError):
+      raise
+    except Exception as error:
+      self.check()
+      if 'terminated unexpectedly' in str(error):  # Grain saw it first.
+        raise WorkerDiedError(f'a worker process ended ({error})') from error
+      raise
+    if len(self._children) < self._workers:
+      self._find_children()
+    return element
+
+  def check(self):
+    self._find_children()
+    for child in self._children:
+      if not child.is_alive():
+        raise WorkerDiedError(f'worker process {child.pid} ended {_how(child.exitcode)}')
+
+  def _find_children(self):
+    if len(self._children) < self._workers:
+      self._children |= set(multiprocessing.active_children()) - self._others
+
+  def close(self, hanging=False):
+    """Ends the worker processes; `hanging`: by force."""
+    if self._submitted and not hanging:
+      hanging = bool(concurrent.futures.wait(self._pending, _CLOSE_SECONDS).not_done)
+    if hanging:
+      self._find_children()
+      for child in self._children:
+        child.kill()
+    super().close()
+    self._stream.close()
+
+
+def _how(exit_code):
+  """How a process ended, in words."""
+  if exit_code is None or exit_code >= 0:
+    return f'by itself, with exit code {exit_code}'
+  hints = {
+    signal.SIGKILL: ': perhaps for want of memory',
+    signal.SIGBUS: ': perhaps /dev/shm is full',
+  }
+  name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else -exit_code
+  return f'by {name}{hints.get(-exit_code, "")}'
+
+
+class Patience:
+  """How long to wait for a batch, and what to say meanwhile.
+
+  Args:
+    period: seconds after which, and after each of which, waiting is reported.
+    limit: seconds after which it ends with an error; 0: never.
+    what: what is waited for, in messages.
+  """
+
+  def __init__(self, period, limit, what='training data'):
+    self._period, self._limit, self._what = period, limit, what
+
+  def wait(self, future, check):
+    """Returns when the future is done.
+
+    Args:
+      future: a `concurrent.futures.Future`.
+      check: called now and then; raises what ends the waiting.
+
+    Raises:
+      ConfigError: it took longer than the limit.
+    """
+    start = time.monotonic()
+    reported = 0
+    step = min(_LOOK_SECONDS, self._period, self._limit or _LOOK_SECONDS)
+    while concurrent.futures.wait([future], timeout=step).not_done:
+      check()
+      waited = time.monotonic() - start
+      if self._limit and waited >= self._limit:
+        raise ConfigError(
+          f'no {self._what} for {waited:.0f} s (--config.data.stall_limit_seconds={self._limit:g})'
+          f'{_culprit()}: a disk, a network or a worker process hangs; mend that and start again'
+        )
+      if waited // self._period > reported:
+        reported = waited // self._period
+        logging.warning('Waiting for %s for %.0f s%s.', self._what, waited, _culprit())
+
+
+def _culprit():
+  slow = faults.longest_read()
+  return f', the last {slow[1]:.0f} s of them for {slow[0]}' if slow else ''
