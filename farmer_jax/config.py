@@ -235,6 +235,16 @@ class Train:
     500, 'interval of checkpoints; one is also written at the end', changeable=True, least=0
   )
   keep_checkpoints: int = key(2, 'newest checkpoints kept', changeable=True)
+  keep_best: int = key(
+    0,
+    'checkpoints kept beside these for their validation loss, the lowest, among those of steps at'
+    ' which validation ran',
+    changeable=True,
+    least=0,
+  )
+  keep_every: int = key(
+    0, 'checkpoints of steps divisible by this are kept for good', changeable=True, least=0
+  )
   valid_batch_size: int = key(250, 'images a validation batch')
   valid_examples: int | None = key(
     None, 'validation images used; None uses the whole split', changeable=True

@@ -7,7 +7,7 @@ import jax
 
 from farmer_jax import config as config_lib
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import checkpoint
+from farmer_jax.runtime import restoring
 from farmer_jax.runtime import workdir as workdir_lib
 
 _TEACHER_FILE = 'teacher.json'
@@ -84,18 +84,6 @@ def _shapes(model):
 
 
 def _read(config, workdir, shapes, step=None):
-  """Parameters of the newest checkpoint, or of that of `step`; and the step."""
-  checkpoints = checkpoint.Checkpoints(workdir, keep=config.train.keep_checkpoints)
-  steps = checkpoints.all_steps()
-  if not steps:
-    raise config_lib.ConfigError(f'{workdir} has no checkpoint yet; train it first')
-  step = steps[-1] if step is None else step
-  if step not in steps:
-    raise config_lib.ConfigError(
-      f'{workdir} no longer has the checkpoint of step {step}, from which a student learned (it has'
-      f' {", ".join(map(str, steps))}); raise its config.train.keep_checkpoints next time'
-    )
+  """Parameters of the newest checkpoint that is whole, or of that of `step`; and the step."""
   name = 'average' if config.train.ema_decay else 'params'
-  params = checkpoints.restore_params(step, name, shapes)
-  checkpoints.close()
-  return params, step
+  return restoring.load_params(workdir_lib.absolute(workdir), name, shapes, step)

@@ -1,77 +1,239 @@
 """Checkpoints: the training state and the place in the data, written together by Orbax.
 
-Both are the same whatever the mesh and the number of processes: a run may go on with others.
+Both are the same whatever the mesh and the number of processes: a run may go on with others. With
+them goes a record of their checksums, by which `restoring` knows what is whole.
 """
+
+import contextlib
+import dataclasses
+import logging
+import math
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from orbax.checkpoint import checkpoint_managers as policies
+
+from farmer_jax import config as config_lib
+from farmer_jax.runtime import agreement, checksum, console, distributed, restoring
+
+_DAMAGED = 'checkpoints_damaged'
+
+# Seconds that processes wait for each other to finish writing.
+_TIMEOUT = 1200
+
+
+def _not_said_here(record):
+  """Whether a line of the log is none of the tracebacks with which Orbax, several times, comments
+  on a failure that is reported here."""
+  own = 'orbax' in record.pathname and record.levelno == logging.ERROR
+  return not own or absl_logging.get_verbosity() > absl_logging.WARNING
+
+
+absl_logging.get_absl_logger().addFilter(_not_said_here)
 
 
 class Checkpoints:
-  """The checkpoints of one run, under WORKDIR/checkpoints/<step>/; saving is asynchronous."""
+  """The checkpoints that a training run writes, under WORKDIR/checkpoints/<step>/.
 
-  def __init__(self, workdir, keep):
-    preserve = ocp.checkpoint_managers.LatestN(keep)
-    self._manager = ocp.CheckpointManager(
-      workdir / 'checkpoints',
-      options=ocp.CheckpointManagerOptions(preservation_policy=preserve),
-    )
+  Saving is asynchronous. All processes make the same calls.
+  """
 
-  def all_steps(self):
-    """The steps of all checkpoints, the newest last."""
-    return sorted(self._manager.all_steps())
-
-  def latest_step(self):
-    """The newest step, or None."""
-    return max(self.all_steps(), default=None)
-
-  def save(self, step, state, iterator):
-    """Starts writing `state` and the position of the `iterator`."""
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), dataset=ocp.args.JsonSave(iterator.get_state())
-      ),
-      force=True,
-    )
-
-  def restore(self, step, state, iterator):
-    """Reads a checkpoint; `state` gives shapes, dtypes and placement. Moves `iterator` to its
-    place."""
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(_abstract(state)),
-        dataset=ocp.args.JsonRestore(),
-      ),
-    )
-    iterator.set_state(restored.dataset)
-    return restored.state
-
-  def restore_params(self, step, name, params):
-    """Reads nothing but the parameters of a checkpoint, to this process's first device.
+  def __init__(self, workdir, settings):
+    """Nothing is read or written yet.
 
     Args:
-      step: which checkpoint.
-      name: the field of the training state: 'params' or 'average'.
-      params: a tree that gives shapes and dtypes.
+      workdir: the run's `epath.Path`.
+      settings: a `config.Train`, which says what to keep.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = {
-      name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), params)
+    self._workdir = workdir
+    self._settings = settings
+    self._losses: dict[int, float] = {}  # validation losses of checkpoints that have one
+    self._open: ocp.CheckpointManager | None = None
+    self._writing: int | None = None  # the step that is being written, if any
+    self._failure: str | None = None  # what became of the last one, if it was not written
+
+  def resume(self, state, iterator):
+    """Goes on from the newest checkpoint that is whole.
+
+    Those that are newer and damaged are named, and moved to WORKDIR/checkpoints_damaged/.
+
+    Args:
+      state: gives shapes, dtypes and placement.
+      iterator: is moved to its place in the data.
+
+    Returns:
+      The state and its step; `state` itself and 0 if there is no checkpoint.
+
+    Raises:
+      ConfigError: there are checkpoints, but none is whole, or they are of another model.
+    """
+    found, damaged = restoring.load_state(self._workdir, state)
+    distributed.by_first(lambda: _set_aside(self._workdir, damaged))
+    distributed.by_first(lambda: _name_unfinished(self._workdir / restoring.FOLDER))
+    if self._settings.keep_best:
+      self._losses = _losses(self._workdir)
+    if not found:
+      return state, 0
+    step, (state, position) = found
+    iterator.set_state(position)
+    return state, step
+
+  def save(self, step, state, iterator, loss=None):
+    """Starts writing `state` and the position of the `iterator`; `loss` is that of validation at
+    this very step, if there was any.
+
+    If the one before could not be written, or this one cannot, that is said, and the older ones
+    stay.
+    """
+    self._settle()
+    position = iterator.get_state()
+    record = {
+      'format': 1,
+      'leaves': checksum.of_tree(state),
+      restoring.DATASET: checksum.of_json(position),
+      'loss': loss if loss is not None and math.isfinite(loss) else None,
     }
-    read = ocp.args.PyTreeRestore(
-      item=target,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-      partial_restore=True,
-    )
-    return self._manager.restore(step, args=ocp.args.Composite(state=read)).state[name]
+    record['digest'] = checksum.of_json(record)
+    arguments = {
+      restoring.STATE: ocp.args.StandardSave(state),
+      restoring.DATASET: ocp.args.JsonSave(position),
+      restoring.RECORD: ocp.args.JsonSave(record),
+    }
+    if record['loss'] is not None:
+      self._losses[step] = loss
+    self._writing, self._failure = step, None
+    try:
+      self._manager().save(step, args=ocp.args.Composite(**arguments), force=True)
+    except Exception as error:
+      # Of several processes one that stops here has left the others in the middle of it.
+      if jax.process_count() > 1:
+        raise
+      self._give_up(step, restoring.why(error))
 
   def close(self):
-    """Waits until everything is on disk."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """Waits until everything is on disk.
+
+    Raises:
+      ConfigError: the last checkpoint could not be written.
+    """
+    self._settle()
+    if self._open:
+      self._open.close()
+    self._open = None
+    if self._failure:
+      raise config_lib.ConfigError(
+        f'{self._failure}; make room in {self._workdir} and start the same command again'
+      )
+
+  def _settle(self):
+    """Waits until the step that is being written is on disk, or known not to be."""
+    if self._writing is None:
+      return
+    failure = None
+    try:
+      self._manager().wait_until_finished()
+    except Exception as error:
+      failure = restoring.why(error)
+    failure = agreement.first(failure)
+    if failure:
+      self._give_up(self._writing, failure)
+    self._writing = None
+
+  def _give_up(self, step, why):
+    """Says that a step could not be written, and begins anew with what is on disk."""
+    self._writing = None
+    self._losses.pop(step, None)
+    with contextlib.suppress(Exception):  # It has said already what it could not do.
+      self._manager().close()
+    self._open = None
+    kept = restoring.steps(self._workdir)
+    newest = f'the newest is that of step {kept[-1]}' if kept else 'there is none yet'
+    self._failure = f'the checkpoint of step {step} could not be written ({why}); {newest}'
+    console.say(f'WARNING: {self._failure}. Older ones are untouched.')
+    self._manager()  # Removes what there is of it.
+
+  def _manager(self):
+    """Orbax's manager of what is on disk."""
+    if self._open is None:
+      options = ocp.CheckpointManagerOptions(
+        preservation_policy=_preservation(self._settings, self._losses),
+        # What a process that was killed, or a full disk, left unfinished.
+        cleanup_tmp_directories=True,
+        # Damage to old checkpoints must not keep new ones from being written.
+        lightweight_initialize=True,
+        async_options=ocp.AsyncOptions(
+          timeout_secs=_TIMEOUT, barrier_sync_fn=agreement.make_barrier()
+        ),
+      )
+      self._open = ocp.CheckpointManager(self._workdir / restoring.FOLDER, options=options)
+    return self._open
 
 
-def _abstract(state):
-  return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+def _losses(workdir):
+  """{step: validation loss} of the checkpoints that have one and can be read."""
+  losses = {}
+  for step in restoring.steps(workdir):
+    folder = workdir / restoring.FOLDER / str(step)
+    with contextlib.suppress(restoring.Damaged, config_lib.ConfigError):
+      record = restoring.alone(lambda folder=folder: restoring.read_record(folder))
+      if record and record['loss'] is not None:
+        losses[step] = record['loss']
+  # All must keep the same.
+  return {int(step): loss for step, loss in agreement.gather(losses)[0].items()}
+
+
+def _preservation(settings, losses):
+  """Which checkpoints stay; the newest always does."""
+  wanted = [policies.LatestN(settings.keep_checkpoints)]
+  if settings.keep_best:
+    best = policies.BestN(
+      get_metric_fn=lambda loss: loss,
+      reverse=True,
+      n=settings.keep_best,
+      # Otherwise those of steps without validation would never go.
+      keep_checkpoints_without_metrics=False,
+    )
+    wanted.append(_WithLosses(best, losses))
+  if settings.keep_every:
+    wanted.append(policies.EveryNSteps(settings.keep_every))
+  return policies.AnyPreservationPolicy(wanted)
+
+
+@dataclasses.dataclass
+class _WithLosses(policies.PreservationPolicy):
+  """Hands another policy the validation losses, also of checkpoints that were found on disk."""
+
+  policy: policies.PreservationPolicy
+  losses: dict
+
+  def should_preserve(self, checkpoints, *, context):
+    return self.policy.should_preserve(
+      [dataclasses.replace(c, metrics=self.losses.get(c.step)) for c in checkpoints],
+      context=context,
+    )
+
+
+def _set_aside(workdir, damaged):
+  """Moves checkpoints out of the way of those to come."""
+  for step in damaged:
+    source, target = workdir / restoring.FOLDER / str(step), workdir / _DAMAGED / str(step)
+    number = 1
+    while target.exists():
+      target = workdir / _DAMAGED / f'{step}.{number}'
+      number += 1
+    try:
+      target.parent.mkdir(parents=True, exist_ok=True)
+      source.rename(target)
+    except OSError as error:
+      why = restoring.why(error)
+      raise config_lib.ConfigError(f'cannot move {source} to {target}: {why}') from error
+    console.say(f'The damaged checkpoint of step {step} is now {target}')
+
+
+def _name_unfinished(folder):
+  """Names what was never finished: Orbax removes it before it writes the next one."""
+  if folder.exists():
+    for path in folder.iterdir():
+      if '.orbax-checkpoint-tmp' in path.name:
+        console.say(f'The checkpoint of step {path.name.partition(".")[0]} was never finished.')

@@ -35,10 +35,9 @@ def train(config, workdir, mesh, *, init_params, loss_fn, iterator, validate, dr
   settings, constants = config.train, constants or {}
   optimizer = optimizer_lib.create(settings)
   state = _initial_state(config, mesh, init_params, optimizer, constants)
-  checkpoints = checkpoint.Checkpoints(workdir, keep=settings.keep_checkpoints)
-  first_step = checkpoints.latest_step() or 0
+  checkpoints = checkpoint.Checkpoints(workdir, settings)
+  state, first_step = checkpoints.resume(state, iterator)
   if first_step:
-    state = checkpoints.restore(first_step, state, iterator)
     console.say(f'Going on from step {first_step} of {settings.steps}.')
   else:
     console.tell(parameter_overview.get_parameter_overview(state.params, include_stats=False))
@@ -60,7 +59,8 @@ def train(config, workdir, mesh, *, init_params, loss_fn, iterator, validate, dr
     if due(settings.sample_every):
       writer.write_image(step, 'samples', draw(state.best_params, step))
     if due(settings.checkpoint_every):
-      checkpoints.save(step, state, iterator)
+      loss = valid['loss'] if due(settings.validate_every) else None
+      checkpoints.save(step, state, iterator, loss)
 
   if first_step == settings.steps and settings.validate_every:
     valid = validate(state.best_params)
@@ -83,8 +83,8 @@ def train(config, workdir, mesh, *, init_params, loss_fn, iterator, validate, dr
       finish(step, state)
   trace.close()
   meter.close()
-  checkpoints.close()
   writer.close()
+  checkpoints.close()
   return state, valid
 
 
