@@ -59,7 +59,7 @@ class Checkpoints:
     Those that are newer and damaged are named, and moved to WORKDIR/checkpoints_damaged/.
 
     Args:
-      state: gives shapes, dtypes and placement.
+      state: gives shapes, dtypes and placement; arrays, or `jax.ShapeDtypeStruct`.
       iterator: is moved to its place in the data.
 
     Returns:
@@ -68,6 +68,8 @@ class Checkpoints:
     Raises:
       ConfigError: there are checkpoints, but none is whole, or they are of another model.
     """
+    self.wait()
+    self._close_manager()  # It must not remember what is set aside.
     found, damaged = restoring.load_state(self._workdir, state)
     distributed.by_first(lambda: _set_aside(self._workdir, damaged))
     distributed.by_first(lambda: _name_unfinished(self._workdir / restoring.FOLDER))
@@ -86,7 +88,7 @@ class Checkpoints:
     If the one before could not be written, or this one cannot, that is said, and the older ones
     stay.
     """
-    self._settle()
+    self.wait()
     position = iterator.get_state()
     record = {
       'format': 1,
@@ -117,17 +119,15 @@ class Checkpoints:
     Raises:
       ConfigError: the last checkpoint could not be written.
     """
-    self._settle()
-    if self._open:
-      self._open.close()
-    self._open = None
+    self.wait()
+    self._close_manager()
     if self._failure:
       raise config_lib.ConfigError(
         f'{self._failure}; make room in {self._workdir} and start the same command again'
       )
 
-  def _settle(self):
-    """Waits until the step that is being written is on disk, or known not to be."""
+  def wait(self):
+    """Returns when the step that is being written is on disk, or known not to be."""
     if self._writing is None:
       return
     failure = None
@@ -152,6 +152,11 @@ class Checkpoints:
     self._failure = f'the checkpoint of step {step} could not be written ({why}); {newest}'
     console.say(f'WARNING: {self._failure}. Older ones are untouched.')
     self._manager()  # Removes what there is of it.
+
+  def _close_manager(self):
+    if self._open:
+      self._open.close()
+    self._open = None
 
   def _manager(self):
     """Orbax's manager of what is on disk."""

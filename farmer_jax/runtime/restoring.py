@@ -42,7 +42,9 @@ def load_state(workdir, state):
   Raises:
     ConfigError: there are checkpoints, but none is whole, or they are of another model.
   """
-  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+  abstract = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+  )
 
   def read(folder):
     record = read_record(folder)

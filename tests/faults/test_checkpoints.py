@@ -239,6 +239,24 @@ def test_another_model_is_a_mistake_and_no_damage(run):
   assert not (run / 'checkpoints_damaged').exists()
 
 
+def test_going_back_within_a_run(tmp_path):
+  """While a checkpoint is being written, which turns out damaged; then it is written again."""
+  checkpoints = open_(tmp_path)
+  for step in (2, 4):
+    checkpoints.save(step, state(step), Stream(step))
+  checkpoints.wait()
+  truncate(tmp_path, 4)
+  shapes = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state(0)
+  )
+  stream = Stream(5)
+  restored, step = checkpoints.resume(shapes, stream)
+  assert_whole((restored, step, stream.position), 2)
+  checkpoints.save(4, state(4), Stream(4))
+  assert_whole((*checkpoints.resume(shapes, stream), stream.position), 4)
+  checkpoints.close()
+
+
 def load(run, step=None):
   shapes = jax.eval_shape(lambda: state(0)['params'])
   return restoring.load_params(epath.Path(run), 'params', shapes, step)
@@ -277,7 +295,7 @@ def test_a_save_that_fails_is_said_and_tried_again(run, capfd):
   with largest_file(1000):
     checkpoints.save(8, state(8), Stream(8))
     checkpoints.save(10, state(10), Stream(10))
-    checkpoints._settle()
+    checkpoints.wait()
   said = capfd.readouterr().err
   for step in (8, 10):
     assert f'WARNING: the checkpoint of step {step} could not be written' in said
@@ -305,15 +323,19 @@ def test_a_last_save_that_fails_ends_in_an_error(run):
 def test_a_full_disk(tmp_path, capfd):
   """A file system of its own, which fills up and is then given room."""
   (tmp_path / 'run').mkdir()
-  mount = ['mount', '-t', 'tmpfs', '-o', 'size=150k', 'tmpfs', str(tmp_path / 'run')]
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', str(tmp_path / 'run')]
   if subprocess.run(mount, capture_output=True).returncode:
     pytest.skip('mounting needs root')
   try:
     save(tmp_path / 'run', [2])
+    filler = tmp_path / 'run' / 'filler'
+    with filler.open('wb', buffering=0) as file, contextlib.suppress(OSError):
+      while True:
+        file.write(bytes(4096))
     with pytest.raises(config.ConfigError, match='No space left on device'):
       save(tmp_path / 'run', [4, 6])
     assert_whole(resume(tmp_path / 'run'), 2)
-    subprocess.run(['mount', '-o', 'remount,size=1m', str(tmp_path / 'run')], check=True)
+    filler.unlink()
     save(tmp_path / 'run', [4])
     assert_whole(resume(tmp_path / 'run'), 4)
   finally:
