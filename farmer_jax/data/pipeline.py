@@ -111,8 +111,8 @@ class TrainIterator(grain.DatasetIterator):
         break
       except readahead.WorkerDiedError as error:
         self._restart(error)
-      except ConfigError:
-        self._stream.close(hanging=True)
+      except readahead.StallError:
+        self._stream.kill()
         raise
     if failures:
       self._ledger.note(failures)
@@ -122,7 +122,7 @@ class TrainIterator(grain.DatasetIterator):
   def _restart(self, error):
     """Starts the workers again, at the same position."""
     self._restarts += 1
-    self._stream.close(hanging=True)
+    self._stream.close()
     limit = self._data.max_worker_restarts
     if self._restarts > limit:
       raise ConfigError(

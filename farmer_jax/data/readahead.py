@@ -11,6 +11,7 @@ import contextlib
 import functools
 import multiprocessing
 import queue
+import re
 import signal
 import threading
 import time
@@ -26,16 +27,19 @@ from farmer_jax.data import faults
 _LOOK_SECONDS = 1.0
 
 # Seconds that threads and worker processes get to end in an orderly way.
-_CLOSE_SECONDS = 10.0
+_CLOSE_SECONDS = 3.0
 
-# Threads, and where their tasks come from.
-_threads: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue] = (
-  weakref.WeakKeyDictionary()
-)
+# What is open, and all threads.
+_streams: weakref.WeakSet = weakref.WeakSet()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 class WorkerDiedError(RuntimeError):
   """A worker process has ended by itself; the message says how."""
+
+
+class StallError(ConfigError):
+  """Waiting took longer than the limit."""
 
 
 class ReadAhead:
@@ -55,15 +59,15 @@ class ReadAhead:
     self._read, self._threads, self._depth = read, max(1, threads), max(1, depth)
     self._count = float('inf') if count is None else count
     self._submitted = 0
+    self._closed = False
+    _streams.add(self)
 
   def start(self):
     """Starts to read; the first `take` does so too."""
     if not self._submitted:
       for _ in range(self._threads):
         # The threads know nothing of this object: they end when it is forgotten.
-        thread = threading.Thread(target=_work, args=(self._tasks, self._read), daemon=True)
-        _threads[thread] = self._tasks
-        thread.start()
+        _start_thread(_work, self._tasks, self._read)
       weakref.finalize(self, _stop, self._tasks, self._threads).atexit = False
     while len(self._pending) < self._depth and self._submitted < self._count:
       future: concurrent.futures.Future = concurrent.futures.Future()
@@ -79,7 +83,7 @@ class ReadAhead:
 
     Raises:
       StopIteration: there are no more.
-      ConfigError: it took too long.
+      StallError: it took too long.
     """
     self.start()
     if not self._pending:
@@ -93,12 +97,25 @@ class ReadAhead:
   def check(self):
     """Raises WorkerDiedError if the next result will never come."""
 
-  def close(self, hanging=False):
-    """Gives up what is being read; `hanging`: without waiting for anything."""
-    del hanging
-    self._pending.clear()
+  def kill(self):
+    """Ends by force what hangs, where that is possible."""
+
+  def close(self):
+    """Gives up what is being read."""
+    if not self._closed:
+      self._closed = True
+      self._close()
+
+  def _close(self):
     self._count = 0
     _stop(self._tasks, self._threads)
+
+
+def _start_thread(function, *args):
+  thread = threading.Thread(target=function, args=args, daemon=True)
+  _threads.add(thread)
+  thread.start()
+  return thread
 
 
 def _work(tasks, read):
@@ -126,11 +143,10 @@ def _end():
 
   Python kills daemon threads on their return from native code, which brings some libraries down.
   """
-  threads = list(_threads.items())
-  for _, tasks in threads:
-    _stop(tasks, len(threads))
+  for stream in list(_streams):
+    stream.close()
   deadline = time.monotonic() + _CLOSE_SECONDS
-  for thread, _ in threads:
+  for thread in list(_threads):
     thread.join(max(0.0, deadline - time.monotonic()))
 
 
@@ -154,7 +170,7 @@ class Workers(ReadAhead):
     )
     self._workers = count
     self._others = set(multiprocessing.active_children())
-    self._children = set()
+    self._children: set = set()
     stream = self._stream
     super().__init__(lambda number: next(stream), threads=1, depth=1)
 
@@ -164,9 +180,10 @@ class Workers(ReadAhead):
     except (ConfigError, WorkerDiedError):
       raise
     except Exception as error:
-      self.check()
-      if 'terminated unexpectedly' in str(error):  # Grain saw it first.
-        raise WorkerDiedError(f'a worker process ended ({error})') from error
+      # After any exception Grain ends the worker, with exit code 0.
+      found = re.search(r'terminated unexpectedly with exit code (-?\d+)', str(error))
+      if found:
+        raise WorkerDiedError(f'a worker process ended {_how(int(found.group(1)))}') from error
       raise
     if len(self._children) < self._workers:
       self._find_children()
@@ -182,16 +199,29 @@ class Workers(ReadAhead):
     if len(self._children) < self._workers:
       self._children |= set(multiprocessing.active_children()) - self._others
 
-  def close(self, hanging=False):
-    """Ends the worker processes; `hanging`: by force."""
-    if self._submitted and not hanging:
-      hanging = bool(concurrent.futures.wait(self._pending, _CLOSE_SECONDS).not_done)
-    if hanging:
-      self._find_children()
-      for child in self._children:
-        child.kill()
-    super().close()
-    self._stream.close()
+  def kill(self):
+    self._find_children()
+    for child in self._children:
+      child.kill()
+    for child in self._children:
+      child.join(_LOOK_SECONDS)
+
+  def _close(self):
+    """Ends the worker processes, if need be by force."""
+    super()._close()
+    if self._submitted:
+      # Grain sees within a second that a worker is gone. Closed meanwhile, it falls over itself.
+      concurrent.futures.wait(self._pending, _CLOSE_SECONDS)
+    _start_thread(_close_quietly, self._stream).join(_CLOSE_SECONDS)
+    self.kill()
+    # What is left ends with these references, not when modules are already gone.
+    self._pending.clear()
+    self._stream = self._read = None
+
+
+def _close_quietly(stream):
+  with contextlib.suppress(Exception):  # What is left of the processes will be killed.
+    stream.close()
 
 
 def _how(exit_code):
@@ -226,7 +256,7 @@ class Patience:
       check: called now and then; raises what ends the waiting.
 
     Raises:
-      ConfigError: it took longer than the limit.
+      StallError: it took longer than the limit.
     """
     start = time.monotonic()
     reported = 0
@@ -235,7 +265,7 @@ class Patience:
       check()
       waited = time.monotonic() - start
       if self._limit and waited >= self._limit:
-        raise ConfigError(
+        raise StallError(
           f'no {self._what} for {waited:.0f} s (--config.data.stall_limit_seconds={self._limit:g})'
           f'{_culprit()}: a disk, a network or a worker process hangs; mend that and start again'
         )
