@@ -181,9 +181,9 @@ def _over_white(image, mode):
 
 
 def _convert(image, mode):
-  if image.mode not in ('1', 'L'):
+  if image.mode not in ('1', 'L', 'RGB'):
     image = image.convert('RGB')  # Palettes, CMYK and others know no direct way to grey.
-  return image.convert(mode)
+  return image if image.mode == mode else image.convert(mode)
 
 
 def _to_array(image, channels):
