@@ -114,11 +114,11 @@ def empty(run, step):
   (run / 'checkpoints' / str(step)).mkdir()
 
 
-def cut_record(run, step):
-  """Another checksum where the file still is good JSON."""
+def change_record(run, step):
+  """Another validation loss."""
   path = run / 'checkpoints' / str(step) / 'checksums' / 'metadata'
   record = json.loads(path.read_text())
-  record['leaves']['params/kernel'][2] = '0' * 16
+  record['loss'] = 0.5
   path.write_text(json.dumps(record))
 
 
@@ -148,7 +148,7 @@ DAMAGES = {
     run / 'checkpoints' / str(step) / '_CHECKPOINT_METADATA', 0
   ),
   'another data position': move_position,
-  'other checksums': cut_record,
+  'another validation loss': change_record,
 }
 
 
@@ -214,6 +214,14 @@ def test_an_unfinished_checkpoint_is_named_and_ignored(run, capfd):
   save(run, [8])
   assert_whole(resume(run), 8)
   assert not list((run / 'checkpoints').glob('*tmp*'))
+
+
+def test_old_damage_does_not_hinder_new_checkpoints(run):
+  empty(run, 2)
+  flip(run / 'checkpoints/4/_CHECKPOINT_METADATA', 0)
+  save(run, [8], {8: 1.0}, keep=2, keep_best=1)
+  assert_whole(resume(run), 8)
+  assert kept(run) == [6, 8]
 
 
 def test_checkpoints_without_checksums_are_accepted(run, capfd):
