@@ -8,10 +8,18 @@ the project sees only those. `describe()` lists all keys for `--config_help`.
 import dataclasses
 import difflib
 import math
+import re
+import reprlib
 import types
 import typing
 
 import ml_collections
+
+# What int32 holds, in which steps, seeds and sizes are counted.
+_INTEGERS_BELOW = 2**31
+
+# Numbers of other sizes overflow float32, or vanish in it, where they meet others.
+_SMALLEST, _LARGEST = 1e-30, 1e6
 
 
 class ConfigError(ValueError):
@@ -584,7 +592,7 @@ def from_config_dict(values, cls=Config, prefix=''):
   fields = {field.name: field for field in dataclasses.fields(cls)}
   for name in values:
     if name not in fields:
-      raise ConfigError(unknown_key(prefix + name))
+      raise ConfigError(unknown_key(f'{prefix}{name}'))
   built = {}
   for name, value in values.items():
     field, path = fields[name], prefix + name
@@ -603,13 +611,14 @@ def _checked(path, value, field):
   union = isinstance(field.type, types.UnionType)
   allowed = typing.get_args(field.type) if union else (field.type,)
   if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
+    value = float(max(-(2**1000), min(value, 2**1000)))  # which is out of any range
   if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
     names = ' or '.join(t.__name__ for t in allowed).replace('NoneType', 'None')
-    raise ConfigError(f'config.{path} must be {names}, not {value!r}')
+    raise ConfigError(f'config.{path} must be {names}, not {reprlib.repr(value)}')
   choices = field.metadata['choices']
   if choices and value not in choices:
-    raise ConfigError(f'config.{path} must be one of {", ".join(map(str, choices))}, not {value!r}')
+    known = ', '.join(map(str, choices))
+    raise ConfigError(f'config.{path} must be one of {known}, not {reprlib.repr(value)}')
   return value
 
 
@@ -632,11 +641,14 @@ def get(config, path):
 def unknown_key(path):
   """The message for a key that does not exist: the likely meant one, and the known ones beside
   it."""
+  path = re.sub(r'[^\w.]', '?', path[:100])  # It may be anything that a file had in it.
   paths = [known for known, _ in leaves()]
   section_path, _, name = path.rpartition('.')
-  siblings = [p for p in paths if p.rpartition('.')[0] == section_path]
+  prefix = f'{section_path}.' if section_path else ''
+  siblings = [prefix + p[len(prefix) :].partition('.')[0] for p in paths if p.startswith(prefix)]
   if not siblings:  # The section does not exist either.
-    siblings = sorted({p.partition('.')[0] for p in paths})
+    siblings = [p.partition('.')[0] for p in paths]
+  siblings = list(dict.fromkeys(siblings))
   close = difflib.get_close_matches(path, paths, n=1, cutoff=0.7) or [
     p for p in paths if p.rpartition('.')[2] == name
   ]
@@ -662,6 +674,7 @@ def check(config):
       raise ConfigError(message)
 
   _check_ranges(config, require)
+  _check_names(config, require)
   require(
     data.image_size % model.patch_size == 0,
     f'config.data.image_size={data.image_size} is not divisible by'
@@ -673,6 +686,11 @@ def check(config):
       part.width % part.head_dim == 0,
       f'config.model.{name}.width={part.width} is not a multiple of'
       f' config.model.{name}.head_dim={part.head_dim}',
+    )
+    require(
+      part.mlp_ratio * part.width >= 1,
+      f'config.model.{name}.mlp_ratio={part.mlp_ratio} leaves nothing of'
+      f' config.model.{name}.width={part.width}; it must be at least {1 / part.width:g}',
     )
   channels = data.channels * model.patch_size**2
   informative = prior.informative_channels
@@ -713,9 +731,12 @@ def step_range(text):
   """The two numbers of `Profile.steps`, or None."""
   if not text:
     return None
-  numbers = [int(word) for word in text.split(',') if word.strip().isdecimal()]
-  if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
-    raise ConfigError(f'config.profile.steps={text!r} must be two numbers of steps, as in 10,15')
+  words = re.fullmatch(r'\s*(\d{1,10})\s*,\s*(\d{1,10})\s*', text)
+  numbers = [int(word) for word in words.groups()] if words else [0, 0]
+  if not 1 <= numbers[0] <= numbers[1]:
+    raise ConfigError(
+      f'config.profile.steps={reprlib.repr(text)} must be two numbers of steps, as in 10,15'
+    )
   return numbers[0], numbers[1]
 
 
@@ -816,13 +837,40 @@ def _check_fidelity(config, require):
     )
 
 
+def _check_names(config, require):
+  """Requires what files and folders are named after to lead to no other place: the configuration
+  may come with a run that somebody else made."""
+
+  def is_name(text):
+    return re.fullmatch(r'[\w.,=+@ -]{1,150}', text) and text.strip('. ')
+
+  for path in ('name', 'likelihood.name', 'fidelity.name'):
+    name = get(config, path)
+    # A run may lie in a folder of runs.
+    parts = [] if name is None else name.split('/') if path == 'name' else [name]
+    require(
+      all(is_name(part) for part in parts),
+      f'config.{path}={reprlib.repr(name)} must be a name for files: letters, digits and any of'
+      ' . , = + @ - _',
+    )
+
+
 def _check_ranges(config, require):
   """Requires each number to lie where it has a meaning."""
   for path, field in leaves():
     value = get(config, path)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
       continue
-    require(math.isfinite(value), f'config.{path}={value} must be finite')
+    if isinstance(value, int):
+      shown = reprlib.repr(value)
+      require(value < _INTEGERS_BELOW, f'config.{path}={shown} must be below {_INTEGERS_BELOW}')
+    else:
+      require(math.isfinite(value), f'config.{path}={value} must be finite')
+      require(value < _LARGEST, f'config.{path}={value} must be below {_LARGEST:g}')
+      require(
+        value == 0 or abs(value) >= _SMALLEST,
+        f'config.{path}={value} must be at least {_SMALLEST:g}',
+      )
     least, below = field.metadata['least'], field.metadata['below']
     if least is None:
       require(value > 0, f'config.{path}={value} must be above 0')
