@@ -54,7 +54,7 @@ class _Storage:
   @classmethod
   def of(cls, persistent_id):
     """The storage that a pickle refers to."""
-    kind, dtype, key, _, count, *view = persistent_id
+    kind, dtype, key, _, count, *view = _short_tuple(persistent_id)
     if kind != 'storage' or not isinstance(dtype, np.dtype) or type(key) is not str:
       raise _RefusedError('it refers to something other than numbers')
     if not _is_size(count) or view not in ([], [None]):
@@ -74,17 +74,18 @@ class _Tensor:
   @classmethod
   def of(cls, arguments):
     """The tensor that `torch._utils._rebuild_tensor_v2` would make of these arguments."""
-    storage, offset, shape, strides, _, _, *metadata = arguments
+    storage, offset, shape, strides, _, _, *metadata = _short_tuple(arguments)
+    shape, strides = _short_tuple(shape), _short_tuple(strides)
     sizes = (offset, *shape, *strides)
     if not isinstance(storage, _Storage) or not all(_is_size(n) for n in sizes) or any(metadata):
       raise _RefusedError('it has a tensor of a kind that is not supported')
-    if len(shape) != len(strides) or len(shape) > _MOST_DIMENSIONS:
+    if len(shape) != len(strides):
       raise _RefusedError('it has a tensor whose shape makes no sense')
     end = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
     # More elements than numbers: a few bytes expanded to a tensor that fits no memory.
     if math.prod(shape) and (end > storage.count or math.prod(shape) > storage.count):
       raise _RefusedError('it has a tensor that is larger than its storage')
-    return cls(storage, offset, tuple(shape), tuple(strides))
+    return cls(storage, offset, shape, strides)
 
   def array(self, numbers):
     """The tensor, over the bytes of its storage."""
@@ -258,6 +259,14 @@ def _called(function, arguments):
   if function is dict and arguments == ():
     return {}
   raise _RefusedError('it calls something other than what makes tensors')
+
+
+def _short_tuple(value):
+  """`value` if it is a tuple of few entries. One with many, made once and used by each of many
+  tensors, would take hours to look at."""
+  if len(_require(value, tuple)) > _MOST_DIMENSIONS:
+    raise _RefusedError('it has a tensor whose shape makes no sense')
+  return value
 
 
 def _require(value, kind):
