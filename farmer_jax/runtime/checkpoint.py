@@ -72,7 +72,7 @@ class Checkpoints:
     self._close_manager()  # It must not remember what is set aside.
     found, damaged = restoring.load_state(self._workdir, state)
     distributed.by_first(lambda: _set_aside(self._workdir, damaged))
-    distributed.by_first(lambda: _name_unfinished(self._workdir / restoring.FOLDER))
+    distributed.by_first(lambda: _remove_unfinished(self._workdir, 'was never finished: removed'))
     if self._settings.keep_best:
       self._losses = _losses(self._workdir)
     if not found:
@@ -151,7 +151,7 @@ class Checkpoints:
     newest = f'the newest is that of step {kept[-1]}' if kept else 'there is none yet'
     self._failure = f'the checkpoint of step {step} could not be written ({why}); {newest}'
     console.say(f'WARNING: {self._failure}. Older ones are untouched.')
-    self._manager()  # Removes what there is of it.
+    distributed.by_first(lambda: _remove_unfinished(self._workdir))
 
   def _close_manager(self):
     if self._open:
@@ -161,10 +161,10 @@ class Checkpoints:
   def _manager(self):
     """Orbax's manager of what is on disk."""
     if self._open is None:
+      # Again, because a thread that had failed may still have been writing.
+      distributed.by_first(lambda: _remove_unfinished(self._workdir))
       options = ocp.CheckpointManagerOptions(
         preservation_policy=_preservation(self._settings, self._losses),
-        # What a process that was killed, or a full disk, left unfinished.
-        cleanup_tmp_directories=True,
         # Damage to old checkpoints must not keep new ones from being written.
         lightweight_initialize=True,
         async_options=ocp.AsyncOptions(
@@ -236,9 +236,17 @@ def _set_aside(workdir, damaged):
     console.say(f'The damaged checkpoint of step {step} is now {target}')
 
 
-def _name_unfinished(folder):
-  """Names what was never finished: Orbax removes it before it writes the next one."""
-  if folder.exists():
-    for path in folder.iterdir():
-      if '.orbax-checkpoint-tmp' in path.name:
-        console.say(f'The checkpoint of step {path.name.partition(".")[0]} was never finished.')
+def _remove_unfinished(workdir, said=''):
+  """Removes what a process that was killed, or a full disk, left of a checkpoint; `said` of each.
+
+  It never had its final name, or, on stores that cannot rename, never its mark of completion.
+  """
+  folder, finished = workdir / restoring.FOLDER, set(restoring.steps(workdir))
+  for path in folder.iterdir() if folder.exists() else ():
+    step, suffix, _ = path.name.partition('.orbax-checkpoint-tmp')
+    if not step.isdecimal() or not suffix and int(step) in finished:
+      continue
+    with contextlib.suppress(OSError):  # It is in nobody's way, and is tried again.
+      path.rmtree()
+      if said:
+        console.say(f'The checkpoint of step {step} {said}.')
