@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all lint reference clean
+.PHONY: quickstart test test-all soak lint reference clean
 
 quickstart: .venv/run
 	$(BIN)/python -m farmer_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -13,6 +13,10 @@ test: .venv/dev lint
 # With the tests marked slow.
 test-all: .venv/dev lint
 	$(BIN)/python -m pytest -q --durations=15
+
+# Half an hour: a training run is killed two hundred times, and ends as if it had not been.
+soak: .venv/dev
+	$(BIN)/python tests/faults/soak.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ def get_config():
   # helps.
   c.noise.curriculum_std = 0.3
   c.model.patch_size = 4
-  c.model.scan_unroll = 3
+  c.model.scan_unroll = 6
   c.model.flow.blocks = 3
   c.model.flow.mlp_ratio = 3.0
   c.train.batch_size = 128

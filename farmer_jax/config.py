@@ -197,11 +197,13 @@ class Model:
   )
   remat: str = key(
     'none',
-    'what the backward pass computes again to save memory: none, dots (all but matmuls), full',
-    choices=('none', 'dots', 'full'),
+    'what the backward pass computes again to save memory: none; dots (all but products with'
+    ' weights, and attention); attention (all but attention); layers (all but the input of each'
+    ' layer); full (all but the input of each flow block)',
+    choices=('none', 'dots', 'attention', 'layers', 'full'),
   )
   scan_unroll: int = key(
-    1, 'flow blocks, and layers, compiled in a row: 1 compiles fastest, more may run faster'
+    1, 'layers compiled in a row, of several flow blocks if need be: more of them may run faster'
   )
   flow: Flow = section(Flow)
   prior: Prior = section(Prior)
@@ -252,6 +254,24 @@ class Train:
   )
   keep_every: int = key(
     0, 'checkpoints of steps divisible by this are kept for good', changeable=True, least=0
+  )
+  max_norm_ratio: float = key(
+    30.0,
+    'an update is left out where the norm of its gradient is so many times the running mean of'
+    ' those before; 0: only where loss or gradient are not finite',
+    least=0,
+  )
+  max_skipped: int = key(
+    10,
+    'updates left out in a row after which the run goes back to its newest checkpoint, and on with'
+    ' other data',
+    changeable=True,
+  )
+  max_returns: int = key(
+    3,
+    'times that the run goes back before it stops, with a diagnosis',
+    least=0,
+    changeable=True,
   )
   valid_batch_size: int = key(250, 'images a validation batch')
   valid_examples: int | None = key(

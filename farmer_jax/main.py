@@ -48,13 +48,25 @@ def main(argv):
   config = config_lib.from_config_dict(values)
   config_lib.check(config)
   # Imported here: the command line answers before JAX has loaded.
+  import jax
+
   from farmer_jax import jobs
-  from farmer_jax.runtime import distributed
+  from farmer_jax.runtime import distributed, preemption
 
   processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   if _DISTRIBUTED.value or any(value is not None for value in processes):
     distributed.start(*processes)
-  jobs.run(config, _WORKDIR.value or f'runs/{config.name}')
+  try:
+    jobs.run(config, _WORKDIR.value or f'runs/{config.name}')
+  except preemption.Preempted as notice:
+    print(notice, file=sys.stderr)
+    sys.exit(preemption.START_AGAIN)
+  except config_lib.ConfigError as error:
+    if jax.process_count() == 1:
+      raise
+    # The others may be waiting for this one: leaving in good order would wait for them.
+    _say(error)
+    os._exit(1)
 
 
 def _config_values():
@@ -98,8 +110,12 @@ def run():
   try:
     app.run(main, flags_parser=_parse_flags)
   except config_lib.ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
+    _say(error)
     sys.exit(1)
+
+
+def _say(error):
+  print(f'error: {error}', file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':

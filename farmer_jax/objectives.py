@@ -57,6 +57,18 @@ def nll_terms(log_density, dims):
   }
 
 
+def _as_trained(batch, step, part, config, noise_std):
+  """A batch as the model sees it in training: mirrored, noised, some labels dropped."""
+
+  def key(name):
+    return random.named_key(config.seed, name, step, part)
+
+  images, labels = _mirrored(key('flip'), batch['image'], config.data), batch['label']
+  dropped = jax.random.bernoulli(key('label_dropout'), config.model.label_dropout, labels.shape)
+  labels = jnp.where(dropped, config.data.num_classes, labels)
+  return training_images(key('noise'), images, config.noise, noise_std(step)), labels
+
+
 def nll_loss(params, batch, step, part, *, model, config, noise_std):
   """Negative log-likelihood of a training batch, with dropped labels, noise and mirroring.
 
@@ -75,13 +87,7 @@ def nll_loss(params, batch, step, part, *, model, config, noise_std):
     adds noise the latter bounds the code length of nothing: it shows the progress of training.)
   """
 
-  def key(name):
-    return random.named_key(config.seed, name, step, part)
-
-  images, labels = _mirrored(key('flip'), batch['image'], config.data), batch['label']
-  dropped = jax.random.bernoulli(key('label_dropout'), config.model.label_dropout, labels.shape)
-  labels = jnp.where(dropped, config.data.num_classes, labels)
-  images = training_images(key('noise'), images, config.noise, noise_std(step))
+  images, labels = _as_trained(batch, step, part, config, noise_std)
   log_density = model.apply({'params': params}, images, labels)
   dims = images[0].size
   metrics = {name: value.mean() for name, value in nll_terms(log_density, dims).items()}
@@ -92,6 +98,21 @@ def nll_loss(params, batch, step, part, *, model, config, noise_std):
   if config.noise.kind == 'gaussian' or config.noise.curriculum_std:
     metrics['noise_std'] = noise_std(step)
   return metrics['loss'], metrics
+
+
+def nll_extremes(params, batch, step, *, model, config, noise_std):
+  """What tells where a density has gone astray, of a batch as `nll_loss` sees its first part.
+
+  Returns:
+    A dict of arrays: the terms in nats/dim, [B] each (`nll_terms`); `log_det_blocks` [T, B]; and
+    the logarithms of the lowest and the highest scales (`Farmer.ranges`).
+  """
+  images, labels = _as_trained(batch, step, 0, config, noise_std)
+  log_density = model.apply({'params': params}, images, labels)
+  dims = images[0].size
+  ranges = model.apply({'params': params}, images, labels, method='ranges')
+  terms = nll_terms(log_density, dims)
+  return {**terms, 'log_det_blocks': -log_density.log_dets / dims, **ranges}
 
 
 def init_student(key, teacher, *, model, objective):

@@ -59,8 +59,8 @@ def training_curves(path, records, title):
     points = [(r['step'], r[name]) for r in records if r['split'] == split and name in r]
     if points:
       left.plot(*zip(*points, strict=True), style, label=split)
-  values = [r[name] for r in records if r['split'] == 'train' and name in r]
-  if values and np.isfinite(values).all():
+  values = [r[name] for r in records if r['split'] == 'train' and np.isfinite(r.get(name, np.nan))]
+  if values:
     # The first steps are far above the rest and would hide it.
     low, high = min(values), np.quantile(values, 0.9)
     left.set_ylim(low - 0.1 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)

@@ -1,10 +1,13 @@
 """What a user can ask for: one module a job, each with `run(config, workdir)`."""
 
+import contextlib
 import importlib
 
 import jax
 
-from farmer_jax.runtime import distributed, host
+from farmer_jax.runtime import distributed, host, preemption
+
+_TRAIN = ('pretrain', 'distill')
 
 
 def run(config, workdir):
@@ -15,6 +18,16 @@ def run(config, workdir):
   # Products of float32 arrays in float32: accelerators would round the factors to fewer bits, and
   # the inverse of the flow would undo something else. bfloat16 models are not affected.
   jax.config.update('jax_default_matmul_precision', 'highest')
-  importlib.import_module(f'farmer_jax.jobs.{config.job}').run(config, workdir)
+  job = importlib.import_module(f'farmer_jax.jobs.{config.job}')
+  # Training has something to save first. It listens itself, as does JAX for several processes.
+  listens = config.job in _TRAIN and jax.process_count() > 1
+  preempted = None
+  try:
+    with contextlib.nullcontext() if listens else preemption.leave_at_once():
+      job.run(config, workdir)
+  except preemption.Preempted as notice:
+    preempted = notice
   # The first process may have more to do than the others, which would give it up if they ended.
   distributed.wait_for_all('end')
+  if preempted:
+    raise preempted

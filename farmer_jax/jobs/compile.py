@@ -21,6 +21,9 @@ from farmer_jax.training import step as step_lib
 
 STEP = 'training step'
 
+# Operations whose share of the time is reported.
+_COSTLIEST = 25
+
 
 def run(config, workdir):
   """Compiles; prints a table and writes WORKDIR/compile/<devices>.json."""
@@ -125,6 +128,9 @@ def _compiled(lowered, kind, options):
     'estimated_cycles': cost.cycles or None,
     'estimated_seconds': cost.cycles / clock if clock and cost.cycles else None,
     'loops_of_unknown_length': cost.unknown_loops,
+    'costliest': {
+      name: cycles / cost.cycles for name, cycles in cost.operations.most_common(_COSTLIEST)
+    },
   }
 
 

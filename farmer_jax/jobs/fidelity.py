@@ -13,7 +13,7 @@ from farmer_jax import config as config_lib
 from farmer_jax.data import base, sources
 from farmer_jax.evaluation import classifier, fidelity, inception
 from farmer_jax.jobs import sample
-from farmer_jax.runtime import console
+from farmer_jax.runtime import console, host
 from farmer_jax.runtime import workdir as workdir_lib
 
 # Settings that have no say in the figures.
@@ -32,6 +32,7 @@ def run(config, workdir):
   """Draws what samples are missing and compares them with real images; writes
   WORKDIR/fidelity/<name>.json and prints the figures."""
   workdir = workdir_lib.open_run(config, workdir)
+  host.cache_compilations(workdir)
   settings, folder = config.fidelity, workdir / 'fidelity'
   path = settings.samples
   if path is None and jax.process_count() > 1:

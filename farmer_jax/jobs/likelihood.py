@@ -11,7 +11,7 @@ from farmer_jax.data import base, pipeline, sources
 from farmer_jax.evaluation import figures, likelihood, likelihood_figures, summary
 from farmer_jax.jobs import restore
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import console, distributed, mesh, shards
+from farmer_jax.runtime import console, distributed, host, mesh, shards
 from farmer_jax.runtime import workdir as workdir_lib
 
 # Settings that have no say in what the value of an image is.
@@ -21,6 +21,7 @@ _NOT_IN_NAME = {'name', 'source', 'split', 'batch_size'}
 def run(config, workdir):
   """Writes WORKDIR/likelihood/<name>.json and .csv, and figures; prints the result."""
   workdir = workdir_lib.open_run(config, workdir)
+  host.cache_compilations(workdir)
   settings = config.likelihood
   source, other = load_sources(config)
   params, step = _density_of(config, workdir)

@@ -2,12 +2,14 @@
 
 import functools
 
+import jax
+
 from farmer_jax import objectives
 from farmer_jax.evaluation import likelihood
 from farmer_jax.jobs import training
 from farmer_jax.nn import farmer
 from farmer_jax.runtime import console
-from farmer_jax.training import optimizer
+from farmer_jax.training import divergence, optimizer
 
 
 def objective(config, model):
@@ -19,6 +21,21 @@ def objective(config, model):
       objectives.nll_loss, model=model, config=config, noise_std=noise_std
     ),
   }
+
+
+def diagnosis(config, model, mesh):
+  """diagnose(params, batch, step), as `training.loop.train` takes it."""
+  noise_std = optimizer.noise_std_schedule(config.noise, config.train.steps)
+  extremes = jax.jit(
+    functools.partial(objectives.nll_extremes, model=model, config=config, noise_std=noise_std),
+    out_shardings=mesh.whole,
+  )
+
+  def diagnose(params, batch, step):
+    found = jax.device_get(extremes(params, batch, step - 1))
+    return divergence.summary(found)
+
+  return diagnose
 
 
 def run(config, workdir):
@@ -34,6 +51,7 @@ def run(config, workdir):
     mesh,
     model=model,
     evaluator=likelihood.LikelihoodEvaluator(model, config),
+    diagnose=diagnosis(config, model, mesh),
     **objective(config, model),
   )
   if 'bits_per_dim' in valid:

@@ -14,7 +14,7 @@ from farmer_jax import sampling
 from farmer_jax.evaluation import figures, sweeps
 from farmer_jax.jobs import restore
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import console, distributed, mesh, shards
+from farmer_jax.runtime import console, distributed, host, mesh, shards
 from farmer_jax.runtime import workdir as workdir_lib
 
 # Settings that say how many images are wanted and what is made of them, not what image i is.
@@ -31,6 +31,7 @@ def run(config, workdir):
   """Draws `config.sampling.count` images into WORKDIR/samples/<step and settings>/; returns that
   folder. Several processes divide the images among them, a thousand at a time."""
   workdir = workdir_lib.open_run(config, workdir)
+  host.cache_compilations(workdir)
   class_names = workdir_lib.read_class_names(workdir)
   labels = parse_labels(config, class_names)
   model = farmer.build(config)

@@ -11,7 +11,7 @@ from farmer_jax import config as config_lib
 from farmer_jax import sampling
 from farmer_jax.data import base, pipeline, sources
 from farmer_jax.evaluation import figures
-from farmer_jax.runtime import console, distributed, mesh, metrics
+from farmer_jax.runtime import console, distributed, host, lock, mesh, metrics
 from farmer_jax.runtime import workdir as workdir_lib
 from farmer_jax.training import loop
 
@@ -44,7 +44,9 @@ def make_mesh(config, devices=None):
 def claim_workdir(config, workdir):
   """The workdir, ready for this run; of several processes the first prepares it."""
   distributed.by_first(lambda: workdir_lib.prepare(config, workdir))
-  return workdir_lib.open_run(config, workdir)
+  workdir = workdir_lib.open_run(config, workdir)
+  host.cache_compilations(workdir)
+  return workdir
 
 
 def claim(config, workdir, data):
@@ -97,7 +99,8 @@ def train(
   iterator = pipeline.train_iterator(
     data.train, config.data, settings.batch_size, config.seed, *share
   )
-  with mesh(), contextlib.closing(iterator):
+  with contextlib.ExitStack() as held, mesh(), contextlib.closing(iterator):
+    distributed.by_first(lambda: held.enter_context(lock.held(workdir)))
     state, valid = loop.train(
       config, workdir, mesh, iterator=iterator, validate=validate, draw=draw, **objective
     )

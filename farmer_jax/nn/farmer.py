@@ -172,6 +172,23 @@ class Farmer(nn.Module):
     """What passes between the flow blocks, [T + 1, B, N, d]: see `flow.Flow.stages`."""
     return self.flow.stages(self._tokens(images), labels)
 
+  def ranges(self, images, labels):  # [B, H, W, C], int [B]
+    """The lowest and the highest of what may run away, in the natural logarithm: of each flow
+    block's σ [T, 2], and of the scales of the mixtures, informative and redundant ([2] each, where
+    there are such)."""
+    found = {}
+    if self.settings.flow.blocks:
+      found['flow_log_scale'] = self.flow.log_scale_ranges(self._tokens(images), labels)
+    if self.settings.prior.kind == 'mixture':
+      z, _ = self.encode(images, labels)
+      informative = z[..., : self.prior.informative_channels]
+      mixtures = self.prior.mixtures(informative, labels)
+      for name, mixture in zip(('informative', 'redundant'), mixtures, strict=True):
+        if mixture is not None:
+          scales = mixture.log_scales
+          found[f'{name}_log_scale'] = jnp.stack([scales.min(), scales.max()])
+    return found
+
   def guess_stages(self, last, labels):  # [B, N, d], int [B]
     """The student's guesses of `stages` from the last one: see `flow.Flow.guess`."""
     return self.student.guess(last, labels)

@@ -36,6 +36,7 @@ class FlowBlock(nn.Module):
   dtype: jnp.dtype
   max_log_scale: float = 0.0  # smooth upper bound of log σ; 0: none
   causal: bool = True  # False: a student, which has `guess` alone
+  remat: str = 'none'
   unroll: int = 1
 
   def setup(self):
@@ -53,6 +54,7 @@ class FlowBlock(nn.Module):
       mlp_ratio=self.mlp_ratio,
       dtype=self.dtype,
       causal=self.causal,
+      remat=self.remat,
       unroll=self.unroll,
     )
     self.out_proj = transformer.Readout(
@@ -82,6 +84,12 @@ class FlowBlock(nn.Module):
     z = z[:, ::-1]
     (shift, log_scale), hidden = self._affine_of(z if context is None else context, condition)
     return affine.affine_inverse(z, shift, log_scale), hidden
+
+  def log_scale_range(self, z, condition):
+    """`__call__`'s first result, and the lowest and the highest log σ in it."""
+    shift, log_scale = self._affine_of(z, condition)[0]
+    z, _ = affine.affine_forward(z, shift, log_scale)
+    return z[:, ::-1], jnp.stack([log_scale.min(), log_scale.max()])
 
   def inverse(self, z, condition, chunk, tolerance, start=None, rounds=None):
     """Undoes `__call__`, `chunk` tokens at a time, with a key/value cache.
@@ -140,9 +148,15 @@ class FlowBlock(nn.Module):
 
   def _affine_of(self, x, condition):  # [B, N, d]
     """Shift and log-scale of all tokens, given the tokens of x; and the hidden states."""
-    hidden = self.transformer(self._embed(x[:, :-1], condition, self.positions))
+    embedded = self._embed(x[:, :-1], condition, self.positions)
+    # Arrays of 255 tokens are taken apart and put together again all the time on TPUs, where memory
+    # comes in rows of eight; a causal transformer does not notice another token at the end.
+    fill = -embedded.shape[1] % 8 if self.causal and self.tokens > 128 else 0
+    hidden = self.transformer(jnp.pad(embedded, ((0, 0), (0, fill), (0, 0))))
     # What is read off token i - 1 acts on token i; nothing acts on the first.
-    return [jnp.pad(a, ((0, 0), (1, 0), (0, 0))) for a in self._affine(hidden)], hidden
+    acting = [a[:, : self.tokens - 1] for a in self._affine(hidden)]
+    acting = [jnp.pad(a, ((0, 0), (1, 0), (0, 0))) for a in acting]
+    return acting, hidden[:, : self.tokens - 1]
 
   def _embed(self, z, condition, positions):  # z [B, n, d]
     hidden = self.in_proj(z) + positions.astype(self.dtype)
@@ -187,10 +201,13 @@ class Flow(nn.Module):
       dtype=self.dtype,
       max_log_scale=self.max_log_scale,
       causal=self.causal,
+      # Of one block at a time there is room for more.
+      remat='dots' if self.remat == 'full' else self.remat,
       unroll=self.unroll,
     )
+    whole = self.remat if self.remat == 'full' else 'none'
     stack = transformer.scan_stack(
-      FlowBlock, self.blocks, self.unroll, self.remat, nn.broadcast, 'blocks'
+      FlowBlock, self.blocks, self._unroll, whole, nn.broadcast, 'blocks'
     )
     self.stack = stack(**settings)
     self.one_block = FlowBlock(**settings, parent=None)
@@ -238,6 +255,16 @@ class Flow(nn.Module):
     block gives it to what it makes of that, and the `Convergence` [B]."""
     params = jax.tree.map(lambda a: a[block], self.stack.variables['params'])
     return self._undo(params, z, self._condition(labels), chunk, tolerance)
+
+  def log_scale_ranges(self, x, labels):  # [B, N, d], int [B]
+    """The lowest and the highest log σ in each block, [T, 2]."""
+    condition = self._condition(labels)
+
+    def run_block(z, params):
+      args = {'params': params}, z, condition
+      return self.one_block.apply(*args, method='log_scale_range')
+
+    return self._scan(run_block, x, self.stack.variables['params'])[1]
 
   def stages(self, x, labels):
     """z⁰ … z^T, [T + 1, B, N, d]: what each block takes, and at the end what the last one gives,
@@ -299,8 +326,13 @@ class Flow(nn.Module):
     return self._scan(undo_block, z, params, reverse=True)
 
   def _scan(self, step, carry, inputs, reverse=False):
-    unroll = min(self.unroll, self.blocks)
+    unroll = min(self._unroll, self.blocks)
     return jax.lax.scan(step, carry, inputs, reverse=reverse, unroll=unroll)
+
+  @property
+  def _unroll(self):
+    """Blocks compiled in a row: more than one only where their layers are."""
+    return max(1, self.unroll // self.layers)
 
   def _undo(self, params, *args):
     return self.one_block.apply({'params': params}, *args, method='inverse')

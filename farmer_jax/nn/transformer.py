@@ -7,10 +7,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name as kept
 
 # What the backward pass may keep of a layer's or a block's forward pass.
+_names = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'dots': _names('qkv', 'attention', 'attention_out', 'mlp_in'),
+  'attention': _names('attention'),
+  'layers': jax.checkpoint_policies.nothing_saveable,
   'full': jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -67,6 +71,12 @@ def param_dtype(dtype):
   return jnp.promote_types(dtype, jnp.float32)
 
 
+def precision(dtype):
+  """That of products of `dtype` which are accumulated in float32. Of bfloat16 the cotangents are
+  float32, which XLA would take as seriously as float32 weights, at six times the cost."""
+  return jax.lax.Precision.DEFAULT if dtype == jnp.bfloat16 else None
+
+
 def dense(features, dtype, axes, kernel_init=nn.linear.default_kernel_init, use_bias=True):
   """A dense layer that computes in `dtype`; `axes` are the logical names of its kernel's."""
   return nn.Dense(
@@ -114,7 +124,11 @@ class Readout(nn.Module):
     bias = self.param('bias', named(self.bias_init, 'outputs'), (self.features,), wide)
     dimensions = (((x.ndim - 1,), (0,)), ((), ()))
     return bias + _flat_dot_general(
-      x.astype(self.dtype), kernel.astype(self.dtype), dimensions, preferred_element_type=wide
+      x.astype(self.dtype),
+      kernel.astype(self.dtype),
+      dimensions,
+      precision=precision(self.dtype),
+      preferred_element_type=wide,
     )
 
 
@@ -171,7 +185,7 @@ class TransformerLayer(nn.Module):
     linear = functools.partial(dense, dtype=self.dtype, use_bias=False)
     self.attention_norm = norm(self.dtype)
     wider, narrower = ('embed', 'hidden'), ('hidden', 'embed')
-    self.qkv = linear(3 * self.width, axes=wider)
+    self.query, self.key, self.value = (linear(self.width, axes=wider) for _ in range(3))
     self.attention_out = linear(self.width, axes=narrower, kernel_init=residual_init)
     self.mlp_norm = norm(self.dtype)
     self.mlp_in = linear(int(self.mlp_ratio * self.width), axes=wider)
@@ -202,30 +216,44 @@ class TransformerLayer(nn.Module):
         jax.lax.dynamic_update_slice(old, new, start)
         for old, new in zip(cache, (k, v), strict=True)
       )
-    scores = jnp.einsum('bhnd,bhmd->bhnm', q, k)
-    if self.causal:
-      visible = jnp.arange(k.shape[2]) <= position + jnp.arange(x.shape[1])[:, None]
-      scores = jnp.where(visible, scores, -jnp.inf)
-    heads = jnp.einsum('bhnm,bhmd->bhnd', self._softmax(scores), v)
-    return self._finish(x, heads), None if cache is None else (k, v)
+    return self._finish(x, self._attend(q, k, v, position)), None if cache is None else (k, v)
 
   def _queries_keys_values(self, x):
     """Queries (scaled), keys and values of tokens, [B, heads, N, head_dim] each."""
-    # Split first: the gradient then is one concatenation. And batched products want their matrices
-    # contiguous, so heads come before tokens.
-    parts = jnp.split(self.qkv(self.attention_norm(x)), 3, axis=-1)
-    q, k, v = (
-      part.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3) for part in parts
-    )
+    x = self.attention_norm(x)
+
+    def in_heads(part):
+      # Batched products want their matrices contiguous, so heads come before tokens.
+      return part.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
+
+    q, k, v = (in_heads(kept(layer(x), 'qkv')) for layer in (self.query, self.key, self.value))
     return q / math.sqrt(self.head_dim), k, v
 
-  def _softmax(self, scores):
-    scores = scores.astype(param_dtype(self.dtype))
-    return jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+  def _attend(self, q, k, v, position):  # q [B, h, n, D], k and v [B, h, m, D]
+    """Means of the values that each token sees, weighted by softmax, [B, n, width].
 
-  def _finish(self, x, heads):  # x [B, N, width], heads [B, h, N, D]
-    x = x + self.attention_out(heads.transpose(0, 2, 1, 3).reshape(x.shape))
-    return x + self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x))))
+    The weights are divided by their sums at the end, and the mask is added: of all that has n x m
+    numbers the backward pass then needs the exponentials alone. A column of ones beside the values
+    makes the sums, in the same product.
+    """
+    wide = param_dtype(self.dtype)
+    how: dict[str, Any] = dict(precision=precision(self.dtype), preferred_element_type=wide)
+    scores = jnp.einsum('bhnd,bhmd->bhnm', q, k, **how)
+    if self.causal:
+      visible = jnp.arange(k.shape[2]) <= position + jnp.arange(q.shape[2])[:, None]
+      scores += jnp.where(visible, 0.0, -jnp.inf)
+    highest = kept(jax.lax.stop_gradient(scores.max(-1, keepdims=True)), 'attention')
+    weights = jnp.exp(scores - highest).astype(self.dtype)
+    ones = jnp.pad(v, ((0, 0),) * 3 + ((0, 1),), constant_values=1)
+    sums = jnp.einsum('bhnm,bhmd->bhnd', weights, ones, **how)
+    total = kept(sums[..., -1].transpose(0, 2, 1), 'attention')
+    sums = sums[..., :-1].transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], self.width)
+    heads = kept(sums.astype(self.dtype), 'attention').reshape(*total.shape, self.head_dim)
+    return (heads / total[..., None]).astype(self.dtype).reshape(sums.shape)
+
+  def _finish(self, x, heads):  # [B, N, width] each
+    x = kept(x + self.attention_out(heads), 'attention_out')
+    return x + self.mlp_out(jax.nn.gelu(kept(self.mlp_in(self.mlp_norm(x)), 'mlp_in')))
 
 
 class Transformer(nn.Module):

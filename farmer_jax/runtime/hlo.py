@@ -13,6 +13,7 @@ _COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'col
 
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*->.*\{$')
 _COLLECTIVE = re.compile(rf'= (.*?) ({"|".join(_COLLECTIVES)})(-start)?\(')
+_NAME = re.compile(r'op_name="([^"]*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r'condition=%?([\w.\-]+)')
@@ -29,6 +30,8 @@ class Cost:
 
   cycles: int = 0  # estimated, of a device; None of collectives
   unknown_loops: int = 0  # whose rounds are not known: their bodies count once
+  # Cycles by the operations of the model that they are spent on.
+  operations: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   count: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   bytes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
@@ -36,7 +39,8 @@ class Cost:
     """Adds what `other` comes to `times` over."""
     self.cycles += times * other.cycles
     self.unknown_loops += other.unknown_loops
-    for mine, its in ((self.count, other.count), (self.bytes, other.bytes)):
+    for name in ('operations', 'count', 'bytes'):
+      mine, its = getattr(self, name), getattr(other, name)
       for kind, value in its.items():
         mine[kind] += times * value
 
@@ -55,6 +59,7 @@ def cost(text):
         cycles = _CYCLES.search(line)
         if cycles and with_cycles:
           total.cycles += int(cycles[1])
+          total.operations[_operation(line)] += int(cycles[1])
         found = _COLLECTIVE.search(line)
         if found:
           total.count[found[2]] += 1
@@ -96,6 +101,18 @@ def _rounds(line, computations):
   bounds = {match[1]: match[2] for match in map(_BOUND.match, condition) if match}
   below = [match[1] for match in map(_BELOW.search, condition) if match]
   return int(bounds[below[0]]) if len(below) == 1 and below[0] in bounds else None
+
+
+def _operation(line):
+  """What an instruction computes, in the words of the model: the last parts of its name, and in
+  which pass."""
+  name = _NAME.search(line)
+  if not name:
+    return 'moving and converting'
+  passes = {'rematted_computation': 'again', 'transpose(': 'backward', 'jvp(': 'forward'}
+  which = next((word for mark, word in passes.items() if mark in name[1]), 'update')
+  parts = [part for part in name[1].split('/') if not part.startswith(('jit(', 'while', 'body'))]
+  return f'{which}: {"/".join(parts[-2:])}'
 
 
 def _called(line):

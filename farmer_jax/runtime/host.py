@@ -1,10 +1,22 @@
-"""Settings of this machine's process, made once before JAX runs anything."""
+"""Settings of this machine's process, made once at its beginning."""
 
 import ctypes
 import os
 import sys
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+
+
+def cache_compilations(workdir):
+  """Keeps compiled programs in WORKDIR/compilation_cache: a job that is started again need not
+  compile them again. A user's own JAX_COMPILATION_CACHE_DIR wins."""
+  if not jax.config.values['jax_compilation_cache_dir']:
+    jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))
+    # JAX makes up its mind about a cache when it first compiles, which it may have done.
+    compilation_cache.reset_cache()
 
 
 def keep_memory():

@@ -1,6 +1,8 @@
 """Metrics on disk: `metrics.jsonl`, and TensorBoard events beside it."""
 
+import contextlib
 import json
+import math
 import time
 
 import jax
@@ -19,6 +21,7 @@ class MetricWriter:
 
   def __init__(self, workdir, first_step):
     self._file = self._events = None
+    self._failing = False
     if jax.process_index():
       return
     path = workdir / 'metrics.jsonl'
@@ -31,13 +34,26 @@ class MetricWriter:
   def write(self, step, split, values):
     """Writes scalars of `split` ('train' or 'valid') at `step`."""
     values = {name: float(value) for name, value in values.items()}
-    record = {'step': step, 'split': split, 'time': round(time.time(), 3), **values}
+    # JSON has no numbers that are not finite.
+    known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    record = {'step': step, 'split': split, 'time': round(time.time(), 3), **known}
     if not self._file:
       return
-    self._file.write(json.dumps(record) + '\n')
-    self._file.flush()
+    self._keep(json.dumps(record, allow_nan=False) + '\n')
     if self._events:
       self._events.write_scalars(step, {f'{split}/{name}': v for name, v in values.items()})
+
+  def _keep(self, line):
+    """Writes to the file. A full disk is reported, once, and ends nothing: as much as the file's
+    buffer has room for is written as soon as that is possible."""
+    try:
+      self._file.write(line)
+      self._file.flush()
+      self._failing = False
+    except OSError as error:
+      if not self._failing:
+        console.say(f'WARNING: metrics cannot be written at the moment ({error.strerror}).')
+      self._failing = True
 
   def write_image(self, step, name, image):  # uint8 [H, W, C]
     """Shows a picture in TensorBoard."""
@@ -47,15 +63,18 @@ class MetricWriter:
   def close(self):
     """Flushes everything to disk."""
     if self._file:
-      self._file.close()
+      self._keep('')
+      with contextlib.suppress(OSError):
+        self._file.close()
     if self._events:
       self._events.close()
 
 
 def read(workdir):
-  """The records of a run's metrics.jsonl, a list of dicts."""
+  """The records of a run's metrics.jsonl, a list of dicts; what was not finite is nan."""
   path = workdir_lib.absolute(workdir) / 'metrics.jsonl'
-  return [json.loads(line) for line in path.read_text().splitlines() if _step(line) >= 0]
+  records = [json.loads(line) for line in path.read_text().splitlines() if _step(line) >= 0]
+  return [{k: math.nan if v is None else v for k, v in record.items()} for record in records]
 
 
 def _step(line):

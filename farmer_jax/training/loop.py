@@ -6,15 +6,28 @@ import time
 import jax
 from clu import parameter_overview
 
-from farmer_jax import config as config_lib
-from farmer_jax.runtime import checkpoint, console, flops, metrics
+from farmer_jax.runtime import checkpoint, console, metrics, preemption
 from farmer_jax.runtime import mesh as mesh_lib
+from farmer_jax.training import divergence
+from farmer_jax.training import meter as meter_lib
 from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
 
 
-def train(config, workdir, mesh, *, init_params, loss_fn, iterator, validate, draw, constants=None):
+def train(
+  config,
+  workdir,
+  mesh,
+  *,
+  init_params,
+  loss_fn,
+  iterator,
+  validate,
+  draw,
+  constants=None,
+  diagnose=None,
+):
   """Trains until `config.train.steps`, going on from the newest checkpoint in `workdir` if any.
 
   Args:
@@ -28,64 +41,147 @@ def train(config, workdir, mesh, *, init_params, loss_fn, iterator, validate, dr
     draw: draw(params, step) -> uint8 picture [H, W, 3], which it has also saved.
     constants: arrays on the mesh that training leaves as they are and `loss_fn` takes by name, a
       dict.
+    diagnose: diagnose(params, batch, step) -> what is amiss with a batch that gives no usable
+      gradient, as `divergence.Watch` takes it.
 
   Returns:
     The final `TrainState` and the last validation metrics.
-  """
-  settings, constants = config.train, constants or {}
-  optimizer = optimizer_lib.create(settings)
-  state = _initial_state(config, mesh, init_params, optimizer, constants)
-  checkpoints = checkpoint.Checkpoints(workdir, settings)
-  state, first_step = checkpoints.resume(state, iterator)
-  if first_step:
-    console.say(f'Going on from step {first_step} of {settings.steps}.')
-  else:
-    console.tell(parameter_overview.get_parameter_overview(state.params, include_stats=False))
-  writer = metrics.MetricWriter(workdir, first_step)
-  step_fn = step_lib.make_train_step(loss_fn, optimizer, settings)
-  compiled = _compile(step_fn, mesh, state, iterator, constants)
-  meter = Meter(config, first_step)
-  learning_rate = optimizer_lib.learning_rate_schedule(settings)
-  valid = {}
 
-  def finish(step, state):
-    """Whatever is due after `step`."""
-    nonlocal valid
+  Raises:
+    ConfigError: training diverges, again and again; or the last checkpoint cannot be written.
+    Preempted: this process was told to leave, and has saved the state.
+  """
+  with preemption.Notice() as notice:
+    watch = divergence.Watch(config.train, workdir, diagnose)
+    run = _Run(config, workdir, mesh, iterator, validate, draw, notice, watch)
+    run.begin(init_params, loss_fn, constants or {})
+    return run.to_the_end()
+
+
+class _Run:
+  """A training run: its state, its place in the data, and what goes on around the steps."""
+
+  def __init__(self, config, workdir, mesh, iterator, validate, draw, notice, watch):
+    self.config, self.workdir, self.mesh = config, workdir, mesh
+    self.iterator, self.start = iterator, iterator.get_state()
+    self.validate, self.draw = validate, draw
+    self.notice, self.watch = notice, watch
+    self.checkpoints = checkpoint.Checkpoints(workdir, config.train)
+    self.learning_rate = optimizer_lib.learning_rate_schedule(config.train)
+    self.valid: dict[str, float] = {}
+
+  def begin(self, init_params, loss_fn, constants):
+    """Finds out where the run is, and compiles the step."""
+    config, mesh, iterator = self.config, self.mesh, self.iterator
+    self.constants = constants
+    optimizer = optimizer_lib.create(config.train)
+    self.initial_state = functools.partial(
+      _initial_state, config, mesh, init_params, optimizer, constants
+    )
+    self.state, self.step = self.checkpoints.resume(self.initial_state(), iterator)
+    if self.step:
+      console.say(f'Going on from step {self.step} of {config.train.steps}.')
+    else:
+      console.tell(
+        parameter_overview.get_parameter_overview(self.state.params, include_stats=False)
+      )
+    self.writer = metrics.MetricWriter(self.workdir, self.step)
+    step_fn = step_lib.make_train_step(loss_fn, optimizer, config.train)
+    self.compiled = _compile(step_fn, mesh, self.state, iterator, constants)
+    self.meter = meter_lib.Meter(config, self.step)
+    self.trace = meter_lib.Trace(config.profile, self.workdir)
+
+  def to_the_end(self):
+    """Takes all steps that are left; returns as `train` does."""
+    steps = self.config.train.steps
+    if self.step == steps and self.config.train.validate_every:
+      self.valid = self.validate(self.state.best_params)
+    while self.step < steps:
+      batch, values = self._take_step()
+      if self.watch.must_go_back(values):
+        self._go_back(batch)
+        continue
+      with self.meter.pause():
+        self._finish_step()
+        if self.step < steps and self.notice.reached(self.step):
+          self._leave()
+    self._close()
+    return self.state, self.valid
+
+  def _take_step(self):
+    """One optimizer step, logged if it is its turn; returns its batch and metrics."""
+    self.step += 1
+    settings = self.config.train
+    with self.meter.pause():
+      self.trace.before(self.step)
+    with self.meter.input():
+      batch = self.mesh.batch(next(self.iterator))
+    self.state, values = self.compiled(self.state, batch, self.constants)
+    self.meter.advance(self.step, values)
+    with self.meter.pause():
+      self.trace.after(self.step, values)
+    if self.step % settings.log_every == 0 or self.step == settings.steps:
+      self._log(jax.device_get(values))
+    return batch, values
+
+  def _log(self, values):
+    """Writes the metrics of a step, which are on the host."""
+    values = dict(values)
+    del values['skipped_in_a_row']
+    updates = self.step - 1 - int(values['skipped_updates'])
+    values |= self.meter.rates() | {'learning_rate': self.learning_rate(max(updates, 0))}
+    # What goes wrong with the data is rare, and a column of zeros no news.
+    faults = self.iterator.counts() | {'data_order': self.iterator.order}
+    values |= {name: count for name, count in faults.items() if count}
+    self.writer.write(self.step, 'train', values)
+    self.watch.look_at(self.step, values)
+
+  def _finish_step(self):
+    """Whatever is due after a step."""
+    settings, step, params = self.config.train, self.step, self.state.best_params
     due = functools.partial(_due, step, settings.steps)
     if due(settings.validate_every):
-      valid = validate(state.best_params)
-      writer.write(step, 'valid', valid)
-      meter.note_validation(step, valid)
+      self.valid = self.validate(params)
+      self.writer.write(step, 'valid', self.valid)
+      self.meter.note_validation(step, self.valid)
     if due(settings.sample_every):
-      writer.write_image(step, 'samples', draw(state.best_params, step))
+      self.writer.write_image(step, 'samples', self.draw(params, step))
     if due(settings.checkpoint_every):
-      loss = valid['loss'] if due(settings.validate_every) else None
-      checkpoints.save(step, state, iterator, loss)
+      loss = self.valid['loss'] if due(settings.validate_every) else None
+      self.checkpoints.save(step, self.state, self.iterator, loss)
 
-  if first_step == settings.steps and settings.validate_every:
-    valid = validate(state.best_params)
-  trace = Trace(config.profile, workdir)
-  for step in range(first_step + 1, settings.steps + 1):
-    with meter.pause():
-      trace.before(step)
-    with meter.input():
-      batch = mesh.batch(next(iterator))
-    state, values = compiled(state, batch, constants)
-    meter.advance(step, values)
-    with meter.pause():
-      trace.after(step, values)
-    if step % settings.log_every == 0 or step == settings.steps:
-      values = jax.device_get(values)
-      writer.write(
-        step, 'train', values | meter.rates() | {'learning_rate': learning_rate(step - 1)}
-      )
-    with meter.pause():
-      finish(step, state)
-  trace.close()
-  meter.close()
-  writer.close()
-  checkpoints.close()
-  return state, valid
+  def _go_back(self, batch):
+    """Returns to the newest checkpoint, or to the beginning, and goes on with other data."""
+    self.checkpoints.wait()
+    self.watch.report(self.step, self.state.params, batch)
+    shapes = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state
+    )
+    self.state = None  # two would not fit everywhere
+    self.iterator.set_state(self.start)
+    self.state, self.step = self.checkpoints.resume(shapes, self.iterator)
+    if not self.step:
+      self.state = self.initial_state()
+    self.iterator.change_order()
+    console.say(
+      f'Going on from step {self.step}, the data in another order ({self.iterator.order}).'
+    )
+    self.writer.close()
+    self.writer = metrics.MetricWriter(self.workdir, self.step)
+    self.meter.go_back(self.step)
+
+  def _leave(self):
+    """Saves and leaves, to be started again."""
+    if not _due(self.step, self.config.train.steps, self.config.train.checkpoint_every):
+      self.checkpoints.save(self.step, self.state, self.iterator)
+    self._close()
+    raise preemption.Preempted(f'Saved step {self.step}; the same command goes on from there.')
+
+  def _close(self):
+    self.trace.close()
+    self.meter.close()
+    self.writer.close()
+    self.checkpoints.close()
 
 
 def _due(step, steps, every):
@@ -112,110 +208,3 @@ def _compile(step_fn, mesh, state, iterator, constants):
   compiled = lowered.compile(step_lib.COMPILER_OPTIONS.get(jax.default_backend()))
   console.say(f'... took {time.monotonic() - start:.1f} s.')
   return compiled
-
-
-class Trace:
-  """Records what the devices do in some steps, for TensorBoard and XProf."""
-
-  def __init__(self, settings, workdir):
-    self._folder = workdir / 'profile'
-    steps: tuple[int, int] = config_lib.step_range(settings.steps) or (0, 0)
-    self._first, self._last = steps
-    self._running = False
-
-  def before(self, step):
-    """Starts before the first of these steps, or of those that a resumed run has left."""
-    if self._first <= step <= self._last and not self._running:
-      jax.profiler.start_trace(str(self._folder))
-      self._running = True
-
-  def after(self, step, values):
-    """Ends with the last of them; `values` are a result of the step."""
-    if step == self._last:
-      jax.block_until_ready(values)
-      self.close()
-
-  def close(self):
-    """Ends, if that has not happened."""
-    if self._running:
-      jax.profiler.stop_trace()
-      self._running = False
-      console.say(f'A trace of training steps is in {self._folder}')
-
-
-class Meter:
-  """Shows progress and measures speed, leaving out what is not training."""
-
-  def __init__(self, config, first_step):
-    self._batch_size = config.train.batch_size
-    self._log_every = config.train.log_every
-    # Of the density alone: a distillation step does other work.
-    self._flops = flops.training_step(config)
-    peak = flops.peak(jax.devices()[0].device_kind)
-    self._peak = peak and config.job == 'pretrain' and peak * jax.device_count()
-    self._bar = console.progress('training', 'step', config.train.steps, first_step)
-    self._previous = None  # metrics of the step before, whose computation is surely under way
-    self._reset()
-
-  def _reset(self):
-    self._start, self._paused, self._waited, self._steps = time.monotonic(), 0.0, 0.0, 0
-
-  def input(self):
-    """Context that counts its time as waiting for data."""
-    return _Timed(lambda seconds: setattr(self, '_waited', self._waited + seconds))
-
-  def pause(self):
-    """Context whose time does not count as training."""
-    return _Timed(lambda seconds: setattr(self, '_paused', self._paused + seconds))
-
-  def advance(self, step, values):
-    """Counts a step that was dispatched; waits for the one before, so that few are in flight."""
-    self._steps += 1
-    if self._previous is not None:
-      jax.block_until_ready(self._previous)
-      if step % self._log_every == 0:
-        self._bar.set_postfix(_shown(self._previous), refresh=False)
-    self._previous = values['loss'], values.get('bits_per_dim')
-    self._bar.update()
-
-  def rates(self):
-    """Speed since the last call; call it when the step's values are on the host."""
-    seconds = (time.monotonic() - self._start - self._paused) / self._steps
-    rates = {
-      'step_seconds': seconds,
-      'images_per_second': self._batch_size / seconds,
-      'input_wait_seconds': self._waited / self._steps,
-    }
-    if self._peak:
-      rates['mfu'] = self._flops / seconds / self._peak
-    self._reset()
-    return rates
-
-  def note_validation(self, step, values):
-    """Prints validation metrics above the bar."""
-    figures = '  '.join(f'{name} {value:.4f}' for name, value in values.items())
-    console.say(f'step {step}  validation: {figures}')
-
-  def close(self):
-    """Leaves the finished bar standing."""
-    self._bar.close()
-
-
-class _Timed:
-  def __init__(self, record):
-    self._record = record
-
-  def __enter__(self):
-    self._start = time.monotonic()
-
-  def __exit__(self, *exception):
-    self._record(time.monotonic() - self._start)
-
-
-def _shown(values):
-  """The postfix of the progress bar."""
-  loss, bits = values
-  shown = {'loss': f'{float(loss):.3f}'}
-  if bits is not None:
-    shown['bits/dim'] = f'{float(bits):.3f}'
-  return shown

@@ -6,6 +6,16 @@ import jax.numpy as jnp
 
 
 @flax.struct.dataclass
+class Health:
+  """What the gradients have been like, and how often an update was left out for that."""
+
+  log_norm: jax.Array  # running mean of the logarithm of the gradient's norm
+  updates: jax.Array  # int32, updates that went into it
+  skipped: jax.Array  # int32, updates left out, in all
+  skipped_in_a_row: jax.Array  # int32, of these the last ones without one made in between
+
+
+@flax.struct.dataclass
 class TrainState:
   """Everything that a checkpoint must hold, beside the place in the data."""
 
@@ -13,6 +23,7 @@ class TrainState:
   params: dict
   opt_state: tuple
   average: dict | None  # running average of `params`, if one is kept
+  health: Health
 
   @property
   def best_params(self):
@@ -37,4 +48,5 @@ def create(params, optimizer, ema_decay):
     params=params,
     opt_state=optimizer.init(params),
     average=jax.tree.map(jnp.copy, params) if ema_decay else None,
+    health=Health(jnp.zeros(()), *(jnp.zeros((), jnp.int32) for _ in range(3))),
   )

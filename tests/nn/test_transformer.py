@@ -35,11 +35,11 @@ def reference(params, x, layers, heads):
 
   for layer in range(layers):
     p = jax.tree.map(lambda a, layer=layer: np.asarray(a[layer]), params['stack'])
-    qkv = norm(p['attention_norm'], x) @ p['qkv']['kernel']
-    qkv = qkv.reshape(*x.shape[:2], 3, heads, -1)
-    attended = np.zeros_like(qkv[:, :, 0])
+    normed, layers_in = norm(p['attention_norm'], x), ('query', 'key', 'value')
+    split = [(normed @ p[i]['kernel']).reshape(*x.shape[:2], heads, -1) for i in layers_in]
+    attended = np.zeros_like(split[0])
     for head in range(heads):
-      q, k, v = qkv[..., head, :].transpose(2, 0, 1, 3)
+      q, k, v = (part[:, :, head] for part in split)
       for i in range(x.shape[1]):
         scores = np.einsum('bd,bmd->bm', q[:, i], k[:, : i + 1]) / q.shape[-1] ** 0.5
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)

@@ -1,7 +1,10 @@
 """metrics.jsonl holds each step once, whatever happened in between."""
 
+import contextlib
 import json
+import subprocess
 
+import pytest
 from etils import epath
 
 from farmer_jax.runtime import metrics
@@ -34,3 +37,27 @@ def test_without_tensorflow_the_log_remains(tmp_path, monkeypatch, capfd):
     'split': 'valid',
     'loss': 2.0,
   }
+
+
+def test_a_full_disk_ends_nothing(tmp_path, monkeypatch, capfd):
+  """A file system of its own, which is full for a while."""
+  monkeypatch.setattr(metrics, '_tensorboard_writer', lambda workdir: None)
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=64k', 'tmpfs', str(tmp_path)]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('mounting needs root')
+  try:
+    writer = metrics.MetricWriter(epath.Path(tmp_path), 0)
+    writer.write(1, 'train', {'loss': 1})
+    with (tmp_path / 'filler').open('wb', buffering=0) as file, contextlib.suppress(OSError):
+      while True:
+        file.write(bytes(512))
+    for step in range(2, 80):  # the last block has some room left
+      writer.write(step, 'train', {'loss': step})
+    (tmp_path / 'filler').unlink()
+    writer.write(80, 'train', {'loss': float('nan')})
+    writer.close()
+    steps = [r['step'] for r in metrics.read(tmp_path)]
+  finally:
+    subprocess.run(['umount', str(tmp_path)], check=True)
+  assert steps == list(range(1, 81))
+  assert capfd.readouterr().err.count('No space left on device') == 1
