@@ -50,7 +50,11 @@ def get_config(variant='1.1b-p16'):
   c.data.channels = 3
   c.data.num_classes = 1000
   c.data.flip = True
-  c.data.threads = 16
+  # A core prepares 280 images a second (docs/benchmarks.md, Input). Eight H100s at half their peak
+  # take 2,600 of 1.1b-p16, eight v5e chips 500: nine cores, or two. This is room for twice that.
+  c.data.workers = 8
+  c.data.threads = 4
+  c.data.prefetch = 2
   c.noise.kind = 'gaussian'
   c.model.patch_size = _PATCHES[patch]
   c.model.dtype = 'bfloat16'
