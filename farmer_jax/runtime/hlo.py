@@ -14,6 +14,7 @@ _COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'col
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*->.*\{$')
 _COLLECTIVE = re.compile(rf'= (.*?) ({"|".join(_COLLECTIVES)})(-start)?\(')
 _NAME = re.compile(r'op_name="([^"]*)"')
+_CHANNEL = re.compile(r'channel_id=(\d+)')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r'condition=%?([\w.\-]+)')
@@ -50,6 +51,12 @@ def cost(text):
   their results on one device."""
   computations, entry = _parse(text)
   known: dict[tuple, Cost] = {}
+  # A collective that runs beside other work has parts in several fusions, all of one channel.
+  lines = (line for computation in computations.values() for line in computation)
+  channels: dict[str, str] = {}
+  for line in lines:
+    if _COLLECTIVE.search(line) and (channel := _CHANNEL.search(line)):
+      channels.setdefault(channel[1], line)
 
   def visit(name, with_cycles):
     """The cost of a computation; without cycles inside of a fusion, whose own estimate has them."""
@@ -60,8 +67,8 @@ def cost(text):
         if cycles and with_cycles:
           total.cycles += int(cycles[1])
           total.operations[_operation(line)] += int(cycles[1])
-        found = _COLLECTIVE.search(line)
-        if found:
+        found, channel = _COLLECTIVE.search(line), _CHANNEL.search(line)
+        if found and (not channel or channels[channel[1]] is line):
           total.count[found[2]] += 1
           starts = bool(found[3]) and found[2] != 'all-reduce'
           total.bytes[found[2]] += _bytes(found[1], halve=starts)

@@ -39,6 +39,10 @@ TEXT = """HloModule jit_f, is_scheduled=true
   ROOT %s = f32[] add(%a, %b)
 }
 
+%other (p: f32[8]) -> f32[8] {
+  ROOT %again = bf16[4,16]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=1, dimensions={0}
+}
+
 ENTRY %main.1 (x: f32[8]) -> f32[8] {
   %known = (s32[], f32[8]) while(%t), condition=%condition, body=%body, ROUNDS(3)
   %start = (f32[8]{0}, f32[32]{0}) all-gather-start(%x), dimensions={0}
@@ -56,6 +60,7 @@ def test_loops_multiply_what_is_in_them():
   assert cost.count == {'all-gather': 1 + 3 * (1 + 5), 'all-reduce': 3}
   assert cost.bytes == {'all-gather': 128 + 3 * 6 * 128, 'all-reduce': 3 * 32}
   assert cost.unknown_loops == 0
+  assert cost.operations == {'moving and converting': cost.cycles}
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_reported():
