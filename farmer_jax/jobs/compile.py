@@ -71,6 +71,7 @@ def _devices(topology):
   from jax.experimental import topologies
 
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # or libtpu waits for a cloud that is not there
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # two may compile: neither has a device
   try:
     return topologies.get_topology_desc(topology, platform='tpu').devices
   except Exception as error:  # libtpu is missing, or does not know the name; the types vary.

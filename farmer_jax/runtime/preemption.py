@@ -6,12 +6,16 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import jax
 from jax.experimental import multihost_utils
 
 # EX_TEMPFAIL of sysexits.h: all is saved that can be; the same command, started again, goes on.
 START_AGAIN = 75
+
+# Seconds within which one notice may come twice, to the process and to its group.
+_DOUBLED = 1.0
 
 
 class Preempted(Exception):
@@ -46,7 +50,10 @@ class Notice:
     del frame
     self._signals += 1
     if self._signals > 1:
-      os._exit(128 + number)
+      if time.monotonic() - self._first > _DOUBLED:
+        os._exit(128 + number)
+      return
+    self._first = time.monotonic()
     print('SIGTERM: saving, then leaving; once more leaves at once.', file=sys.stderr, flush=True)
     if self._forward:
       self._forward(number)

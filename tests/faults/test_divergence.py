@@ -19,7 +19,7 @@ from farmer_jax.runtime import metrics
 from farmer_jax.training import divergence, state, step
 
 TRAIN = dataclasses.replace(
-  tiny_run.CONFIG.train, steps=12, log_every=1, checkpoint_every=4, max_skipped=2, keep_checkpoints=9
+  tiny_run.CONFIG.train, steps=12, log_every=1, checkpoint_every=4, max_skipped=2
 )
 CONFIG = dataclasses.replace(tiny_run.CONFIG, train=TRAIN)
 
@@ -125,7 +125,8 @@ def test_one_bad_batch_does_not_matter(monkeypatch, tmp_path, capsys):
 def test_training_that_diverges_for_good_ends_with_a_diagnosis(tmp_path):
   """A learning rate of a thousand, for real."""
   optimizer = config_lib.Optimizer(learning_rate=1e3, warmup_steps=0)
-  train = dataclasses.replace(TRAIN, steps=60, max_returns=1, optimizer=optimizer, checkpoint_every=0)
+  train = dataclasses.replace(TRAIN, steps=60, max_returns=1, checkpoint_every=0)
+  train = dataclasses.replace(train, optimizer=optimizer)
   with pytest.raises(config_lib.ConfigError) as raised:
     pretrain.run(dataclasses.replace(CONFIG, train=train), tmp_path / 'run')
   message = str(raised.value)

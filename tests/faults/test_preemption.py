@@ -76,6 +76,9 @@ meter.Meter.advance = slow
   while 'once more leaves at once' not in test_kills.log(workdir):
     assert time.monotonic() < deadline and process.poll() is None, test_kills.log(workdir)
     time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)  # the same notice, doubled
+  time.sleep(1.5)
+  assert process.poll() is None
   process.send_signal(signal.SIGTERM)
   assert process.wait(timeout=30) == 128 + signal.SIGTERM
   test_kills.kill(started)
