@@ -87,8 +87,19 @@ def _parse_flags(argv):
   except config_lib.ConfigError:
     raise
   except (AttributeError, KeyError, flags.Error, OSError, TypeError, ValueError) as error:
-    message = _unknown_override(argv) or ' '.join(str(error).split())
+    message = _own_mistake(error) or _unknown_override(argv) or ' '.join(str(error).split())
     raise config_lib.ConfigError(message) from error
+
+
+def _own_mistake(error):
+  """The message of the `ConfigError` that a config file raised, or None: the library puts a whole
+  traceback in its place."""
+  message = None
+  while error is not None:
+    if isinstance(error, config_lib.ConfigError):
+      message = str(error)
+    error = error.__cause__ or error.__context__
+  return message
 
 
 def _unknown_override(argv):

@@ -86,7 +86,11 @@ def load_reference(config, judge, folder):
     path = workdir_lib.absolute(settings.reference)
     arrays = _read_npz(path) if path.suffix == '.npz' else ()
     if 'mu' in arrays:
-      statistics = judge.checked(fidelity.load(arrays))
+      try:
+        loaded = fidelity.load(arrays)
+      except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise config_lib.ConfigError(f'cannot read {path}: {error}') from error
+      statistics = judge.checked(loaded)
       if 'arr_0' not in arrays:
         return statistics, path.name
     images = judge.suited(ImageSet.open(path, config))
@@ -220,7 +224,7 @@ class ImageSet:
       images = cls.of(sources.load(data, 'train'), path.name)
       return dataclasses.replace(images, labels=None)
     sizes = [_image_count(file) for file in files]
-    labels = [_read_npz(file).get('arr_1') for file in files]
+    labels = [_array(file, 'arr_1') for file in files]
     known = None if any(part is None for part in labels) else np.concatenate(labels)
     identity = [(str(file), file.stat().length, file.stat().mtime) for file in files]
     return cls(_name(path), identity, _Shards(files, sizes).gather, sum(sizes), known)
@@ -275,6 +279,14 @@ def _read_npz(path):
   try:
     return np.load(path.open('rb'), allow_pickle=False)
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    raise config_lib.ConfigError(f'cannot read {path}: {error}') from error
+
+
+def _array(path, name):
+  """An array of an npz file, or None."""
+  try:
+    return _read_npz(path).get(name)
+  except (ValueError, EOFError, zipfile.BadZipFile) as error:
     raise config_lib.ConfigError(f'cannot read {path}: {error}') from error
 
 

@@ -61,7 +61,7 @@ def load_teacher(config, workdir, model):
       f'the teacher {run} is another model ({"; ".join(found)}); give both the same settings'
     )
   teacher = config_lib.from_config_dict(saved)
-  known = json.loads(file.read_text()) if file.exists() else None
+  known = workdir_lib.read_json(file, _is_teacher) if file.exists() else None
   if known:
     found = workdir_lib.differences(teacher, known['config'])
     if found:
@@ -71,6 +71,14 @@ def load_teacher(config, workdir, model):
       )
   params, step = _read(teacher, run, _shapes(model), known and known['step'])
   return params, {'step': step, 'config': saved}
+
+
+def _is_teacher(value):
+  return (
+    isinstance(value, dict)
+    and isinstance(value.get('config'), dict)
+    and type(value.get('step')) is int
+  )
 
 
 def keep_teacher(workdir, teacher):

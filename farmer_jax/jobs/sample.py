@@ -104,7 +104,7 @@ def _inverse_plan(config, workdir, model, params, step, labels):
     f' step {step}, batch of {settings.batch_size}, {jax.devices()[0].device_kind}'
   )
   file = workdir / 'inverse_plan.json'
-  plans = json.loads(file.read_text()) if file.exists() else {}
+  plans = workdir_lib.read_json(file, _are_plans) if file.exists() else {}
   if key not in plans and not jax.process_index():  # measures for all
     console.say('Measuring the inverse of the flow ...')
     batch = _batch_labels(labels, np.arange(settings.batch_size))
@@ -117,6 +117,10 @@ def _inverse_plan(config, workdir, model, params, step, labels):
   plan = json.loads(file.read_text())[key]
   _tell_plan(plan, settings)
   return plan
+
+
+def _are_plans(value):
+  return isinstance(value, dict) and all(isinstance(plan, dict) for plan in value.values())
 
 
 def _tell_plan(plan, settings):

@@ -58,13 +58,20 @@ def absolute(path):
 def read_config(workdir):
   """The configuration that the run in `workdir` was made with, a nested dict."""
   file = absolute(workdir) / CONFIG_FILE
+  if not file.exists():
+    raise config_lib.ConfigError(f'{workdir} is not a run: it has no {CONFIG_FILE}')
+  return read_json(file, lambda values: isinstance(values, dict))
+
+
+def read_json(file, is_sound):
+  """What a JSON file holds, if `is_sound` of it; anything else is a `ConfigError`."""
   try:
-    values = json.loads(file.read_text())
-    if not isinstance(values, dict):
-      raise ValueError('it holds no configuration')
-    return values
-  except FileNotFoundError:
-    raise config_lib.ConfigError(f'{workdir} is not a run: it has no {CONFIG_FILE}') from None
+    value = json.loads(file.read_text())
+    if is_sound(value):
+      return value
+    raise ValueError('it holds something else')
+  except RecursionError:
+    raise config_lib.ConfigError(f'cannot read {file}: it is nested too deeply') from None
   except (ValueError, OSError) as error:
     raise config_lib.ConfigError(f'cannot read {file}: {error}') from error
 
@@ -100,7 +107,11 @@ def write_class_names(workdir, names):
 def read_class_names(workdir):
   """The names of the classes; empty where they are unknown."""
   file = workdir / _CLASSES_FILE
-  return tuple(json.loads(file.read_text())) if file.exists() else ()
+
+  def are_names(value):
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+  return tuple(read_json(file, are_names)) if file.exists() else ()
 
 
 def write_atomically(file, text):
