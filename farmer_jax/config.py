@@ -372,6 +372,13 @@ class Sampling:
   )
   seed: int = key(0, 'seed of the samples', least=0, changeable=True)
   guidance: Guidance = section(Guidance)
+  dtype: str | None = key(
+    None,
+    'dtype of the transformers; None: that of training, but float32 in place of bfloat16, in which'
+    ' a deep flow is not inverted exactly',
+    choices=(None, 'float32', 'bfloat16', 'float64'),
+    changeable=True,
+  )
   redundant_variance: float = key(
     1.0, 'factor on the variance of the redundant channels', least=0, changeable=True
   )

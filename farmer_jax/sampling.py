@@ -60,6 +60,18 @@ class Draws:
     return jnp.sqrt(self._variance) * jax.vmap(draw)(self._redundant_keys)
 
 
+def in_sampling_dtype(model, settings):
+  """`model` with its transformers in the dtype that `config.Sampling` asks for.
+
+  By default float32 in place of bfloat16: the inverse of the flow meets other shapes than the
+  forward pass does, and rounds otherwise, which deep flows amplify.
+  """
+  dtype = settings.dtype or ('float32' if model.settings.dtype == 'bfloat16' else None)
+  if dtype is None:
+    return model
+  return model.clone(settings=dataclasses.replace(model.settings, dtype=dtype))
+
+
 class Sampler:
   """Draws images; image number i is a function of the seed, i and its label.
 
@@ -73,6 +85,7 @@ class Sampler:
 
   def __init__(self, model, config, chunks=None, out_shardings=None):
     self._settings = config.sampling
+    model = in_sampling_dtype(model, config.sampling)
     chunks = None if chunks is None else tuple(chunks)
     both: dict[str, Any] = dict(model=model, config=config)
     jit = functools.partial(jax.jit, out_shardings=out_shardings)

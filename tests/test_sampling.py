@@ -171,3 +171,17 @@ def test_planned_inverse_is_the_sequential_one_within_the_tolerance(params, inve
   expected = sequential.images(params, z, LABELS)
   np.testing.assert_allclose(planned.values, expected.values, atol=1e-4)
   assert planned.passes.shape == (2, 6)
+
+
+def test_models_of_bfloat16_are_inverted_in_float32(params):
+  """The latents of a forward pass in float32 come back as the images they are of."""
+  images = jax.random.uniform(jax.random.key(3), (6, 12, 12, 1), minval=-1)
+  z, _ = MODEL.apply({'params': params}, images, LABELS, method='encode')
+  half = MODEL.clone(settings=dataclasses.replace(MODEL.settings, dtype='bfloat16'))
+
+  def error(**settings):
+    values = sampling.Sampler(half, with_sampling(**settings)).images(params, z, LABELS).values
+    return abs(values - images).max()
+
+  assert error() < 1e-4
+  assert error(dtype='bfloat16') > 3e-3

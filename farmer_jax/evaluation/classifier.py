@@ -2,6 +2,7 @@
 samples of data that Inception does not suit."""
 
 import hashlib
+import zipfile
 import zlib
 from typing import Any
 
@@ -51,10 +52,8 @@ def load_or_train(data, train_source, folder, contents):
   file = folder / f'classifier-{zlib.crc32(what.encode()):08x}.npz'
   template = _init(data)
   paths, tree = jax.tree.flatten(template)
-  if file.exists():
-    with file.open('rb') as opened, np.load(opened) as arrays:
-      params = jax.tree.unflatten(tree, [arrays[f'arr_{i}'] for i in range(len(paths))])
-  else:
+  params = _read(file, paths, tree) if file.exists() else None
+  if params is None:
     params = _train(data, train_source, template)
     folder.mkdir(parents=True, exist_ok=True)
     with workdir.replacing(file) as temporary, temporary.open('wb') as opened:
@@ -68,6 +67,17 @@ def load_or_train(data, train_source, folder, contents):
     params,
     digest.hexdigest(),
   )
+
+
+def _read(file, leaves, tree):
+  """The weights in a file, or None, said so, if it is damaged."""
+  try:
+    with file.open('rb') as opened, np.load(opened) as arrays:
+      found = [arrays[f'arr_{i}'] for i in range(len(leaves))]
+  except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    console.say(f'{file} is damaged ({error}); the classifier is trained again.')
+    return None
+  return jax.tree.unflatten(tree, found)
 
 
 def _init(data):

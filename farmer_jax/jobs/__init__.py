@@ -13,7 +13,9 @@ _TRAIN = ('pretrain', 'distill')
 def run(config, workdir):
   """Prepares this process and runs the job that `config` names."""
   host.keep_memory()  # before the first computation
-  if 'float64' in (config.model.dtype, config.job == 'likelihood' and config.likelihood.dtype):
+  asked = {'likelihood': config.likelihood.dtype, 'sample': config.sampling.dtype}
+  asked['fidelity'] = asked['sample']
+  if 'float64' in (config.model.dtype, asked.get(config.job)):
     jax.config.update('jax_enable_x64', True)
   # Products of float32 arrays in float32: accelerators would round the factors to fewer bits, and
   # the inverse of the flow would undo something else. bfloat16 models are not affected.

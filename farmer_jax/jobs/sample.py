@@ -34,7 +34,7 @@ def run(config, workdir):
   host.cache_compilations(workdir)
   class_names = workdir_lib.read_class_names(workdir)
   labels = parse_labels(config, class_names)
-  model = farmer.build(config)
+  model = sampling.in_sampling_dtype(farmer.build(config), config.sampling)
   params, step = restore.load_params(config, workdir, model)
   folder = workdir / 'samples' / folder_name(config.sampling, step)
   plan = _inverse_plan(config, workdir, model, params, step, labels)

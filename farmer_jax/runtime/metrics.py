@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+from typing import Any
 
 import jax
 
@@ -20,7 +21,8 @@ class MetricWriter:
   """
 
   def __init__(self, workdir, first_step):
-    self._file = self._events = None
+    self._file: Any = None
+    self._events = None
     self._failing = False
     if jax.process_index():
       return

@@ -29,7 +29,7 @@ class Notice:
   """
 
   def __init__(self):
-    self._signals = 0
+    self._signals, self._first = 0, 0.0
     self._forward = None
 
   def __enter__(self):

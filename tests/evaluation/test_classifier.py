@@ -34,6 +34,11 @@ def test_recognises_held_out_digits_and_is_trained_once(tmp_path, monkeypatch):
   network, params, same = classifier.load_or_train(DATA, train, folder, 1)
   np.testing.assert_array_equal(outputs.pool, network(params, valid.images).pool)
   assert same == identity
+  # Damaged weights are made again.
+  (file,) = folder.iterdir()
+  file.write_bytes(file.read_bytes()[:-2000])
+  with pytest.raises(AssertionError, match='trained again'):
+    classifier.load_or_train(DATA, train, folder, 1)
   # Another data set is judged by another classifier.
   with pytest.raises(AssertionError, match='trained again'):
     classifier.load_or_train(DATA, train, folder, 2)
