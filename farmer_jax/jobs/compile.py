@@ -129,6 +129,7 @@ def _compiled(lowered, kind, options):
     'estimated_cycles': cost.cycles or None,
     'estimated_seconds': cost.cycles / clock if clock and cost.cycles else None,
     'loops_of_unknown_length': cost.unknown_loops,
+    'instructions_without_estimate': cost.unknown_cycles,
     'costliest': {
       name: cycles / cost.cycles for name, cycles in cost.operations.most_common(_COSTLIEST)
     },

@@ -9,6 +9,9 @@ import dataclasses
 import math
 import re
 
+# The largest 64-bit number stands where the compiler does not know.
+_NO_ESTIMATE = 2**63 - 1
+
 _COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*->.*\{$')
@@ -31,6 +34,7 @@ class Cost:
 
   cycles: int = 0  # estimated, of a device; None of collectives
   unknown_loops: int = 0  # whose rounds are not known: their bodies count once
+  unknown_cycles: int = 0  # instructions of which the compiler gives no estimate
   # Cycles by the operations of the model that they are spent on.
   operations: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   count: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -40,6 +44,7 @@ class Cost:
     """Adds what `other` comes to `times` over."""
     self.cycles += times * other.cycles
     self.unknown_loops += other.unknown_loops
+    self.unknown_cycles += times * other.unknown_cycles
     for name in ('operations', 'count', 'bytes'):
       mine, its = getattr(self, name), getattr(other, name)
       for kind, value in its.items():
@@ -64,7 +69,9 @@ def cost(text):
       known[name, with_cycles] = total = Cost()
       for line in computations.get(name, ()):
         cycles = _CYCLES.search(line)
-        if cycles and with_cycles:
+        if cycles and int(cycles[1]) == _NO_ESTIMATE:
+          total.unknown_cycles += 1
+        elif cycles and with_cycles:
           total.cycles += int(cycles[1])
           total.operations[_operation(line)] += int(cycles[1])
         found, channel = _COLLECTIVE.search(line), _CHANNEL.search(line)

@@ -88,14 +88,6 @@ def kill(started):
     process.wait()
 
 
-@pytest.fixture(scope='module', name='whole')
-def _whole(tmp_path_factory):
-  """The run of one process that nothing happens to."""
-  workdir = tmp_path_factory.mktemp('whole') / 'run'
-  processes.finish(processes.train(workdir, devices=1), workdir)
-  return workdir
-
-
 def test_a_run_killed_in_the_midst_of_a_save_ends_as_if_it_had_not_been(whole, tmp_path):
   """Step 4 is written but for its name; training has gone on meanwhile."""
   workdir, signal_file = tmp_path / 'run', tmp_path / 'saving'

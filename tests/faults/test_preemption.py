@@ -25,14 +25,6 @@ meter.Meter.advance = told
 """
 
 
-@pytest.fixture(scope='module', name='whole')
-def _whole(tmp_path_factory):
-  """The run of one process that nothing happens to."""
-  workdir = tmp_path_factory.mktemp('whole') / 'run'
-  processes.finish(processes.train(workdir, devices=1), workdir)
-  return workdir
-
-
 def test_sigterm_saves_and_asks_to_be_started_again(whole, tmp_path):
   """It leaves after step 5, where no checkpoint was due, and ends as if nothing had happened."""
   workdir = tmp_path / 'run'

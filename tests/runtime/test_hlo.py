@@ -47,6 +47,7 @@ ENTRY %main.1 (x: f32[8]) -> f32[8] {
   %known = (s32[], f32[8]) while(%t), condition=%condition, body=%body, ROUNDS(3)
   %start = (f32[8]{0}, f32[32]{0}) all-gather-start(%x), dimensions={0}
   %done = f32[32]{0} all-gather-done(%start)
+  %unknown = f32[8]{0} fusion(%x), kind=kLoop, calls=%add, CYCLES(9223372036854775807)
   ROOT %last = f32[8]{0} fusion(%x), kind=kLoop, calls=%other, CYCLES(1)
 }
 """
@@ -59,7 +60,7 @@ def test_loops_multiply_what_is_in_them():
   assert cost.cycles == 1 + 3 * (100 + 5 * 7)
   assert cost.count == {'all-gather': 1 + 3 * (1 + 5), 'all-reduce': 3}
   assert cost.bytes == {'all-gather': 128 + 3 * 6 * 128, 'all-reduce': 3 * 32}
-  assert cost.unknown_loops == 0
+  assert cost.unknown_loops == 0 and cost.unknown_cycles == 1
   assert cost.operations == {'moving and converting': cost.cycles}
 
 
