@@ -60,9 +60,9 @@ class Watch:
       workdir_lib.write_atomically(folder / f'{step}.json', json.dumps(record, indent=2) + '\n')
     if self._returns > most:
       raise ConfigError(
-        f'training diverges: {what}, after going back {most} times; take a smaller'
-        ' config.train.optimizer.learning_rate, a larger config.train.optimizer.warmup_steps, or'
-        ' train into another --workdir from an earlier checkpoint'
+        f'training diverges: {what}, after going back {most} times; train into another --workdir,'
+        ' with a smaller config.train.optimizer.learning_rate or a larger'
+        ' config.train.optimizer.warmup_steps'
       )
     console.say(f'{what}. Going back, {self._returns} of at most {most} times.')
 
