@@ -24,6 +24,9 @@ REMAT_POLICIES = {
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 
+# Queries of a whole sequence that meet their keys together.
+_QUERIES = 256
+
 # Decoding compiles its loop for at most so many lengths of the cache, of at least so many tokens.
 _SEGMENTS, _SEGMENT_TOKENS = 4, 64
 
@@ -231,6 +234,23 @@ class TransformerLayer(nn.Module):
 
   def _attend(self, q, k, v, position):  # q [B, h, n, D], k and v [B, h, m, D]
     """Means of the values that each token sees, weighted by softmax, [B, n, width].
+
+    Of long sequences so many queries at a time as there is fast memory for, each part with the keys
+    that it may see.
+    """
+    n = q.shape[2]
+    if not self.causal or n != k.shape[2] or n <= _QUERIES:
+      return self._attend_together(q, k, v, position)
+    parts = []
+    for start in range(0, n, _QUERIES):
+      end = min(start + _QUERIES, n)
+      parts.append(
+        self._attend_together(q[:, :, start:end], k[:, :, :end], v[:, :, :end], position + start)
+      )
+    return jnp.concatenate(parts, axis=1)
+
+  def _attend_together(self, q, k, v, position):
+    """`_attend` for all queries at once.
 
     The weights are divided by their sums at the end, and the mask is added: of all that has n x m
     numbers the backward pass then needs the exponentials alone. A column of ones beside the values

@@ -117,3 +117,22 @@ def test_scan_over_tokens_with_a_growing_cache(monkeypatch):
   total, sums = transformer.scan_tokens(step, 0, jnp.zeros((1, 1, 0, 1), int), tokens)
   assert lengths == [3, 6, 9, 11] and total == 55
   np.testing.assert_array_equal(sums, np.cumsum(np.arange(11)))
+
+
+def test_queries_in_parts_are_the_same(model, monkeypatch):
+  """Outputs, and gradients of parameters, of parts that divide the sequence and of such that do
+  not."""
+  module, variables, x, output = model
+
+  def loss(variables):
+    return (jax.jit(module.apply)(variables, x) ** 3).sum()
+
+  expected = jax.grad(loss)(variables)
+  for queries in (2, 4):
+    monkeypatch.setattr(transformer, '_QUERIES', queries)
+    jax.clear_caches()
+    np.testing.assert_allclose(module.apply(variables, x), output, atol=1e-12)
+    actual = jax.grad(loss)(variables)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), actual, expected)
+    parts = str(jax.make_jaxpr(module.apply)(variables, x)).count(' exp ')
+    assert parts == -(-N // queries)
