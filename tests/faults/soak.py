@@ -33,7 +33,7 @@ SETTINGS = ['train.checkpoint_every=40', 'train.log_every=10', 'train.validate_e
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--kills', type=int, default=200)
-  parser.add_argument('--steps', type=int, default=20_000)
+  parser.add_argument('--steps', type=int, default=40_000)
   parser.add_argument('--folder', type=pathlib.Path, default=pathlib.Path('runs/soak'))
   arguments = parser.parse_args()
   folder = arguments.folder.absolute()

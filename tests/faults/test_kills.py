@@ -143,6 +143,7 @@ def test_two_processes_of_which_one_dies_in_a_save_end_as_if_it_had_not(pair, tm
   assert_equal(pair, workdir)
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_the_newest_whole_checkpoint(pair, tmp_path):
   """The second cannot read its part of step 8, the first can: both go on from step 6."""
   workdir = tmp_path / 'run'

@@ -48,7 +48,7 @@ def test_one_process_is_told_and_all_leave_after_the_same_step(tmp_path):
   assert processes.records(workdir)[-1]['step'] == saved
 
 
-@pytest.mark.parametrize('number', [1, 2])
+@pytest.mark.parametrize('number', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_second_sigterm_ends_at_once(tmp_path, number):
   """The first comes in the midst of a step that takes ten minutes."""
   workdir, reached = tmp_path / 'run', tmp_path / 'reached'

@@ -17,7 +17,7 @@ SMALL = config.Config(
   data=config.Data(image_size=16, channels=3),
   model=config.Model(
     patch_size=4,
-    scan_unroll=3,
+    scan_unroll=12,
     flow=config.Flow(blocks=3, layers=2, width=128, head_dim=32),
     prior=config.Prior(
       layers=3,
