@@ -18,11 +18,13 @@ def of_tree(tree):
     {path: [shape, dtype, checksum]}: a list of ints, a string, a string of 16 hexadecimal digits.
   """
   named = names(tree)
-  # Not in one program: on CPUs the bits of all of them would be in memory at once.
-  sums = [_compute(_everywhere(leaf.sharding))(leaf) for leaf in named.values()]
+  # Not in one program: on CPUs the bits of all of them would be in memory at once. And not several
+  # at a time: devices of several processes, free to begin with different ones, would wait for each
+  # other for ever.
+  sums = [jax.device_get(_compute(_everywhere(leaf.sharding))(leaf)) for leaf in named.values()]
   return {
     name: [*described(leaf), f'{first:08x}{second:08x}']
-    for (name, leaf), (first, second) in zip(named.items(), jax.device_get(sums), strict=True)
+    for (name, leaf), (first, second) in zip(named.items(), sums, strict=True)
   }
 
 
