@@ -35,7 +35,7 @@ TEACHER = config.Config(
 
 
 def student_config(teacher, **train):
-  changes = dict(steps=300, validate_every=300, sample_every=300, checkpoint_every=100) | train
+  changes = dict(steps=600, validate_every=600, sample_every=600, checkpoint_every=200) | train
   return dataclasses.replace(
     TEACHER,
     job='distill',
@@ -80,7 +80,7 @@ def images(folder):
 def test_error_falls_by_a_factor_of_ten(runs, tmp_path):
   records = [json.loads(line) for line in (runs / 'student' / 'metrics.jsonl').open()]
   final = records[-1]
-  assert final['split'] == 'valid' and final['step'] == 300
+  assert final['split'] == 'valid' and final['step'] == 600
   # The copy of the teacher that the student was at first, evaluated in the same way.
   still = student_config(runs / 'teacher', steps=1, validate_every=1, sample_every=0)
   slow = dataclasses.replace(still.train.optimizer, learning_rate=1e-12, final_learning_rate=1e-12)
@@ -97,7 +97,7 @@ def test_leaves_pictures_and_names_its_teacher(runs):
   folder = runs / 'student'
   assert json.loads((folder / 'config.json').read_text())['teacher'] == str(runs / 'teacher')
   assert json.loads((folder / 'teacher.json').read_text())['step'] == 60
-  for name in ('samples/300.png', 'figures/student.png', 'figures/curves.png'):
+  for name in ('samples/600.png', 'figures/student.png', 'figures/curves.png'):
     assert Image.open(folder / name).size[0] > 100
 
 
@@ -107,12 +107,12 @@ def test_samples_by_the_student_are_near_the_exact_ones(student, capsys):
   captured = capsys.readouterr()
   assert 'times faster than the sequential inverse' in captured.err
   folder = student / 'samples'
-  exact = images(folder / '300-inverse=sequential-denoise=True')
-  near = images(folder / '300-inverse=student-denoise=True')
-  refined = images(folder / '300-inverse=student-refinement_rounds=20-denoise=True')
+  exact = images(folder / '600-inverse=sequential-denoise=True')
+  near = images(folder / '600-inverse=student-denoise=True')
+  refined = images(folder / '600-inverse=student-refinement_rounds=20-denoise=True')
   assert 0 < abs(near - exact).mean() < 10
   assert abs(refined - exact).max() <= 1
-  report = json.loads((folder / '300-inverse=student-denoise=True' / 'samples.json').read_text())
+  report = json.loads((folder / '600-inverse=student-denoise=True' / 'samples.json').read_text())
   assert report['largest_residual'] is None and report['inverse']['speedup'] > 0
   assert report['inverse']['difference'] > 1e-4
   # And the teacher draws the same exact images.
@@ -151,13 +151,13 @@ def test_a_distillation_goes_on_with_the_teacher_it_began_with(student, runs):
   teacher = student.parent / 'teacher'
   shutil.copytree(teacher / 'checkpoints' / '60', teacher / 'checkpoints' / '70')
   reference = json.loads((runs / 'student' / 'metrics.jsonl').read_text().splitlines()[-1])
-  for step in ('200', '300'):
+  for step in ('400', '600'):
     shutil.rmtree(student / 'checkpoints' / step, ignore_errors=True)
-  shutil.copytree(runs / 'student' / 'checkpoints' / '200', student / 'checkpoints' / '200')
+  shutil.copytree(runs / 'student' / 'checkpoints' / '400', student / 'checkpoints' / '400')
   settings = json.loads((student / 'config.json').read_text())
   distill.run(config.from_config_dict(settings), student)
   again = json.loads((student / 'metrics.jsonl').read_text().splitlines()[-1])
-  assert again['step'] == 300 and again['loss'] == reference['loss']
+  assert again['step'] == 600 and again['loss'] == reference['loss']
   assert json.loads((student / 'teacher.json').read_text())['step'] == 60
 
 

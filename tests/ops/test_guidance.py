@@ -20,6 +20,13 @@ EDGES = np.linspace(-5, 6, 56)
 PLAIN = config.Guidance()
 
 
+@pytest.fixture(autouse=True, scope='module')
+def _fast(optimized):
+  """The many draws take longer than compiling well."""
+  with optimized():
+    yield
+
+
 def make_mixture(parts):
   weights, means, scales = (jnp.asarray(part, jnp.float32) for part in parts)
   return mixture.Mixture(jnp.log(weights) + 0.7, means[:, None], jnp.log(scales)[:, None])
