@@ -1,10 +1,10 @@
 """Several processes that run one job together."""
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from farmer_jax.config import ConfigError
+from farmer_jax.runtime import agreement
 
 
 def start(coordinator=None, num_processes=None, process_id=None):
@@ -42,9 +42,7 @@ def by_first(action):
       action()
     except ConfigError as raised:
       error = raised
-  failed = error is not None
-  if jax.process_count() > 1:
-    failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
+  failed = agreement.first(error and str(error))
   if error:
     raise error
   if failed:

@@ -5,7 +5,6 @@ import os
 import sys
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
@@ -15,8 +14,6 @@ def cache_compilations(workdir):
   compile them again. A user's own JAX_COMPILATION_CACHE_DIR wins."""
   if not jax.config.values['jax_compilation_cache_dir']:
     jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))
-    # JAX makes up its mind about a cache when it first compiles, which it may have done.
-    compilation_cache.reset_cache()
 
 
 def keep_memory():
