@@ -2,7 +2,7 @@
 
     python -m farmer_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware: two CPU cores, 3.6 minutes. 4.39 bits/dim on the 180 held-out images.
+Hardware: two CPU cores, 2.7 minutes. 4.42 bits/dim on the 180 held-out images.
 """
 
 from farmer_jax import config
