@@ -26,6 +26,9 @@ from farmer_jax.data import faults
 # Seconds between looks at whether worker processes live, while no batch comes.
 _LOOK_SECONDS = 1.0
 
+# Seconds between looks for worker processes that are being born. Python takes longer to start.
+_BIRTH_SECONDS = 0.02
+
 # Seconds that threads and worker processes get to end in an orderly way.
 _CLOSE_SECONDS = 3.0
 
@@ -59,7 +62,7 @@ class ReadAhead:
     self._read, self._threads, self._depth = read, max(1, threads), max(1, depth)
     self._count = float('inf') if count is None else count
     self._submitted = 0
-    self._closed = False
+    self.closed = False
     _streams.add(self)
 
   def start(self):
@@ -102,8 +105,8 @@ class ReadAhead:
 
   def close(self):
     """Gives up what is being read."""
-    if not self._closed:
-      self._closed = True
+    if not self.closed:
+      self.closed = True
       self._close()
 
   def _close(self):
@@ -169,14 +172,20 @@ class Workers(ReadAhead):
       )
     )
     self._workers = count
-    self._others = set(multiprocessing.active_children())
-    self._children: set = set()
+    self._others = frozenset(multiprocessing.active_children())
+    self._children: frozenset = frozenset()
     stream = self._stream
     super().__init__(lambda number: next(stream), threads=1, depth=1)
 
+  def start(self):
+    starts = not self._submitted
+    super().start()
+    if starts:
+      _start_thread(_find_children, weakref.ref(self))
+
   def take(self, patience):
     try:
-      element = super().take(patience)
+      return super().take(patience)
     except (ConfigError, WorkerDiedError):
       raise
     except Exception as error:
@@ -185,22 +194,20 @@ class Workers(ReadAhead):
       if found:
         raise WorkerDiedError(f'a worker process ended {_how(int(found.group(1)))}') from error
       raise
-    if len(self._children) < self._workers:
-      self._find_children()
-    return element
 
   def check(self):
-    self._find_children()
     for child in self._children:
       if not child.is_alive():
         raise WorkerDiedError(f'worker process {child.pid} ended {_how(child.exitcode)}')
 
-  def _find_children(self):
+  def find_children(self):
+    """Looks for the worker processes; returns whether all of them are known."""
     if len(self._children) < self._workers:
-      self._children |= set(multiprocessing.active_children()) - self._others
+      self._children |= frozenset(multiprocessing.active_children()) - self._others
+    return len(self._children) >= self._workers
 
   def kill(self):
-    self._find_children()
+    self.find_children()
     for child in self._children:
       child.kill()
     for child in self._children:
@@ -217,6 +224,17 @@ class Workers(ReadAhead):
     # What is left ends with these references, not when modules are already gone.
     self._pending.clear()
     self._stream = self._read = None
+
+
+def _find_children(reference):
+  """Finds the worker processes of a `Workers` soon after their birth, by a weak reference to it.
+
+  `multiprocessing` forgets a process that has ended as soon as anyone looks for processes. One that
+  dies while nobody waits for a batch must be known by then.
+  """
+  while (workers := reference()) and not workers.closed and not workers.find_children():
+    del workers
+    time.sleep(_BIRTH_SECONDS)
 
 
 def _close_quietly(stream):

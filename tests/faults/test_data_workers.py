@@ -115,6 +115,19 @@ def test_worker_that_dies_again_and_again(root, said, how, restarts):
   iterator.close()
 
 
+def test_worker_that_dies_while_nobody_waits(root):
+  iterator = stream(
+    Odd(lambda index: os._exit(0)), workers=1, max_worker_restarts=0, stall_limit_seconds=10
+  )
+  iterator.start_prefetch()
+  while not workers_of():
+    time.sleep(0.01)
+  while workers_of():  # Looking makes `multiprocessing` forget it once it has ended.
+    time.sleep(0.01)
+  with pytest.raises(config.ConfigError, match='exit code 0, after 0 others'):
+    next(iterator)
+
+
 @pytest.mark.parametrize('workers', [0, 1])
 def test_stall_is_reported_and_ends(root, said, workers, capfd):
   source = load(root)
