@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from farmer_jax.nn import transformer
 from farmer_jax.ops import affine, fixed_point
 
+# Sequences of more tokens than this are not cut short by their last one, see `_affine_of`.
+_LONG = 128
+
 
 @flax.struct.dataclass
 class Convergence:
@@ -148,16 +151,16 @@ class FlowBlock(nn.Module):
 
   def _affine_of(self, x, condition):  # [B, N, d]
     """Shift and log-scale of all tokens, given the tokens of x; and the hidden states."""
-    embedded = self._embed(x[:, :-1], condition, self.positions)
-    # Arrays of 255 tokens are taken apart and put together again all the time on TPUs, where memory
-    # comes in rows of eight; a causal transformer does not notice another token at the end. In a
-    # short sequence it would cost more than it saves.
-    fill = -embedded.shape[1] % 8 if self.causal and self.tokens > 128 else 0
-    hidden = self.transformer(jnp.pad(embedded, ((0, 0), (0, fill), (0, 0))))
+    unknown = self.tokens - 1
+    # The last token acts on none. Causal transformers may see it all the same, at the end: arrays
+    # of 255 tokens are taken apart and put together again all the time on TPUs, where memory comes
+    # in rows of eight. In a short sequence it would cost more than it saves.
+    seen = self.tokens if self.causal and self.tokens > _LONG else unknown
+    positions = jnp.pad(self.positions, ((0, seen - unknown), (0, 0)))
+    hidden = self.transformer(self._embed(x[:, :seen], condition, positions))
     # What is read off token i - 1 acts on token i; nothing acts on the first.
-    acting = [a[:, : self.tokens - 1] for a in self._affine(hidden)]
-    acting = [jnp.pad(a, ((0, 0), (1, 0), (0, 0))) for a in acting]
-    return acting, hidden[:, : self.tokens - 1]
+    acting = [jnp.pad(a[:, :unknown], ((0, 0), (1, 0), (0, 0))) for a in self._affine(hidden)]
+    return acting, hidden[:, :unknown]
 
   def _embed(self, z, condition, positions):  # z [B, n, d]
     hidden = self.in_proj(z) + positions.astype(self.dtype)

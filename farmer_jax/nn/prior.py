@@ -17,6 +17,7 @@ class MixtureHead(nn.Module):
   channels: int  # d
   scale_floor: float
   dtype: jnp.dtype
+  weights_stay: bool = False  # on many devices, see `transformer.Readout`
 
   @nn.compact
   def __call__(self, hidden):  # [..., width]
@@ -31,7 +32,12 @@ class MixtureHead(nn.Module):
 
     small = nn.initializers.truncated_normal(0.1)  # of an input of unit length
     head = transformer.Readout(
-      k * (1 + 2 * d), self.dtype, kernel_init=small, bias_init=spread_bias, name='out'
+      k * (1 + 2 * d),
+      self.dtype,
+      kernel_init=small,
+      bias_init=spread_bias,
+      weights_stay=self.weights_stay,
+      name='out',
     )
     out = head(hidden)
     logits, means, log_scales = jnp.split(out, [k, k * (1 + d)], axis=-1)
@@ -94,7 +100,9 @@ class Prior(nn.Module):
     self.informative_head = MixtureHead(self.components, self.informative_channels, **head)
     if self._has_redundant_mixture:
       redundant_channels = self.channels - self.informative_channels
-      self.redundant_head = MixtureHead(self.redundant_components, redundant_channels, **head)
+      self.redundant_head = MixtureHead(
+        self.redundant_components, redundant_channels, weights_stay=True, **head
+      )
 
   @property
   def _has_redundant_mixture(self):

@@ -57,13 +57,22 @@ def scan_tokens(step, carry, cache, inputs, tokens=1):
   return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 
 
-def _flat_dot_general(x, kernel, dimension_numbers, **kwargs):
-  """The product of a dense layer with all leading axes of `x` merged into one.
+def _platform():
+  """That of the devices that a function is traced for: cpu, gpu, tpu."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
+def _dot_general(x, kernel, dimension_numbers, **kwargs):
+  """The product of a dense layer, with all leading axes of `x` merged into one on CPUs.
 
   XLA's CPU backend transposes activations in memory for the kernel's gradient when two axes are
-  contracted; with one it does not, and training is nearly twice as fast.
+  contracted; with one it does not, and training is nearly twice as fast. On TPUs tokens often are
+  the last axis in memory, and merging axes would transpose them.
   """
   assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
+  if _platform() != 'cpu':
+    return jax.lax.dot_general(x, kernel, dimension_numbers, **kwargs)
   flat = x.reshape(-1, x.shape[-1])
   y = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **kwargs)
   return y.reshape(*x.shape[:-1], kernel.shape[-1])
@@ -86,7 +95,7 @@ def dense(features, dtype, axes, kernel_init=nn.linear.default_kernel_init, use_
     features,
     dtype=dtype,
     param_dtype=param_dtype(dtype),
-    dot_general=_flat_dot_general,
+    dot_general=_dot_general,
     kernel_init=named(kernel_init, *axes),
     bias_init=named(nn.initializers.zeros, axes[1]),
     use_bias=use_bias,
@@ -111,28 +120,38 @@ class Readout(nn.Module):
 
   What is read off a transformer are means and log-scales: bfloat16 has steps of 1/128 near a mean
   of 1, far coarser than the narrowest mixture component.
+
+  Mostly each device reads off its own images, and the weights travel to it. Where an image is one
+  vector and its outputs are many, the weights outweigh a batch: with `weights_stay` each device
+  computes its part of the outputs for all images of its group (`runtime.mesh`), and vectors and
+  outputs travel instead. The result is the same.
   """
 
   features: int
   dtype: jnp.dtype
   kernel_init: nn.initializers.Initializer
   bias_init: nn.initializers.Initializer = nn.initializers.zeros
+  weights_stay: bool = False
 
   @nn.compact
-  def __call__(self, x):  # [..., width]
+  def __call__(self, x):  # [..., width]; [B, width] where the weights stay
     """Returns [..., features], float32 at least."""
     wide = param_dtype(self.dtype)
     kernel_init = named(self.kernel_init, 'embed', 'outputs')
     kernel = self.param('kernel', kernel_init, (x.shape[-1], self.features), wide)
     bias = self.param('bias', named(self.bias_init, 'outputs'), (self.features,), wide)
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    if self.weights_stay:
+      x = nn.with_logical_constraint(x, ('group', None))
+      # Said twice, so that its gradient comes back to where the optimizer has it.
+      kernel = nn.with_logical_constraint(kernel, ('embed', 'outputs'))
+      kernel = nn.with_logical_constraint(kernel, (None, 'members'))
     dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-    return bias + _flat_dot_general(
-      x.astype(self.dtype),
-      kernel.astype(self.dtype),
-      dimensions,
-      precision=precision(self.dtype),
-      preferred_element_type=wide,
-    )
+    how: dict[str, Any] = dict(precision=precision(self.dtype), preferred_element_type=wide)
+    out = bias + _dot_general(x, kernel, dimensions, **how)
+    if self.weights_stay:
+      out = split_batch(nn.with_logical_constraint(out, ('group', 'members')))
+    return out
 
 
 def class_embedding(num_classes, width, dtype, init=nn.linear.default_embed_init):
@@ -239,7 +258,7 @@ class TransformerLayer(nn.Module):
     that it may see.
     """
     n = q.shape[2]
-    if not self.causal or n != k.shape[2] or n <= _QUERIES:
+    if not self.causal or n != k.shape[2] or n < 2 * _QUERIES:
       return self._attend_together(q, k, v, position)
     parts = []
     for start in range(0, n, _QUERIES):
@@ -253,27 +272,49 @@ class TransformerLayer(nn.Module):
     """`_attend` for all queries at once.
 
     The weights are divided by their sums at the end, and the mask is added: of all that has n x m
-    numbers the backward pass then needs the exponentials alone. A column of ones beside the values
-    makes the sums, in the same product.
+    numbers the backward pass then needs the exponentials alone.
     """
-    wide = param_dtype(self.dtype)
-    how: dict[str, Any] = dict(precision=precision(self.dtype), preferred_element_type=wide)
-    scores = jnp.einsum('bhnd,bhmd->bhnm', q, k, **how)
+    scores = _product('bhnd,bhmd->bhnm', q, k)
     if self.causal:
       visible = jnp.arange(k.shape[2]) <= position + jnp.arange(q.shape[2])[:, None]
       scores += jnp.where(visible, 0.0, -jnp.inf)
     highest = kept(jax.lax.stop_gradient(scores.max(-1, keepdims=True)), 'attention')
     weights = jnp.exp(scores - highest).astype(self.dtype)
-    ones = jnp.pad(v, ((0, 0),) * 3 + ((0, 1),), constant_values=1)
-    sums = jnp.einsum('bhnm,bhmd->bhnd', weights, ones, **how)
+    sums = _weighted_sums(weights, v)
     total = kept(sums[..., -1].transpose(0, 2, 1), 'attention')
     sums = sums[..., :-1].transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], self.width)
     heads = kept(sums.astype(self.dtype), 'attention').reshape(*total.shape, self.head_dim)
-    return (heads / total[..., None]).astype(self.dtype).reshape(sums.shape)
+    # Inverted before it is spread over the head: a division takes the vector unit several steps.
+    return (heads * (1 / total)[..., None]).astype(self.dtype).reshape(sums.shape)
 
   def _finish(self, x, heads):  # [B, N, width] each
     x = kept(x + self.attention_out(heads), 'attention_out')
     return x + self.mlp_out(jax.nn.gelu(kept(self.mlp_in(self.mlp_norm(x)), 'mlp_in')))
+
+
+@jax.custom_jvp
+def _weighted_sums(weights, v):  # [B, h, n, m], [B, h, m, D]
+  """Sums of the values and, in the last column, of the weights alone: [B, h, n, D + 1], float32 at
+  least. A column of ones beside the values makes both in one product."""
+  ones = jnp.pad(v, ((0, 0),) * 3 + ((0, 1),), constant_values=1)
+  return _product('bhnm,bhmd->bhnd', weights, ones)
+
+
+@_weighted_sums.defjvp
+def _weighted_sums_jvp(primals, tangents):
+  """Leaves out that the ones do not change, or the backward pass would cut their column off again,
+  which takes TPUs longer than the product."""
+  (weights, v), (weights_dot, v_dot) = primals, tangents
+  ones = jnp.pad(v, ((0, 0),) * 3 + ((0, 1),), constant_values=1)
+  by_values = _product('bhnm,bhmd->bhnd', weights, v_dot)
+  by_weights = _product('bhnm,bhmd->bhnd', weights_dot, ones)
+  return _weighted_sums(weights, v), by_weights + jnp.pad(by_values, ((0, 0),) * 3 + ((0, 1),))
+
+
+def _product(subscripts, a, b):
+  """A product accumulated, and given, in float32 at least."""
+  wide = param_dtype(a.dtype)
+  return jnp.einsum(subscripts, a, b, precision=precision(a.dtype), preferred_element_type=wide)
 
 
 class Transformer(nn.Module):

@@ -44,7 +44,12 @@ class Mesh:
     types = (AxisType.Auto,) * len(AXES)
     self.mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
     self.batch_parts = sizes[0] * sizes[1]
-    self._rules: list[tuple[str, Any]] = [('batch', ('data', 'fsdp'))]
+    # A group is the devices that share parameters between them, and the images that these have.
+    self._rules: list[tuple[str, Any]] = [
+      ('batch', ('data', 'fsdp')),
+      ('group', ('data',)),
+      ('members', ('tensor', 'fsdp')),
+    ]
     split_by = {'embed': settings.embed, 'hidden': settings.hidden, 'outputs': settings.outputs}
     for name, rule in split_by.items():
       names = tuple(filter(None, rule.split(',')))

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
+from farmer_jax.nn import flow as flow_lib
+
 pytestmark = pytest.mark.usefixtures('x64')
 
 N, D = 4, 2
@@ -327,3 +329,20 @@ def test_class_reaches_each_sample_on_its_own():
   for a, b in ((0, 1), (0, 3), (1, 3)):
     assert abs(z[a] - z[b]).max() > 1e-3
     assert (abs(log_dets[:, a] - log_dets[:, b]) > 1e-4).all()
+
+
+def test_long_sequences_keep_their_last_token_and_change_nothing(flow, monkeypatch):
+  """Not what the flow makes of data, nor its gradient; the last token still acts on none."""
+
+  def loss(params):
+    z, log_dets = flow.module.apply({'params': params}, flow.x, LABELS)
+    return (z**3).sum() + (log_dets**2).sum()
+
+  expected = jax.jit(jax.grad(loss))(flow.params)
+  monkeypatch.setattr(flow_lib, '_LONG', 0)
+  jax.clear_caches()
+  z, log_dets = jax.jit(flow.forward)(flow.x, LABELS)
+  np.testing.assert_allclose(z, flow.z, atol=1e-12)
+  np.testing.assert_allclose(log_dets, flow.log_dets, atol=1e-12)
+  actual = jax.jit(jax.grad(loss))(flow.params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), actual, expected)

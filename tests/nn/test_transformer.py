@@ -119,20 +119,41 @@ def test_scan_over_tokens_with_a_growing_cache(monkeypatch):
   np.testing.assert_array_equal(sums, np.cumsum(np.arange(11)))
 
 
-def test_queries_in_parts_are_the_same(model, monkeypatch):
-  """Outputs, and gradients of parameters, of parts that divide the sequence and of such that do
-  not."""
+@pytest.mark.parametrize('queries, parts', [(4, 3), (5, 1)])
+def test_queries_in_parts_are_the_same(model, monkeypatch, queries, parts):
+  """Outputs, and gradients of parameters, also where the last part is short; what is little longer
+  than a part stays whole."""
+  module, variables, _, _ = model
+  x = tiny.normals(B, 9, WIDTH)
+  monkeypatch.setattr(transformer, '_QUERIES', 9)
+  output, expected = value_and_gradient(module, variables, x)
+  monkeypatch.setattr(transformer, '_QUERIES', queries)
+  actual_output, actual = value_and_gradient(module, variables, x)
+  np.testing.assert_allclose(actual_output, output, atol=1e-12)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), actual, expected)
+  assert str(jax.make_jaxpr(module.apply)(variables, x)).count(' exp ') == parts
+
+
+def test_products_that_merge_no_axes_are_the_same(model, monkeypatch):
+  """As accelerators compute them."""
   module, variables, x, output = model
+  _, expected = value_and_gradient(module, variables, x)
+  monkeypatch.setattr(transformer, '_platform', lambda: 'tpu')
+  actual_output, actual = value_and_gradient(module, variables, x)
+  np.testing.assert_allclose(actual_output, output, atol=1e-12)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), actual, expected)
+  assert 'dimension_numbers=(([2], [0]), ([], []))' in str(
+    jax.make_jaxpr(module.apply)(variables, x)
+  )
+
+
+def value_and_gradient(module, variables, x):
+  """Of a function of the outputs, traced anew: the outputs, and its gradient by the parameters."""
+  jax.clear_caches()
 
   def loss(variables):
-    return (jax.jit(module.apply)(variables, x) ** 3).sum()
+    y = module.apply(variables, x)
+    return (y**3).sum(), y
 
-  expected = jax.grad(loss)(variables)
-  for queries in (2, 4):
-    monkeypatch.setattr(transformer, '_QUERIES', queries)
-    jax.clear_caches()
-    np.testing.assert_allclose(module.apply(variables, x), output, atol=1e-12)
-    actual = jax.grad(loss)(variables)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), actual, expected)
-    parts = str(jax.make_jaxpr(module.apply)(variables, x)).count(' exp ')
-    assert parts == -(-N // queries)
+  gradient, y = jax.jit(jax.grad(loss, has_aux=True))(variables)
+  return y, gradient

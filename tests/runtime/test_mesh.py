@@ -8,7 +8,7 @@ import sys
 import pytest
 
 PROGRAM = """
-import dataclasses, functools, json, sys
+import functools, json, re
 import jax, numpy as np
 import flax.linen as nn
 from farmer_jax import config, objectives
@@ -24,7 +24,7 @@ SETTINGS = config.Config(
     flow=config.Flow(blocks=3, layers=2, width=16, head_dim=8),
     prior=config.Prior(
       layers=2, width=16, head_dim=8, condition_copies=2, components=8, informative_channels=2,
-      redundant_components=8,
+      redundant_components=16,
     ),
   ),
   train=config.Train(batch_size=16, accumulate=2, steps=10, ema_decay=0.9),
@@ -88,6 +88,8 @@ for data, fsdp, tensor in ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)):
     'moments': list(moments.sharding.shard_shape(moments.shape)),
     'share_of_state': largest / whole,
     'gathers': text.count('all-gather('),
+    # The redundant head's kernel is [16, 80].
+    'head_travels': bool(re.search(r'\\[(16,80|80,16)\\].* all-(gather|reduce)\\(', text)),
     'batch': [s.data.shape[0] for s in mesh.batch(BATCH)['image'].addressable_shards],
     'share': list(mesh.share()),
   }
@@ -141,3 +143,6 @@ def test_parameters_and_optimizer_are_split_and_batches_too(results, name, parts
   assert found['share_of_state'] < 1.2 / (fsdp * tensor) + 0.05
   assert set(found['batch']) == {16 * tensor // 8} and found['share'] == [0, 1]
   assert (found['gathers'] > 0) == (fsdp * tensor > 1)
+  # Where the parameters are split, neither the weights of the redundant head nor their gradient are
+  # ever whole: images travel to them.
+  assert found['head_travels'] == (fsdp * tensor == 1)
