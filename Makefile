@@ -1,6 +1,8 @@
 # `make quickstart` and `make test` need only Python 3.11, pip and make: they build .venv first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# A file of tests is run by one process, and up to four at once.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations=15
 
 .PHONY: quickstart test test-all soak lint reference clean
 
@@ -8,11 +10,11 @@ quickstart: .venv/run
 	$(BIN)/python -m farmer_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: .venv/dev lint
-	$(BIN)/python -m pytest -q -m "not slow" --durations=15
+	$(PYTEST) -m "not slow"
 
 # With the tests marked slow.
 test-all: .venv/dev lint
-	$(BIN)/python -m pytest -q --durations=15
+	$(PYTEST)
 
 # Half an hour: a training run is killed two hundred times, and ends as if it had not been.
 soak: .venv/dev
