@@ -51,7 +51,7 @@ def run(config, workdir):
   for name, program in programs.items():
     console.say(f'Compiling the {name} for {len(devices)} x {devices[0].device_kind} ...')
     options = step_lib.COMPILER_OPTIONS.get(devices[0].platform) if name == STEP else None
-    report['programs'][name] = _compiled(program(), devices[0].device_kind, options)
+    report['programs'][name] = _compiled(name, program(), devices[0].device_kind, options)
   _add_utilisation(report)
   folder = workdir / 'compile'
   folder.mkdir(parents=True, exist_ok=True)
@@ -105,10 +105,19 @@ def _lowered_sampler(config, spread, params):
   return sampling.Sampler(farmer.build(config), config).lower(params, labels)
 
 
-def _compiled(lowered, kind, options):
+def _compiled(name, lowered, kind, options):
   """What a program takes on each device."""
   start = time.monotonic()
-  compiled = lowered.compile(options)
+  try:
+    compiled = lowered.compile(options)
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    reason = ' '.join(str(error).split())[:200]
+    raise config_lib.ConfigError(
+      f'the {name} does not fit into a device ({reason}); a smaller config.train.batch_size, a larger'
+      ' config.mesh.fsdp or another config.model.remat takes less'
+    ) from error
   seconds = time.monotonic() - start
   memory, cost = compiled.memory_analysis(), hlo.cost(compiled.as_text())
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
