@@ -115,8 +115,8 @@ def _compiled(name, lowered, kind, options):
       raise
     reason = ' '.join(str(error).split())[:200]
     raise config_lib.ConfigError(
-      f'the {name} does not fit into a device ({reason}); a smaller config.train.batch_size, a larger'
-      ' config.mesh.fsdp or another config.model.remat takes less'
+      f'the {name} does not fit into a device ({reason}); a smaller config.train.batch_size, a'
+      ' larger config.mesh.fsdp or another config.model.remat takes less'
     ) from error
   seconds = time.monotonic() - start
   memory, cost = compiled.memory_analysis(), hlo.cost(compiled.as_text())

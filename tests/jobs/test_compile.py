@@ -6,7 +6,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from farmer_jax import config
+from farmer_jax.jobs import compile as compile_job
 
 SMALL = [
   'model.patch_size=4',
@@ -74,3 +78,18 @@ def test_mistakes_get_one_line(tmp_path):
     (line,) = [row for row in done.stderr.splitlines() if row.startswith('error: ')]
     assert message in line and 'Traceback' not in done.stderr
     assert not (tmp_path / 'run').exists()
+
+
+class TooLarge:
+  """What the compiler says of a program that does not fit."""
+
+  def compile(self, options):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Ran out of memory,\n 24G of 16G')
+
+
+def test_what_does_not_fit_is_said_in_one_line():
+  with pytest.raises(config.ConfigError, match='Ran out of memory, 24G of 16G') as caught:
+    compile_job._compiled('sampler', TooLarge(), 'TPU v5 lite', None)
+  message = str(caught.value)
+  assert message.startswith('the sampler does not fit') and '\n' not in message
+  assert 'config.train.batch_size' in message
