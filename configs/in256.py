@@ -62,9 +62,7 @@ def get_config(variant='1.1b-p16'):
   flow, prior = c.model.flow, c.model.prior
   flow.blocks, flow.layers, prior.layers, prior.width = _SIZES[size]
   flow.width = 768
-  c.model.scan_unroll = (
-    flow.layers
-  )  # a block's layers in a row: 2 % faster for 1.4 times the compiling
+  c.model.scan_unroll = flow.layers  # 2 % faster, for 1.4 times the compiling
   prior.condition_copies = 64
   prior.components = 64
   prior.informative_channels = 128

@@ -296,8 +296,7 @@ class TransformerLayer(nn.Module):
 def _weighted_sums(weights, v):  # [B, h, n, m], [B, h, m, D]
   """Sums of the values and, in the last column, of the weights alone: [B, h, n, D + 1], float32 at
   least. A column of ones beside the values makes both in one product."""
-  ones = jnp.pad(v, ((0, 0),) * 3 + ((0, 1),), constant_values=1)
-  return _product('bhnm,bhmd->bhnd', weights, ones)
+  return _product('bhnm,bhmd->bhnd', weights, _one_more_column(v, 1))
 
 
 @_weighted_sums.defjvp
@@ -305,10 +304,13 @@ def _weighted_sums_jvp(primals, tangents):
   """Leaves out that the ones do not change, or the backward pass would cut their column off again,
   which takes TPUs longer than the product."""
   (weights, v), (weights_dot, v_dot) = primals, tangents
-  ones = jnp.pad(v, ((0, 0),) * 3 + ((0, 1),), constant_values=1)
   by_values = _product('bhnm,bhmd->bhnd', weights, v_dot)
-  by_weights = _product('bhnm,bhmd->bhnd', weights_dot, ones)
-  return _weighted_sums(weights, v), by_weights + jnp.pad(by_values, ((0, 0),) * 3 + ((0, 1),))
+  by_weights = _product('bhnm,bhmd->bhnd', weights_dot, _one_more_column(v, 1))
+  return _weighted_sums(weights, v), by_weights + _one_more_column(by_values, 0)
+
+
+def _one_more_column(a, value):  # [B, h, n, D] -> [B, h, n, D + 1]
+  return jnp.pad(a, ((0, 0),) * 3 + ((0, 1),), constant_values=value)
 
 
 def _product(subscripts, a, b):

@@ -120,10 +120,11 @@ def test_worker_that_dies_while_nobody_waits(root):
     Odd(lambda index: os._exit(0)), workers=1, max_worker_restarts=0, stall_limit_seconds=10
   )
   iterator.start_prefetch()
-  while not workers_of():
-    time.sleep(0.01)
-  while workers_of():  # Looking makes `multiprocessing` forget it once it has ended.
-    time.sleep(0.01)
+  deadline = time.monotonic() + 120
+  for alive in (True, False):  # Looking makes `multiprocessing` forget it once it has ended.
+    while bool(workers_of()) != alive:
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
   with pytest.raises(config.ConfigError, match='exit code 0, after 0 others'):
     next(iterator)
 

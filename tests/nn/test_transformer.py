@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 import tiny
@@ -54,6 +55,16 @@ def test_full_pass_against_plain_reference(model):
   _, variables, x, output = model
   expected = reference(jax.tree.map(np.asarray, variables['params']), np.asarray(x), 3, heads=2)
   np.testing.assert_allclose(output, expected, atol=1e-12)
+
+
+def test_derivatives_against_differences(model):
+  """Both modes, and the second order of attention's sums, which have a rule of their own."""
+  module, variables, x, _ = model
+  apply = jax.jit(module.apply)
+  jax.test_util.check_grads(lambda x: apply(variables, x), (x,), order=1, modes=['fwd', 'rev'])
+  weights, values = abs(tiny.normals(2, 2, 3, 5)), tiny.normals(2, 2, 5, 4, seed=1)
+  sums = transformer._weighted_sums
+  jax.test_util.check_grads(sums, (weights, values), order=2, modes=['fwd', 'rev'])
 
 
 def test_token_sees_itself_and_what_came_before(model):
@@ -119,10 +130,10 @@ def test_scan_over_tokens_with_a_growing_cache(monkeypatch):
   np.testing.assert_array_equal(sums, np.cumsum(np.arange(11)))
 
 
-@pytest.mark.parametrize('queries, parts', [(4, 3), (5, 1)])
+@pytest.mark.parametrize('queries, parts', [(3, 3), (4, 3), (5, 1)])
 def test_queries_in_parts_are_the_same(model, monkeypatch, queries, parts):
-  """Outputs, and gradients of parameters, also where the last part is short; what is little longer
-  than a part stays whole."""
+  """Outputs, and gradients of parameters, of parts that divide the sequence and of such that do
+  not; what is little longer than a part stays whole."""
   module, variables, _, _ = model
   x = tiny.normals(B, 9, WIDTH)
   monkeypatch.setattr(transformer, '_QUERIES', 9)
