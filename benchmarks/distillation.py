@@ -13,9 +13,9 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import judge, timing
-from farmer_jax import objectives, sampling
+from farmer_jax import losses, sampling
 from farmer_jax.ops import dequantize
-from farmer_jax.runtime import host
+from farmer_jax.xla import host
 
 _RUNS = flags.DEFINE_list('runs', None, "Workdirs of students' runs.", required=True)
 _COUNT = flags.DEFINE_integer('count', 5000, 'Samples, and held-out images, for each line.')
@@ -49,7 +49,7 @@ class Reconstruction:
   def __init__(self, config, model, params, images):
     key = jax.random.key(0)
     self._labels = images['label'][: _COUNT.value]
-    self._images = objectives.real_valued(key, images['image'][: _COUNT.value], config.noise)
+    self._images = losses.real_valued(key, images['image'][: _COUNT.value], config.noise)
     encode = jax.jit(functools.partial(model.apply, method='encode'))
     self._latents = np.concatenate(
       [encode({'params': params}, self._images[i], self._labels[i])[0] for i in self._parts()]

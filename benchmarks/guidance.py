@@ -11,8 +11,8 @@ from absl import app, flags, logging
 
 from benchmarks import judge
 from farmer_jax import config as config_lib
-from farmer_jax import sampling
-from farmer_jax.runtime import console, host
+from farmer_jax import sampling, terminal
+from farmer_jax.xla import host
 
 _RUN = flags.DEFINE_string('run', None, 'Workdir of a trained run.', required=True)
 _COUNT = flags.DEFINE_integer('count', 5000, 'Samples for each line.')
@@ -53,7 +53,7 @@ def main(argv):
     accuracy, distance = judged(images, labels)
     scale = f'{guidance.scale:g}'
     print(f'| {name} | {scale} | {accuracy:.3f} | {distance:.2f} | {broken} |', flush=True)
-    console.say(f'{name} {scale} done')
+    terminal.say(f'{name} {scale} done')
 
 
 if __name__ == '__main__':

@@ -5,20 +5,20 @@ import dataclasses
 import jax
 import numpy as np
 
+from farmer_jax import api
 from farmer_jax import config as config_lib
 from farmer_jax.data import base, sources
-from farmer_jax.evaluation import classifier, fidelity
-from farmer_jax.jobs import restore
+from farmer_jax.evaluation import classifier, feature_statistics
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import workdir as workdir_lib
+from farmer_jax.workdir import layout
 
 
 def load(path):
   """Configuration, model, parameters and folder of a trained run."""
-  workdir = workdir_lib.absolute(path)
-  config = config_lib.from_config_dict(workdir_lib.read_config(workdir))
+  workdir = layout.absolute(path)
+  config = config_lib.from_config_dict(layout.read_config(workdir))
   model = farmer.build(config)
-  params, _ = restore.load_params(config, workdir, model)
+  params, _ = api.load_params(config, workdir, model)
   return config, model, params, workdir
 
 
@@ -35,7 +35,7 @@ class Judge:
     self.images = valid.gather(np.arange(len(valid)))
     folder, contents = workdir / 'fidelity', base.contents(train)
     network, params, _ = classifier.load_or_train(config.data, train, folder, contents)
-    self._extract = fidelity.Extractor(network, params, 1000)
+    self._extract = feature_statistics.Extractor(network, params, 1000)
     self._reference = self._statistics(self.images['image'])
     self.accuracy = self._accuracy(self._reference, self.images['label'])
     same = train.gather(np.arange(len(valid)))
@@ -44,7 +44,7 @@ class Judge:
   def __call__(self, images, labels):  # uint8 [n, H, W, C], int [n]
     """How often the classifier sees the class, and the distance to the held-out images."""
     found = self._statistics(images)
-    distance = fidelity.frechet_distance(found.pool, self._reference.pool)
+    distance = feature_statistics.frechet_distance(found.pool, self._reference.pool)
     return self._accuracy(found, labels), distance
 
   def _statistics(self, images):

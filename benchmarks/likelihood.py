@@ -13,7 +13,7 @@ from absl import app, flags, logging
 
 from farmer_jax import config as config_lib
 from farmer_jax import jobs
-from farmer_jax.runtime import workdir as workdir_lib
+from farmer_jax.workdir import layout
 
 _RUN = flags.DEFINE_string('run', None, 'Workdir of a trained run.', required=True)
 _OTHER = flags.DEFINE_multi_string('other', ['digits', 'synthetic'], 'Sources to be told apart.')
@@ -26,8 +26,8 @@ _DRAWS = flags.DEFINE_list('draws', ['1', '16'], 'Draws of the noise.')
 
 def report(name, **settings):
   """The report of a likelihood job on the run."""
-  run = workdir_lib.absolute(_RUN.value)
-  config = config_lib.from_config_dict(workdir_lib.read_config(run))
+  run = layout.absolute(_RUN.value)
+  config = config_lib.from_config_dict(layout.read_config(run))
   likelihood = config_lib.Likelihood(name=name, **settings)
   config = dataclasses.replace(config, job='likelihood', likelihood=likelihood)
   config_lib.check(config)

@@ -19,7 +19,7 @@ from configs import fashion_mnist
 from farmer_jax import config as config_lib
 from farmer_jax import sampling
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import host
+from farmer_jax.xla import host
 
 _RUN = flags.DEFINE_string('run', None, 'Workdir of a trained run.')
 _REPEATS = flags.DEFINE_integer('repeats', 7, 'Calls of each variant.')

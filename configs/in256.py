@@ -17,7 +17,7 @@ been repeated with this code yet.
 Batch size and clipping are not published; 1024 and 1.0 are this project's choice.
 """
 
-from farmer_jax import config
+from farmer_jax import config, errors
 
 TRAIN_IMAGES = 1_281_167
 _EPOCHS = 320
@@ -41,7 +41,7 @@ def get_config(variant='1.1b-p16'):
   size, _, patch = variant.partition('-')
   if size not in _SIZES or patch not in _PATCHES:
     known = ', '.join(f'{s}-{p}' for s in _SIZES for p in _PATCHES)
-    raise config.ConfigError(f'configs/in256.py has no variant {variant!r}; it has {known}')
+    raise errors.ConfigError(f'configs/in256.py has no variant {variant!r}; it has {known}')
   c = config.defaults()
   c.name = f'in256-{variant}'
   c.data.source = 'imagenet2012'

@@ -7,6 +7,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from farmer_jax import config as config_lib
+from farmer_jax import errors
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config',
@@ -41,7 +42,7 @@ def main(argv):
     print(config_lib.describe())
     return
   if len(argv) > 1:
-    raise config_lib.ConfigError(f'unexpected argument {argv[1]!r}; options start with --')
+    raise errors.ConfigError(f'unexpected argument {argv[1]!r}; options start with --')
   values = _config_values()
   if _JOB.value:
     values.job = _JOB.value
@@ -51,17 +52,17 @@ def main(argv):
   import jax
 
   from farmer_jax import jobs
-  from farmer_jax.runtime import distributed, preemption
+  from farmer_jax.distributed import preemption, processes
 
-  processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-  if _DISTRIBUTED.value or any(value is not None for value in processes):
-    distributed.start(*processes)
+  given = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  if _DISTRIBUTED.value or any(value is not None for value in given):
+    processes.start(*given)
   try:
     jobs.run(config, _WORKDIR.value or f'runs/{config.name}')
   except preemption.Preempted as notice:
     print(notice, file=sys.stderr)
     sys.exit(preemption.START_AGAIN)
-  except config_lib.ConfigError as error:
+  except errors.ConfigError as error:
     if jax.process_count() == 1:
       raise
     # The others may be waiting for this one: leaving in good order would wait for them.
@@ -72,23 +73,23 @@ def main(argv):
 def _config_values():
   """The ConfigDict that --config and its overrides make."""
   if _CONFIG.value is None:
-    raise config_lib.ConfigError('no --config given, for example --config=configs/quickstart.py')
+    raise errors.ConfigError('no --config given, for example --config=configs/quickstart.py')
   try:
     return _CONFIG.value.unlock()
   except OSError as error:  # The library remembers that the file could not be read until here.
     reason = ' '.join(str(error).split()).partition('Attempted ')[2] or error
-    raise config_lib.ConfigError(f'cannot read the --config file: {reason}') from error
+    raise errors.ConfigError(f'cannot read the --config file: {reason}') from error
 
 
 def _parse_flags(argv):
   """Parses flags; what is wrong with them is reported like any other mistake of the user's."""
   try:
     return flags.FLAGS(argv)
-  except config_lib.ConfigError:
+  except errors.ConfigError:
     raise
   except (AttributeError, KeyError, flags.Error, OSError, TypeError, ValueError) as error:
     message = _own_mistake(error) or _unknown_override(argv) or ' '.join(str(error).split())
-    raise config_lib.ConfigError(message) from error
+    raise errors.ConfigError(message) from error
 
 
 def _own_mistake(error):
@@ -96,7 +97,7 @@ def _own_mistake(error):
   traceback in its place."""
   message = None
   while error is not None:
-    if isinstance(error, config_lib.ConfigError):
+    if isinstance(error, errors.ConfigError):
       message = str(error)
     error = error.__cause__ or error.__context__
   return message
@@ -120,7 +121,7 @@ def run():
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   try:
     app.run(main, flags_parser=_parse_flags)
-  except config_lib.ConfigError as error:
+  except errors.ConfigError as error:
     _say(error)
     sys.exit(1)
 

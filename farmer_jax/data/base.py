@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import tqdm
 
-from farmer_jax.config import ConfigError
+from farmer_jax.errors import ConfigError
 
 SPLITS = ('train', 'valid')
 

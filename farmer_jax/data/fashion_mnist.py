@@ -7,8 +7,8 @@ import zlib
 
 import numpy as np
 
-from farmer_jax.config import ConfigError
 from farmer_jax.data import base, images, tfds
+from farmer_jax.errors import ConfigError
 
 CLASS_NAMES = (
   'T-shirt/top',

@@ -19,8 +19,8 @@ import pathlib
 import numpy as np
 from absl import logging
 
-from farmer_jax.config import ConfigError
 from farmer_jax.data import base, images
+from farmer_jax.errors import ConfigError
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 

@@ -9,8 +9,8 @@ import numpy as np
 from absl import logging
 
 from farmer_jax import config as config_lib
-from farmer_jax.config import ConfigError
-from farmer_jax.data import base, faults, readahead
+from farmer_jax.data import bad_examples, base, prefetching
+from farmer_jax.errors import ConfigError
 
 
 def train_iterator(source, data, batch_size, seed, process_index=0, process_count=1):
@@ -37,7 +37,7 @@ def train_iterator(source, data, batch_size, seed, process_index=0, process_coun
   """
   _check_batch(batch_size, process_count, 'train.batch_size')
   part = _part(batch_size, process_index, process_count)
-  read = faults.Reader(source, data.max_bad_examples)
+  read = bad_examples.Reader(source, data.max_bad_examples)
 
   def batches(order):
     return (
@@ -77,7 +77,7 @@ class TrainIterator(grain.DatasetIterator):
     """Starts nothing yet.
 
     Args:
-      batches: batches(order) -> grain.MapDataset of (batch, tuple of `faults.Failure`).
+      batches: batches(order) -> grain.MapDataset of (batch, tuple of `bad_examples.Failure`).
       data: config.Data.
       workers: number of worker processes.
       identity: dict of ints that a state must have in common with this iterator.
@@ -89,9 +89,9 @@ class TrainIterator(grain.DatasetIterator):
     self._identity = identity
     self._position = 0
     self._order = self._newest_order = 0
-    self._ledger = faults.Ledger(data.max_bad_examples)
+    self._ledger = bad_examples.Ledger(data.max_bad_examples)
     self._restarts = 0
-    self._patience = readahead.Patience(data.stall_seconds, data.stall_limit_seconds)
+    self._patience = prefetching.Patience(data.stall_seconds, data.stall_limit_seconds)
     self._stream = self._open()
 
   def _open(self):
@@ -99,9 +99,9 @@ class TrainIterator(grain.DatasetIterator):
     remaining = self._batches(self._order)[self._position :]
     data = self._data
     if not self._workers:
-      return readahead.ReadAhead(remaining.__getitem__, data.threads, data.prefetch)
+      return prefetching.ReadAhead(remaining.__getitem__, data.threads, data.prefetch)
     options = _read_options(data.threads, data.prefetch)
-    return readahead.Workers(remaining, options, self._workers, data.stall_seconds)
+    return prefetching.Workers(remaining, options, self._workers, data.stall_seconds)
 
   def __next__(self):
     self._assert_not_closed()
@@ -109,9 +109,9 @@ class TrainIterator(grain.DatasetIterator):
       try:
         batch, failures = self._stream.take(self._patience)
         break
-      except readahead.WorkerDiedError as error:
+      except prefetching.WorkerDiedError as error:
         self._restart(error)
-      except readahead.StallError:
+      except prefetching.StallError:
         self._stream.kill()
         raise
     if failures:
@@ -256,7 +256,7 @@ def valid_batches(
   _check_batch(batch_size, process_count, 'train.valid_batch_size')
   count = len(source) if limit is None else min(limit, len(source))
   part = _part(batch_size, process_index, process_count)
-  read = faults.Reader(source, data.max_bad_examples) if data else None
+  read = bad_examples.Reader(source, data.max_bad_examples) if data else None
 
   def gather(batch):
     indices = start + np.arange(batch * batch_size, (batch + 1) * batch_size)[part]
@@ -269,12 +269,12 @@ def valid_batches(
     return {**examples, 'index': real.astype(np.int32), 'mask': mask}, failures
 
   batches = -(-max(count - start, 0) // batch_size)
-  stream = readahead.ReadAhead(gather, threads, prefetch, batches)
+  stream = prefetching.ReadAhead(gather, threads, prefetch, batches)
   settings = data or config_lib.Data()
-  patience = readahead.Patience(
+  patience = prefetching.Patience(
     settings.stall_seconds, settings.stall_limit_seconds, what='validation data'
   )
-  ledger = faults.Ledger(settings.max_bad_examples, 'validation examples')
+  ledger = bad_examples.Ledger(settings.max_bad_examples, 'validation examples')
   try:
     for _ in range(batches):
       batch, failures = stream.take(patience)

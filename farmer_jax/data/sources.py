@@ -6,8 +6,8 @@ source[0]            # {'image': uint8 [H, W, C], 'label': int32 []}
 source.gather([0, 7])  # {'image': uint8 [2, H, W, C], 'label': int32 [2]}
 """
 
-from farmer_jax.config import ConfigError
 from farmer_jax.data import base, digits, fashion_mnist, folder, synthetic, tfds
+from farmer_jax.errors import ConfigError
 
 _LOADERS = {
   'digits': digits.load,

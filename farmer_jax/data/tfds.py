@@ -5,8 +5,8 @@ import typing
 
 import numpy as np
 
-from farmer_jax.config import ConfigError
 from farmer_jax.data import base, images
+from farmer_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

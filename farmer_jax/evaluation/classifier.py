@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from farmer_jax.evaluation import fidelity
+from farmer_jax import terminal
+from farmer_jax.evaluation import feature_statistics
 from farmer_jax.ops import random
-from farmer_jax.runtime import console, workdir
+from farmer_jax.workdir import layout
 
 CHANNELS = 128  # features of an image
 _BATCH, _STEPS, _SEED = 128, 5000, 0
@@ -27,12 +28,12 @@ class Network(nn.Module):
 
   @nn.compact
   def __call__(self, images):  # uint8 [B, H, W, C]
-    """The `fidelity.Outputs`."""
+    """The `feature_statistics.Outputs`."""
     x = images.astype(jnp.float32) / 127.5 - 1
     for channels in (32, 64, 128):
       x = nn.relu(nn.Conv(channels, (3, 3), (2, 2))(x))
     features = nn.relu(nn.Dense(CHANNELS)(x.reshape(len(x), -1)))
-    return fidelity.Outputs(features, nn.Dense(self.num_classes)(features))
+    return feature_statistics.Outputs(features, nn.Dense(self.num_classes)(features))
 
 
 def load_or_train(data, train_source, folder, contents):
@@ -45,7 +46,7 @@ def load_or_train(data, train_source, folder, contents):
     contents: of the images, as `data.base.contents` has it.
 
   Returns:
-    network(params, uint8 [B, H, W, C]) -> `fidelity.Outputs`, its params, and what tells these
+    network(params, uint8 [B, H, W, C]) -> `feature_statistics.Outputs`; its params, and what tells these
     weights from others, in characters.
   """
   what = repr((contents, len(train_source), data.image_size, data.channels, data.num_classes))
@@ -56,7 +57,7 @@ def load_or_train(data, train_source, folder, contents):
   if params is None:
     params = _train(data, train_source, template)
     folder.mkdir(parents=True, exist_ok=True)
-    with workdir.replacing(file) as temporary, temporary.open('wb') as opened:
+    with layout.replacing(file) as temporary, temporary.open('wb') as opened:
       np.savez(opened, *jax.tree.leaves(params))
   network = Network(data.num_classes)
   digest = hashlib.sha256()
@@ -75,7 +76,7 @@ def _read(file, leaves, tree):
     with file.open('rb') as opened, np.load(opened) as arrays:
       found = [arrays[f'arr_{i}'] for i in range(len(leaves))]
   except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-    console.say(f'{file} is damaged ({error}); the classifier is trained again.')
+    terminal.say(f'{file} is damaged ({error}); the classifier is trained again.')
     return None
   return jax.tree.unflatten(tree, found)
 
@@ -103,7 +104,7 @@ def _train(data, source, params):
     return optax.apply_updates(params, updates), state, value
 
   state, order = optimizer.init(params), np.random.default_rng(_SEED)
-  with console.progress('training the classifier', 'step', _STEPS) as bar:
+  with terminal.progress('training the classifier', 'step', _STEPS) as bar:
     for index in range(_STEPS):
       batch = source.gather(order.integers(len(source), size=_BATCH))
       params, state, value = step(params, state, batch['image'], batch['label'], index)

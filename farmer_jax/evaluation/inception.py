@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from farmer_jax.config import ConfigError
-from farmer_jax.evaluation import fidelity, torch_weights
+from farmer_jax.errors import ConfigError
+from farmer_jax.evaluation import feature_statistics, torch_weights
 
 FILE = 'pt_inception-2015-12-05-6726825d.pth'
 
@@ -36,7 +36,7 @@ def load(path):
     path: of pytorch-fid's file of weights.
 
   Returns:
-    network(params, uint8 [B, H, W, C]) -> `fidelity.Outputs`, grey images standing for grey ones in
+    network(params, uint8 [B, H, W, C]) -> `feature_statistics.Outputs`, grey images standing for grey ones in
     colour; its params; and what tells these weights from others, in characters.
 
   Raises:
@@ -79,7 +79,7 @@ def resized(images):  # uint8 [B, H, W, 1 or 3]
 
 
 class Inception(nn.Module):
-  """The network, from `resized` images to `fidelity.Outputs`, float32: `pool` [B, 2048], of FID,
+  """The network, from `resized` images to `feature_statistics.Outputs`, float32: `pool` [B, 2048], of FID,
   KID, precision and recall; `logits` [B, 1008], of the Inception Score; `spatial` [B, 2023], of
   sFID: 17 x 17 positions, 7 channels (ADM, arXiv 2105.05233)."""
 
@@ -109,7 +109,7 @@ class Inception(nn.Module):
     x = BlockE('max', name='Mixed_7c')(x)
     pool = x.mean((1, 2))  # [B, CHANNELS]
     logits = nn.Dense(1008, use_bias=False, precision=jax.lax.Precision.HIGHEST, name='fc')(pool)
-    return fidelity.Outputs(pool, logits, spatial)
+    return feature_statistics.Outputs(pool, logits, spatial)
 
 
 class Unit(nn.Module):

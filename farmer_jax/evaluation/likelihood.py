@@ -1,6 +1,6 @@
 """The likelihood of images, one by one and averaged.
 
-The noise of an image is its own (`objectives.evaluation_images`): but for rounding, no figure
+The noise of an image is its own (`losses.evaluation_images`): but for rounding, no figure
 depends on how images are batched or spread over devices.
 """
 
@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from farmer_jax import objectives
+from farmer_jax import losses
 from farmer_jax.ops import bits
 
 
@@ -19,7 +19,7 @@ from farmer_jax.ops import bits
 class Scores:
   """Negative log-likelihoods, an entry an image. Leading axes [draws, B] until they are averaged.
 
-  `terms` add up to `loss`, nats/dim each: those of `objectives.nll_terms` and, where the class is
+  `terms` add up to `loss`, nats/dim each: those of `losses.nll_terms` and, where the class is
   unknown, `nll_class`. Given the class after the fact, with its exact posterior, the others are
   averages, and `nll_class`, log C minus the posterior's entropy, is what is left.
   """
@@ -57,7 +57,7 @@ class Scorer:
     """
 
     def one_draw(draw):
-      values = objectives.evaluation_images(images, indices, self._noise, self._seed, draw)
+      values = losses.evaluation_images(images, indices, self._noise, self._seed, draw)
       return self._density(params, values, labels)
 
     scores = jax.lax.map(one_draw, jnp.arange(self._draws))
@@ -81,7 +81,7 @@ class Scorer:
     if self._condition != 'label':
       labels = jnp.full_like(labels, classes)
     density = self._model.apply({'params': params}, images, labels)
-    terms = objectives.nll_terms(density, dims)
+    terms = losses.nll_terms(density, dims)
     loss = terms.pop('loss')
     return Scores(loss, terms, -density.log_dets.T / dims, -density.tokens, None)
 
@@ -107,7 +107,7 @@ def _marginal(densities, dims):  # a LogDensity with a leading axis C
     # A class that is impossible may have infinite terms.
     return jnp.where(weights > 0, weights * values, 0).sum(0)
 
-  terms = jax.vmap(functools.partial(objectives.nll_terms, dims=dims))(densities)
+  terms = jax.vmap(functools.partial(losses.nll_terms, dims=dims))(densities)
   del terms['loss']
   terms = jax.tree.map(average, terms)
   entropy = jax.scipy.special.entr(posterior).sum(0)

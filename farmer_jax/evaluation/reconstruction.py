@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from farmer_jax import objectives
+from farmer_jax import losses
 from farmer_jax.ops import dequantize
 
 
 class ReconstructionEvaluator:
   """Errors of a student on a split, without noise on its input.
 
-  Images are as the teacher is evaluated on them: `objectives.evaluation_images`.
+  Images are as the teacher is evaluated on them: `losses.evaluation_images`.
   """
 
   def __init__(self, model, config, teacher):
@@ -44,8 +44,8 @@ class ReconstructionEvaluator:
 
 def _masked_sums(params, teacher, batch, *, model, config):
   """Sums over the real examples of a batch of the errors of each block, [T], and their count."""
-  images = objectives.evaluation_images(batch['image'], batch['index'], config.noise, config.seed)
-  errors = objectives.student_errors(
+  images = losses.evaluation_images(batch['image'], batch['index'], config.noise, config.seed)
+  errors = losses.student_errors(
     params,
     teacher,
     images,

@@ -15,7 +15,7 @@ import zipfile
 
 import numpy as np
 
-from farmer_jax.config import ConfigError
+from farmer_jax.errors import ConfigError
 
 # What begins a file of the older format, as pickled integers.
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001

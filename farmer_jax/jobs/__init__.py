@@ -5,7 +5,8 @@ import importlib
 
 import jax
 
-from farmer_jax.runtime import distributed, host, preemption
+from farmer_jax.distributed import preemption, processes
+from farmer_jax.xla import host
 
 _TRAIN = ('pretrain', 'distill')
 
@@ -30,6 +31,6 @@ def run(config, workdir):
   except preemption.Preempted as notice:
     preempted = notice
   # The first process may have more to do than the others, which would give it up if they ended.
-  distributed.wait_for_all('end')
+  processes.wait_for_all('end')
   if preempted:
     raise preempted

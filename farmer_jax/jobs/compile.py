@@ -9,15 +9,14 @@ import time
 import jax
 import numpy as np
 
-from farmer_jax import config as config_lib
-from farmer_jax import sampling
+from farmer_jax import errors, sampling, terminal
 from farmer_jax.jobs import pretrain, training
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import console, flops, hlo
-from farmer_jax.runtime import workdir as workdir_lib
 from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
+from farmer_jax.workdir import layout
+from farmer_jax.xla import flops, hlo
 
 STEP = 'training step'
 
@@ -49,7 +48,7 @@ def run(config, workdir):
     sampler = _lowered_sampler(config, spread, state.params)
     programs |= {name: (lambda program=program: program) for name, program in sampler.items()}
   for name, program in programs.items():
-    console.say(f'Compiling the {name} for {len(devices)} x {devices[0].device_kind} ...')
+    terminal.say(f'Compiling the {name} for {len(devices)} x {devices[0].device_kind} ...')
     options = step_lib.COMPILER_OPTIONS.get(devices[0].platform) if name == STEP else None
     report['programs'][name] = _compiled(name, program(), devices[0].device_kind, options)
   _add_utilisation(report)
@@ -59,7 +58,7 @@ def run(config, workdir):
   shape = 'x'.join(map(str, spread.mesh.shape.values()))
   settings = f'{shape}-{config.train.batch_size}-{config.model.remat}-{config.model.dtype}'
   file = folder / f'{name}-{settings}.json'
-  workdir_lib.write_atomically(file, json.dumps(report, indent=2) + '\n')
+  layout.write_atomically(file, json.dumps(report, indent=2) + '\n')
   _print_report(report)
   print(file)
 
@@ -76,7 +75,7 @@ def _devices(topology):
     return topologies.get_topology_desc(topology, platform='tpu').devices
   except Exception as error:  # libtpu is missing, or does not know the name; the types vary.
     reason = ' '.join(str(error).split())[:200]
-    raise config_lib.ConfigError(
+    raise errors.ConfigError(
       f'cannot compile for config.compile.topology={topology} ({reason}); the name is as in'
       ' v5e:16x16, and the compiler comes with: pip install "farmer_jax[tpu]"'
     ) from error
@@ -114,7 +113,7 @@ def _compiled(name, lowered, kind, options):
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     reason = ' '.join(str(error).split())[:200]
-    raise config_lib.ConfigError(
+    raise errors.ConfigError(
       f'the {name} does not fit into a device ({reason}); a smaller config.train.batch_size, a'
       ' larger config.mesh.fsdp or another config.model.remat takes less'
     ) from error

@@ -6,29 +6,28 @@ import functools
 import jax
 import numpy as np
 
-from farmer_jax import objectives, sampling
-from farmer_jax.evaluation import figures, reconstruction, sweeps
-from farmer_jax.jobs import restore, training
+from farmer_jax import api, losses, sampling, terminal
+from farmer_jax.evaluation import figures, reconstruction, sampling_figures
+from farmer_jax.jobs import training
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import console
-from farmer_jax.runtime import workdir as workdir_lib
+from farmer_jax.workdir import layout
 
 
 def run(config, workdir):
   """Distils, validates, draws samples by the student; prints how close and how fast it is."""
   config = dataclasses.replace(
     config,
-    teacher=str(workdir_lib.absolute(config.teacher)),
+    teacher=str(layout.absolute(config.teacher)),
     sampling=dataclasses.replace(config.sampling, inverse='student'),
   )
   data = training.load_data(config)
   mesh = training.make_mesh(config)
   model = farmer.build(config)
-  teacher, record = restore.load_teacher(config, workdir, model)
+  teacher, record = api.load_teacher(config, workdir, model)
   teacher = mesh.place(farmer.with_names(teacher, model))
   workdir = training.claim(config, workdir, data)
   if not jax.process_index():
-    restore.keep_teacher(workdir, record)
+    api.keep_teacher(workdir, record)
   settings = config.distill
 
   def complete(params):
@@ -42,10 +41,8 @@ def run(config, workdir):
     model=model,
     evaluator=reconstruction.ReconstructionEvaluator(model, config, teacher),
     complete=complete,
-    init_params=functools.partial(
-      objectives.init_student, model=model, objective=settings.objective
-    ),
-    loss_fn=functools.partial(objectives.distillation_loss, model=model, config=config),
+    init_params=functools.partial(losses.init_student, model=model, objective=settings.objective),
+    loss_fn=functools.partial(losses.distillation_loss, model=model, config=config),
     constants={'teacher': teacher},
   )
   params = complete(state.best_params)
@@ -55,7 +52,7 @@ def run(config, workdir):
 def _report(config, workdir, model, params, valid, examples, class_names):
   """The closing lines, and a picture of what the student makes of drawn latents."""
   if valid:
-    console.tell(
+    terminal.tell(
       f'Held-out reconstruction ({examples} images): {valid["psnr"]:.2f} dB, root mean square error'
       f' {valid["rmse"]:.4f} (pixels in [-1, 1])'
     )
@@ -63,14 +60,14 @@ def _report(config, workdir, model, params, valid, examples, class_names):
   batch = np.resize(labels[:, 0], config.sampling.batch_size)
   z = sampling.Sampler(model, config).latents(params, batch, np.arange(len(batch)))
   found = sampling.compare_student(model, config, params, jax.block_until_ready(z), batch)
-  console.tell(
+  terminal.tell(
     f'Samples against the exact inverse: {found["psnr"]:.2f} dB; {found["ms_per_image"]:.2f} ms an'
     f' image in place of {found["sequential_ms_per_image"]:.2f} ({found["speedup"]:.1f} times'
     f' faster), in batches of {len(batch)}'
   )
   names = [class_names[label] for label in labels[:, 0]] if class_names else ()
   path = workdir / 'figures' / 'student.png'
-  picture = sweeps.student(model, config, params, labels[:, 0], names)
+  picture = sampling_figures.student(model, config, params, labels[:, 0], names)
   if not jax.process_index():
     figures.save_png(path, picture)
-  console.tell(f'Exact, student, difference: {path}')
+  terminal.tell(f'Exact, student, difference: {path}')

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 
 from farmer_jax import config as config_lib
+from farmer_jax import errors, terminal
 from farmer_jax.data import base, sources
-from farmer_jax.evaluation import classifier, fidelity, inception
+from farmer_jax.evaluation import classifier, feature_statistics, inception
 from farmer_jax.jobs import sample
-from farmer_jax.runtime import console, host
-from farmer_jax.runtime import workdir as workdir_lib
+from farmer_jax.workdir import layout
+from farmer_jax.xla import host
 
 # Settings that have no say in the figures.
 _NOT_IN_NAME = {'name', 'samples', 'count', 'weights', 'batch_size'}
@@ -31,7 +32,7 @@ _CLASSIFIER_NAMES = {
 def run(config, workdir):
   """Draws what samples are missing and compares them with real images; writes
   WORKDIR/fidelity/<name>.json and prints the figures."""
-  workdir = workdir_lib.open_run(config, workdir)
+  workdir = layout.open_run(config, workdir)
   host.cache_compilations(workdir)
   settings, folder = config.fidelity, workdir / 'fidelity'
   path = settings.samples
@@ -46,7 +47,7 @@ def run(config, workdir):
   samples = judge.suited(ImageSet.open(path, config)).first(settings.count)
   drawn = {} if settings.samples else json.loads((path / sample.REPORT_FILE).read_text())
   statistics = judge.statistics(samples, 'samples', settings.compared)
-  figures = fidelity.compare(statistics, reference, settings.neighbours)
+  figures = feature_statistics.compare(statistics, reference, settings.neighbours)
   report = {
     'samples': samples.name,
     'count': len(samples),
@@ -60,10 +61,10 @@ def run(config, workdir):
   # Paths may end in the same name.
   name = samples.name
   if settings.samples is not None:
-    name += f'-{workdir_lib.fingerprint(workdir_lib.absolute(settings.samples))}'
-  stem = workdir_lib.results_name(f'{name}-{len(samples)}', settings, _NOT_IN_NAME)
+    name += f'-{layout.fingerprint(layout.absolute(settings.samples))}'
+  stem = layout.results_name(f'{name}-{len(samples)}', settings, _NOT_IN_NAME)
   file = folder / f'{settings.name or stem}.json'
-  workdir_lib.write_atomically(file, json.dumps(report, indent=2) + '\n')
+  layout.write_atomically(file, json.dumps(report, indent=2) + '\n')
   _print_report(report, file)
 
 
@@ -76,20 +77,20 @@ def _draw(config, workdir):
 
 
 def load_reference(config, judge, folder):
-  """The `fidelity.Statistics` to compare with, and their name; those of images are kept in
+  """The `feature_statistics.Statistics` to compare with, and their name; those of images are kept in
   `folder`."""
   settings, statistics = config.fidelity, None
   if settings.reference is None:
     source = sources.load(config.data, settings.split)
     images = ImageSet.of(source, f'{config.data.source} ({settings.split})')
   else:
-    path = workdir_lib.absolute(settings.reference)
+    path = layout.absolute(settings.reference)
     arrays = _read_npz(path) if path.suffix == '.npz' else ()
     if 'mu' in arrays:
       try:
-        loaded = fidelity.load(arrays)
+        loaded = feature_statistics.load(arrays)
       except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise config_lib.ConfigError(f'cannot read {path}: {error}') from error
+        raise errors.ConfigError(f'cannot read {path}: {error}') from error
       statistics = judge.checked(loaded)
       if 'arr_0' not in arrays:
         return statistics, path.name
@@ -105,7 +106,7 @@ class Judge:
 
   Args:
     name: 'inception' or 'classifier'.
-    extractor: a `fidelity.Extractor`.
+    extractor: a `feature_statistics.Extractor`.
     channels: of its features.
     identity: what distinguishes it from other networks, in characters.
     side: of the images that it takes; None: any.
@@ -123,11 +124,11 @@ class Judge:
     name = config_lib.fidelity_network(config)
     if name == 'inception':
       network, params, identity = inception.load(settings.weights)
-      extractor = fidelity.Extractor(network, params, settings.batch_size)
+      extractor = feature_statistics.Extractor(network, params, settings.batch_size)
       return cls(name, extractor, inception.CHANNELS, identity)
     train, valid = (sources.load(data, split) for split in ('train', 'valid'))
     network, params, identity = classifier.load_or_train(data, train, folder, base.contents(train))
-    extractor = fidelity.Extractor(network, params, settings.batch_size)
+    extractor = feature_statistics.Extractor(network, params, settings.batch_size)
     judge = cls(name, extractor, classifier.CHANNELS, identity, side=data.image_size)
     labels = np.concatenate(
       [valid.gather(part)['label'] for part in np.array_split(np.arange(len(valid)), 100)]
@@ -137,14 +138,14 @@ class Judge:
     return judge
 
   def statistics(self, images, what, kept, with_logits=True):
-    """The `fidelity.Statistics` of an `ImageSet`."""
+    """The `feature_statistics.Statistics` of an `ImageSet`."""
     return self._extractor(images.gather, len(images), kept, what, with_logits)
 
   def suited(self, images):
     """The `ImageSet`, if this network can look at it."""
     shape = images.gather(np.array([0])).shape[1:]
     if self._side not in (None, shape[0]):
-      raise config_lib.ConfigError(
+      raise errors.ConfigError(
         f'the images of {images.name} are {shape[0]} × {shape[1]} pixels, and the classifier knows'
         f' {self._side} × {self._side}; set config.fidelity.network=inception'
       )
@@ -153,20 +154,20 @@ class Judge:
   def kept_statistics(self, images, settings, folder):
     """Those of real images, computed once and then read from `folder`."""
     about = self._identity, images.identity, len(images), settings.compared
-    file = folder / f'reference-{workdir_lib.fingerprint(about)}.npz'
+    file = folder / f'reference-{layout.fingerprint(about)}.npz'
     if file.exists():
-      return fidelity.load(_read_npz(file))
+      return feature_statistics.load(_read_npz(file))
     statistics = self.statistics(images, 'real images', settings.compared, with_logits=False)
     folder.mkdir(parents=True, exist_ok=True)
-    with workdir_lib.replacing(file) as temporary, temporary.open('wb') as opened:
-      fidelity.save(opened, statistics)
+    with layout.replacing(file) as temporary, temporary.open('wb') as opened:
+      feature_statistics.save(opened, statistics)
     return statistics
 
   def checked(self, statistics):
     """The statistics, if they are of features of this network, by their number."""
     channels = len(statistics.pool.mean)
     if channels != self._channels:
-      raise config_lib.ConfigError(
+      raise errors.ConfigError(
         f'config.fidelity.reference has statistics of {channels} features, and the {self.name} has'
         f' {self._channels}; set config.fidelity.network, or another reference'
       )
@@ -213,9 +214,9 @@ class ImageSet:
   @classmethod
   def open(cls, path, config):
     """The images at a path: an npz with `arr_0`, a folder of such files, or one of images."""
-    path = workdir_lib.absolute(path)
+    path = layout.absolute(path)
     if not path.exists():
-      raise config_lib.ConfigError(f'{path} does not exist; it should hold images to be compared')
+      raise errors.ConfigError(f'{path} does not exist; it should hold images to be compared')
     files = [path] if path.is_file() else sorted(path.glob('*.npz'))
     if not files:
       data = dataclasses.replace(
@@ -244,13 +245,13 @@ def _image_count(file):
       else:
         shape, _, dtype = np.lib.format.read_array_header_2_0(member)
   except KeyError:
-    raise config_lib.ConfigError(
+    raise errors.ConfigError(
       f'{file} has no images (arr_0), nor statistics (mu and sigma)'
     ) from None
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-    raise config_lib.ConfigError(f'cannot read {file}: {error}') from error
+    raise errors.ConfigError(f'cannot read {file}: {error}') from error
   if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not shape[0]:
-    raise config_lib.ConfigError(
+    raise errors.ConfigError(
       f'arr_0 of {file} is {dtype} {list(shape)}; images are uint8 [n, H, W, 1 or 3]'
     )
   return shape[0]
@@ -279,7 +280,7 @@ def _read_npz(path):
   try:
     return np.load(path.open('rb'), allow_pickle=False)
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-    raise config_lib.ConfigError(f'cannot read {path}: {error}') from error
+    raise errors.ConfigError(f'cannot read {path}: {error}') from error
 
 
 def _array(path, name):
@@ -287,7 +288,7 @@ def _array(path, name):
   try:
     return _read_npz(path).get(name)
   except (ValueError, EOFError, zipfile.BadZipFile) as error:
-    raise config_lib.ConfigError(f'cannot read {path}: {error}') from error
+    raise errors.ConfigError(f'cannot read {path}: {error}') from error
 
 
 def _accuracy(statistics, labels):
@@ -295,7 +296,7 @@ def _accuracy(statistics, labels):
 
 
 def _print_report(report, file):
-  console.say(
+  terminal.say(
     f'{report["count"]} samples against {report["reference"]}, seen by {report["network"]}'
   )
   for name, value in report.items():

@@ -7,12 +7,13 @@ import json
 import jax
 import numpy as np
 
+from farmer_jax import api, terminal
 from farmer_jax.data import base, pipeline, sources
-from farmer_jax.evaluation import figures, likelihood, likelihood_figures, summary
-from farmer_jax.jobs import restore
+from farmer_jax.distributed import mesh
+from farmer_jax.evaluation import figures, likelihood, likelihood_figures, likelihood_summary
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import console, distributed, host, mesh, shards
-from farmer_jax.runtime import workdir as workdir_lib
+from farmer_jax.workdir import layout, results
+from farmer_jax.xla import host
 
 # Settings that have no say in what the value of an image is.
 _NOT_IN_NAME = {'name', 'source', 'split', 'batch_size'}
@@ -20,7 +21,7 @@ _NOT_IN_NAME = {'name', 'source', 'split', 'batch_size'}
 
 def run(config, workdir):
   """Writes WORKDIR/likelihood/<name>.json and .csv, and figures; prints the result."""
-  workdir = workdir_lib.open_run(config, workdir)
+  workdir = layout.open_run(config, workdir)
   host.cache_compilations(workdir)
   settings = config.likelihood
   source, other = load_sources(config)
@@ -31,27 +32,31 @@ def run(config, workdir):
   if jax.process_index():
     return
   class_names = _class_names(config, workdir)
-  report = scoring.description() | summary.summarise(rows, class_names)
+  report = scoring.description() | likelihood_summary.summarise(rows, class_names)
   pictures = likelihood_figures.draw(rows, source, class_names, report['unit'])
   tables = {'': rows}
   if other_rows is not None:
     names = config.likelihood.source or config.data.source, settings.other_source
-    found = summary.separation(rows, other_rows, source[0]['image'].size)
+    found = likelihood_summary.separation(rows, other_rows, source[0]['image'].size)
     auroc = {name: value for name, (value, *_) in found.items()}
-    report['other'] = {'source': names[1], 'auroc': auroc, **summary.summarise(other_rows)}
+    report['other'] = {
+      'source': names[1],
+      'auroc': auroc,
+      **likelihood_summary.summarise(other_rows),
+    }
     tables['-other'] = other_rows
     pictures['other'] = likelihood_figures.separation(found, names)
-  name = settings.name or workdir_lib.results_name(
+  name = settings.name or layout.results_name(
     f'{settings.source or config.data.source}-{settings.split}', settings, _NOT_IN_NAME
   )
   folder = workdir / 'likelihood'
   folder.mkdir(parents=True, exist_ok=True)
   for suffix, table in tables.items():
-    workdir_lib.write_atomically(folder / f'{name}{suffix}.csv', summary.to_csv(table))
+    layout.write_atomically(folder / f'{name}{suffix}.csv', likelihood_summary.to_csv(table))
   for kind, picture in pictures.items():
     figures.save_png(workdir / 'figures' / f'likelihood-{name}-{kind}.png', picture)
   # Last: where it stands, all the rest does.
-  workdir_lib.write_atomically(folder / f'{name}.json', json.dumps(report, indent=2) + '\n')
+  layout.write_atomically(folder / f'{name}.json', json.dumps(report, indent=2) + '\n')
   _print_report(report)
   print(f'{folder / name}.json, .csv; {workdir / "figures" / f"likelihood-{name}"}-*.png')
 
@@ -60,8 +65,8 @@ def _density_of(config, workdir):
   """Parameters of the density and their checkpoint's step; a student's run has its teacher's."""
   model = farmer.build(config)
   if config.teacher is None:
-    return restore.load_params(config, workdir, model)
-  params, record = restore.load_teacher(config, workdir, model)
+    return api.load_params(config, workdir, model)
+  params, record = api.load_teacher(config, workdir, model)
   return params, record['step']
 
 
@@ -138,7 +143,7 @@ class Scoring:
     store = self._store(source, contents, own, ends[own])
     if ends[own] < ends[own + 1]:
       self._fill(store, source, what, ends[own], ends[own + 1])
-    distributed.wait_for_all(f'scored {what}')
+    processes.wait_for_all(f'scored {what}')
     stores = [self._store(source, contents, p, start) for p, start in enumerate(ends[:-1])]
     parts = [
       {name: store.read(name, end - start) for name in store.names}
@@ -146,7 +151,7 @@ class Scoring:
       if end > start
     ]
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return summary.with_bits(rows) if self._config.noise.kind == 'uniform' else rows
+    return likelihood_summary.with_bits(rows) if self._config.noise.kind == 'uniform' else rows
 
   def _store(self, source, contents, process, start):
     """Where a process keeps the scores of the images from `start` on: apart from those of other
@@ -157,8 +162,8 @@ class Scoring:
     about = contents, self._weights, self._config.noise, settings, process, start
     shapes = jax.eval_shape(self._score, self._params, *self._arguments(_first(source)))
     names = [*shapes, *(['png_bits'] if settings.other_source else []), 'index', 'label']
-    folder = self._folder / f'{self._step}-{workdir_lib.fingerprint(about)}'
-    return shards.Shards(folder, {name: name for name in names})
+    folder = self._folder / f'{self._step}-{layout.fingerprint(about)}'
+    return results.Shards(folder, {name: name for name in names})
 
   def _arguments(self, batch):
     return batch['image'], batch['label'], batch['index']
@@ -172,7 +177,7 @@ class Scoring:
     if settings.dtype == 'bfloat16' and what == 'images' and self._change is None:
       self._change = self._change_by_dtype(next(iter(batches(limit=end, start=start))))
     pending = None
-    with console.progress(f'scoring {what}', 'image', end - start, min(done, end - start)) as bar:
+    with terminal.progress(f'scoring {what}', 'image', end - start, min(done, end - start)) as bar:
       # Batches begin where they did before, so that a job that goes on repeats the same arithmetic.
       for batch in batches(limit=end, start=start + done - done % size):
         batch['mask'] &= batch['index'] >= start + done
@@ -190,7 +195,9 @@ class Scoring:
     rows = {name: array[batch['mask']] for name, array in rows.items()}
     if 'png_bits' in store.names:
       images = batch['image'][batch['mask']]
-      lengths = base.parallel_map(summary.png_bits, images, self._config.data.threads, 'PNG')
+      lengths = base.parallel_map(
+        likelihood_summary.png_bits, images, self._config.data.threads, 'PNG'
+      )
       rows['png_bits'] = np.array(list(lengths), np.int64)
     store.append(**rows)
     return len(rows['index'])
@@ -234,7 +241,7 @@ def _first(source):
 
 def _class_names(config, workdir):
   """A name for each class, its number where it has no other."""
-  names = workdir_lib.read_class_names(workdir)
+  names = layout.read_class_names(workdir)
   return names or tuple(map(str, range(config.data.num_classes)))
 
 

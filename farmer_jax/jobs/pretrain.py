@@ -4,11 +4,10 @@ import functools
 
 import jax
 
-from farmer_jax import objectives
+from farmer_jax import losses, terminal
 from farmer_jax.evaluation import likelihood
 from farmer_jax.jobs import training
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import console
 from farmer_jax.training import divergence, optimizer
 
 
@@ -17,9 +16,7 @@ def objective(config, model):
   noise_std = optimizer.noise_std_schedule(config.noise, config.train.steps)
   return {
     'init_params': functools.partial(farmer.init_named_params, model=model),
-    'loss_fn': functools.partial(
-      objectives.nll_loss, model=model, config=config, noise_std=noise_std
-    ),
+    'loss_fn': functools.partial(losses.nll_loss, model=model, config=config, noise_std=noise_std),
   }
 
 
@@ -27,7 +24,7 @@ def diagnosis(config, model, mesh):
   """diagnose(params, batch, step), as `training.loop.train` takes it."""
   noise_std = optimizer.noise_std_schedule(config.noise, config.train.steps)
   extremes = jax.jit(
-    functools.partial(objectives.nll_extremes, model=model, config=config, noise_std=noise_std),
+    functools.partial(losses.nll_extremes, model=model, config=config, noise_std=noise_std),
     out_shardings=mesh.whole,
   )
 
@@ -55,7 +52,7 @@ def run(config, workdir):
     **objective(config, model),
   )
   if 'bits_per_dim' in valid:
-    console.tell(f'Held-out likelihood ({examples} images): {valid["bits_per_dim"]:.3f} bits/dim')
+    terminal.tell(f'Held-out likelihood ({examples} images): {valid["bits_per_dim"]:.3f} bits/dim')
   elif valid:
     figure = f'{valid["loss"]:.3f} nats/dim (density at noise σ = {valid["noise_std"]:g})'
-    console.tell(f'Held-out likelihood ({examples} images): {figure}')
+    terminal.tell(f'Held-out likelihood ({examples} images): {figure}')

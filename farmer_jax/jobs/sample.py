@@ -9,13 +9,12 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from farmer_jax import config as config_lib
-from farmer_jax import sampling
-from farmer_jax.evaluation import figures, sweeps
-from farmer_jax.jobs import restore
+from farmer_jax import api, errors, sampling, terminal
+from farmer_jax.distributed import mesh, processes
+from farmer_jax.evaluation import figures, sampling_figures
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import console, distributed, host, mesh, shards
-from farmer_jax.runtime import workdir as workdir_lib
+from farmer_jax.workdir import layout, results
+from farmer_jax.xla import host
 
 # Settings that say how many images are wanted and what is made of them, not what image i is.
 _NOT_IN_NAME = {'count', 'batch_size', 'png', 'figures', 'per_class', 'max_classes'}
@@ -30,23 +29,23 @@ REPORT_FILE = 'samples.json'
 def run(config, workdir):
   """Draws `config.sampling.count` images into WORKDIR/samples/<step and settings>/; returns that
   folder. Several processes divide the images among them, a thousand at a time."""
-  workdir = workdir_lib.open_run(config, workdir)
+  workdir = layout.open_run(config, workdir)
   host.cache_compilations(workdir)
-  class_names = workdir_lib.read_class_names(workdir)
+  class_names = layout.read_class_names(workdir)
   labels = parse_labels(config, class_names)
   model = sampling.in_sampling_dtype(farmer.build(config), config.sampling)
-  params, step = restore.load_params(config, workdir, model)
+  params, step = api.load_params(config, workdir, model)
   folder = workdir / 'samples' / folder_name(config.sampling, step)
   plan = _inverse_plan(config, workdir, model, params, step, labels)
   chunks = plan.get('chunks')
   seconds = _draw_missing(config, folder, sampling.Sampler(model, config, chunks), params, labels)
-  distributed.wait_for_all('samples')
+  processes.wait_for_all('samples')
   if jax.process_index():
     return folder
-  store = shards.Shards(folder, ARRAYS)
+  store = results.Shards(folder, ARRAYS)
   names = [_label_name(label, class_names, config.data.num_classes) for label in labels]
   report = _report(config, store, step, plan, seconds)
-  workdir_lib.write_atomically(folder / REPORT_FILE, json.dumps(report, indent=2) + '\n')
+  layout.write_atomically(folder / REPORT_FILE, json.dumps(report, indent=2) + '\n')
   _save_pictures(config, store, folder, names)
   if config.sampling.figures:
     _save_figures(config, workdir, model, params, labels, names, chunks)
@@ -71,7 +70,7 @@ def parse_labels(config, class_names):
       labels.append(int(word))
     else:
       known = f' or one of {", ".join(class_names[:20])}' if class_names else ''
-      raise config_lib.ConfigError(
+      raise errors.ConfigError(
         f'config.sampling.labels has no class {word!r}; a class is a number from 0 to'
         f' {classes - 1}{known}, or none'
       )
@@ -86,7 +85,7 @@ def _label_name(label, class_names, classes):
 
 def folder_name(settings, step):
   """A name for the samples of a checkpoint: the settings that differ from the defaults."""
-  return workdir_lib.results_name(step, settings, _NOT_IN_NAME)
+  return layout.results_name(step, settings, _NOT_IN_NAME)
 
 
 def _inverse_plan(config, workdir, model, params, step, labels):
@@ -104,16 +103,16 @@ def _inverse_plan(config, workdir, model, params, step, labels):
     f' step {step}, batch of {settings.batch_size}, {jax.devices()[0].device_kind}'
   )
   file = workdir / 'inverse_plan.json'
-  plans = workdir_lib.read_json(file, _are_plans) if file.exists() else {}
+  plans = layout.read_json(file, _are_plans) if file.exists() else {}
   if key not in plans and not jax.process_index():  # measures for all
-    console.say('Measuring the inverse of the flow ...')
+    terminal.say('Measuring the inverse of the flow ...')
     batch = _batch_labels(labels, np.arange(settings.batch_size))
     sampler = sampling.Sampler(model, config)
     z = sampler.latents(params, batch, np.arange(settings.batch_size))
     measure = sampling.compare_student if settings.inverse == 'student' else sampling.plan_inverse
     plans[key] = measure(model, config, params, z, batch)
-    workdir_lib.write_atomically(file, json.dumps(plans, indent=2) + '\n')
-  distributed.wait_for_all('plan')
+    layout.write_atomically(file, json.dumps(plans, indent=2) + '\n')
+  processes.wait_for_all('plan')
   plan = json.loads(file.read_text())[key]
   _tell_plan(plan, settings)
   return plan
@@ -125,14 +124,14 @@ def _are_plans(value):
 
 def _tell_plan(plan, settings):
   if settings.inverse == 'student':
-    console.say(
+    terminal.say(
       f'The student is {plan["speedup"]:.1f} times faster than the sequential inverse;'
       f' {plan["psnr"]:.1f} dB between their images.'
     )
   else:
-    console.say(f'Tokens found together in the inverse, by block: {plan["chunks"]}')
+    terminal.say(f'Tokens found together in the inverse, by block: {plan["chunks"]}')
   if plan['difference'] > settings.tolerance:
-    console.say(
+    terminal.say(
       'Images differ from those of the sequential inverse by up to'
       f' {plan["difference"]:.1e}, relative to 1 + |x|: more than'
       f' config.sampling.tolerance={settings.tolerance:g}.'
@@ -146,19 +145,19 @@ def _batch_labels(labels, numbers):
 def _draw_missing(config, folder, sampler, params, labels):
   """Draws what is missing of this process's share; returns seconds an image for the prior and for
   the inverse, without compilation, or None if nothing was left to time."""
-  settings, size_of_shard = config.sampling, shards.SHARD_SIZE
+  settings, size_of_shard = config.sampling, results.SHARD_SIZE
   files = -(-settings.count // size_of_shard)
   process, processes = jax.process_index(), jax.process_count()
   file, next_file = files * process // processes, files * (process + 1) // processes
   origin, end = file * size_of_shard, min(next_file * size_of_shard, settings.count)
   if origin >= end:
     return None
-  store = shards.Shards(folder, ARRAYS, file)
+  store = results.Shards(folder, ARRAYS, file)
   start = min(origin + len(store), end)
-  console.say(f'{start - origin} of {end - origin} images are in {folder}')
+  terminal.say(f'{start - origin} of {end - origin} images are in {folder}')
   devices = mesh.LocalDevices()
   params, size, times = devices.replicate(params), devices.batch_size(settings.batch_size), []
-  with console.progress('sampling', 'image', end - origin, start - origin) as bar:
+  with terminal.progress('sampling', 'image', end - origin, start - origin) as bar:
     # Batches begin where they did before, so that a job that goes on repeats the same arithmetic.
     for first in range(start - start % size, end, size):
       numbers = np.arange(first, first + size)
@@ -212,8 +211,8 @@ def _save_pictures(config, store, folder, names):
     grid = images.reshape(rows, columns, *images.shape[1:])
   figures.save_png(folder / 'grid.png', figures.sample_grid(grid, names if by_class else ()))
   if settings.png:
-    for start in range(0, settings.count, shards.SHARD_SIZE):
-      end = min(start + shards.SHARD_SIZE, settings.count)
+    for start in range(0, settings.count, results.SHARD_SIZE):
+      end = min(start + results.SHARD_SIZE, settings.count)
       for number, image in enumerate(store.read('images', end, start), start):
         figures.save_png(folder / 'png' / f'{number:06d}.png', figures.as_rgb(image))
 
@@ -226,13 +225,13 @@ def _save_figures(config, workdir, model, params, labels, names, chunks):
   if (
     config.model.prior.kind == 'mixture' and config.data.num_classes and config.model.label_dropout
   ):
-    pictures['guidance'] = functools.partial(sweeps.guidance, chunks=chunks)
+    pictures['guidance'] = functools.partial(sampling_figures.guidance, chunks=chunks)
   if config.model.prior.kind == 'mixture' and config.model.prior.informative_channels:
-    pictures['redundant'] = functools.partial(sweeps.redundant, chunks=chunks)
+    pictures['redundant'] = functools.partial(sampling_figures.redundant, chunks=chunks)
   if config.model.flow.blocks:
-    pictures['denoising_path'] = sweeps.path
+    pictures['denoising_path'] = sampling_figures.path
   if config.teacher is not None:
-    pictures['student'] = sweeps.student
+    pictures['student'] = sampling_figures.student
   for name, draw in pictures.items():
     path = workdir / 'figures' / f'{name}.png'
     figures.save_png(path, draw(model, config, params, labels, names))

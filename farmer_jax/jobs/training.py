@@ -7,13 +7,13 @@ import time
 import jax
 import numpy as np
 
-from farmer_jax import config as config_lib
-from farmer_jax import sampling
+from farmer_jax import errors, sampling, terminal
 from farmer_jax.data import base, pipeline, sources
+from farmer_jax.distributed import mesh, processes
 from farmer_jax.evaluation import figures
-from farmer_jax.runtime import console, distributed, host, lock, mesh, metrics
-from farmer_jax.runtime import workdir as workdir_lib
 from farmer_jax.training import loop
+from farmer_jax.workdir import layout, lock, metrics
+from farmer_jax.xla import host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ def make_mesh(config, devices=None):
   """The `mesh.Mesh` to train on, of all devices or of those given."""
   found, settings = mesh.Mesh(config.mesh, devices), config.train
   if settings.batch_size % (found.batch_parts * settings.accumulate):
-    raise config_lib.ConfigError(
+    raise errors.ConfigError(
       f'config.train.batch_size={settings.batch_size} cannot be divided among the'
       f' {found.batch_parts} devices along data and fsdp and the config.train.accumulate='
       f'{settings.accumulate} parts of a batch; make it a multiple of both together'
@@ -43,8 +43,8 @@ def make_mesh(config, devices=None):
 
 def claim_workdir(config, workdir):
   """The workdir, ready for this run; of several processes the first prepares it."""
-  distributed.by_first(lambda: workdir_lib.prepare(config, workdir))
-  workdir = workdir_lib.open_run(config, workdir)
+  processes.by_first(lambda: layout.prepare(config, workdir))
+  workdir = layout.open_run(config, workdir)
   host.cache_compilations(workdir)
   return workdir
 
@@ -53,8 +53,8 @@ def claim(config, workdir, data):
   """The same, with the names of the classes in it."""
   workdir = claim_workdir(config, workdir)
   if not jax.process_index():
-    workdir_lib.write_class_names(workdir, data.train.class_names)
-  console.say(f'{len(data.train)} training and {len(data.valid)} validation images.')
+    layout.write_class_names(workdir, data.train.class_names)
+  terminal.say(f'{len(data.train)} training and {len(data.valid)} validation images.')
   return workdir
 
 
@@ -100,17 +100,17 @@ def train(
     data.train, config.data, settings.batch_size, config.seed, *share
   )
   with contextlib.ExitStack() as held, mesh(), contextlib.closing(iterator):
-    distributed.by_first(lambda: held.enter_context(lock.held(workdir)))
+    processes.by_first(lambda: held.enter_context(lock.held(workdir)))
     state, valid = loop.train(
       config, workdir, mesh, iterator=iterator, validate=validate, draw=draw, **objective
     )
   curves = workdir / 'figures' / 'curves.png'
   if not jax.process_index():
     figures.training_curves(curves, metrics.read(workdir), config.name)
-  console.tell(f'Finished after {(time.monotonic() - start) / 60:.1f} minutes.')
+  terminal.tell(f'Finished after {(time.monotonic() - start) / 60:.1f} minutes.')
   if settings.sample_every:
-    console.tell(f'Samples: {_grid_path(workdir, settings.steps)}')
-  console.tell(f'Curves:  {curves}')
+    terminal.tell(f'Samples: {_grid_path(workdir, settings.steps)}')
+  terminal.tell(f'Curves:  {curves}')
   return state, valid, min(len(data.valid), settings.valid_examples or len(data.valid))
 
 
@@ -123,7 +123,7 @@ def _draw_grid(sampler, params, config, class_names, path):
   labels = sampling.grid_labels(config)
   samples = jax.device_get(sampler(params, labels.reshape(-1), np.arange(labels.size)))
   if not samples.finite.all():
-    console.say(f'{(~samples.finite).sum()} of {labels.size} samples are not finite.')
+    terminal.say(f'{(~samples.finite).sum()} of {labels.size} samples are not finite.')
   names = [class_names[row[0]] for row in labels] if class_names else ()
   grid = figures.sample_grid(
     samples.images.reshape(*labels.shape, *samples.images.shape[1:]), names

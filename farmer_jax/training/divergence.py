@@ -6,9 +6,9 @@ import statistics
 import jax
 import numpy as np
 
-from farmer_jax.config import ConfigError
-from farmer_jax.runtime import console
-from farmer_jax.runtime import workdir as workdir_lib
+from farmer_jax import terminal
+from farmer_jax.errors import ConfigError
+from farmer_jax.workdir import layout
 
 # A log-det is out of the ordinary that is so many times the usual deviation away from the median of
 # the last so many values, and by at least so many nats/dim.
@@ -57,14 +57,14 @@ class Watch:
       folder = self._workdir / 'divergence'
       folder.mkdir(parents=True, exist_ok=True)
       record = {'step': step, 'found': found, 'returns': self._returns, **details}
-      workdir_lib.write_atomically(folder / f'{step}.json', json.dumps(record, indent=2) + '\n')
+      layout.write_atomically(folder / f'{step}.json', json.dumps(record, indent=2) + '\n')
     if self._returns > most:
       raise ConfigError(
         f'training diverges: {what}, after going back {most} times; train into another --workdir,'
         ' with a smaller config.train.optimizer.learning_rate or a larger'
         ' config.train.optimizer.warmup_steps'
       )
-    console.say(f'{what}. Going back, {self._returns} of at most {most} times.')
+    terminal.say(f'{what}. Going back, {self._returns} of at most {most} times.')
 
   def look_at(self, step, values):
     """Says which flow blocks have log-dets out of the ordinary: images then come out blurred."""
@@ -84,7 +84,7 @@ class Watch:
       if np.isfinite(value):
         known.append(value)
     if strange:
-      console.say(
+      terminal.say(
         f'step {step}: log-dets out of the ordinary, nats/dim, in flow blocks {", ".join(strange)}'
       )
 

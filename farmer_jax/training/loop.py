@@ -6,13 +6,16 @@ import time
 import jax
 from clu import parameter_overview
 
-from farmer_jax.runtime import checkpoint, console, metrics, preemption
-from farmer_jax.runtime import mesh as mesh_lib
+from farmer_jax import terminal
+from farmer_jax.checkpoints import checkpointer
+from farmer_jax.distributed import mesh as mesh_lib
+from farmer_jax.distributed import preemption
 from farmer_jax.training import divergence
-from farmer_jax.training import meter as meter_lib
 from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
+from farmer_jax.training import throughput as meter_lib
+from farmer_jax.workdir import metrics
 
 
 def train(
@@ -66,7 +69,7 @@ class _Run:
     self.iterator, self.start = iterator, iterator.get_state()
     self.validate, self.draw = validate, draw
     self.notice, self.watch = notice, watch
-    self.checkpoints = checkpoint.Checkpoints(workdir, config.train)
+    self.checkpoints = checkpointer.Checkpointer(workdir, config.train)
     self.learning_rate = optimizer_lib.learning_rate_schedule(config.train)
     self.valid: dict[str, float] = {}
 
@@ -80,9 +83,9 @@ class _Run:
     )
     self.state, self.step = self.checkpoints.resume(self.initial_state(), iterator)
     if self.step:
-      console.say(f'Going on from step {self.step} of {config.train.steps}.')
+      terminal.say(f'Going on from step {self.step} of {config.train.steps}.')
     else:
-      console.tell(
+      terminal.tell(
         parameter_overview.get_parameter_overview(self.state.params, include_stats=False)
       )
     self.writer = metrics.MetricWriter(self.workdir, self.step)
@@ -163,7 +166,7 @@ class _Run:
     if not self.step:
       self.state = self.initial_state()
     self.iterator.change_order()
-    console.say(
+    terminal.say(
       f'Going on from step {self.step}, the data in another order ({self.iterator.order}).'
     )
     self.writer.close()
@@ -199,12 +202,12 @@ def _initial_state(config, mesh, init_params, optimizer, constants):
 
 def _compile(step_fn, mesh, state, iterator, constants):
   """Compiles the step ahead of the first batch, so that its time is known and said."""
-  console.say('Compiling the training step ...')
+  terminal.say('Compiling the training step ...')
   start = time.monotonic()
   place = iterator.get_state()
   batch = mesh.batch(next(iterator))
   iterator.set_state(place)
   lowered = step_lib.lower(step_fn, mesh, state, batch, constants)
   compiled = lowered.compile(step_lib.COMPILER_OPTIONS.get(jax.default_backend()))
-  console.say(f'... took {time.monotonic() - start:.1f} s.')
+  terminal.say(f'... took {time.monotonic() - start:.1f} s.')
   return compiled

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from farmer_jax import config
+from farmer_jax import config, errors
 from farmer_jax.data import base
 
 KEYS = [f'{index:03}.png' for index in range(200)]
@@ -73,7 +73,7 @@ def test_order_within_a_class_is_not_that_of_the_names():
   'split, fraction, advice', [('valid', 0.01, 'raise'), ('train', 0.99, 'lower')]
 )
 def test_empty_part(split, fraction, advice):
-  with pytest.raises(config.ConfigError, match=f'valid_fraction=.* 4 images .* {advice} it'):
+  with pytest.raises(errors.ConfigError, match=f'valid_fraction=.* 4 images .* {advice} it'):
     named_split(KEYS[:4], LABELS[:4], split, fraction)
 
 
@@ -131,5 +131,5 @@ def test_fitting_classes(num_classes, count):
 
 @pytest.mark.parametrize('num_classes, count', [(10, 7), (5, 7), (1, 0), (3, 1)])
 def test_wrong_classes(num_classes, count):
-  with pytest.raises(config.ConfigError, match=f'X has .* set --config.data.num_classes={count}'):
+  with pytest.raises(errors.ConfigError, match=f'X has .* set --config.data.num_classes={count}'):
     base.check_classes(config.Data(num_classes=num_classes), count, 'X')

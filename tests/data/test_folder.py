@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 from absl import logging
 
-from farmer_jax import config
+from farmer_jax import config, errors
 from farmer_jax.data import base, folder, images, sources
 
 
@@ -84,7 +84,7 @@ def test_loose_images(tmp_path):
   assert set(colours(source).values()) == {0}
   assert len(source) == 18
   assert not source.class_names
-  with pytest.raises(config.ConfigError, match=r'no classes, not 10; set .*num_classes=0'):
+  with pytest.raises(errors.ConfigError, match=r'no classes, not 10; set .*num_classes=0'):
     sources.load(settings(tmp_path, num_classes=10), 'train')
 
 
@@ -94,7 +94,7 @@ def test_subfolders_without_labels(tmp_path):
   data = settings(tmp_path, num_classes=0)
   found = {**colours(sources.load(data, 'train')), **colours(sources.load(data, 'valid'))}
   assert found == {**dict.fromkeys(range(20), 0), 77: 0}
-  with pytest.raises(config.ConfigError, match=r'such as loose\.png'):
+  with pytest.raises(errors.ConfigError, match=r'such as loose\.png'):
     sources.load(settings(tmp_path), 'train')
 
 
@@ -108,7 +108,7 @@ def test_split_by_hand(tmp_path, name):
   assert colours(valid) == {200: 1}
   assert valid.class_names == ('a', 'b')
   write(tmp_path / name / 'c' / 'odd.png', 202)
-  with pytest.raises(config.ConfigError, match=r'c/odd\.png is in none of the classes'):
+  with pytest.raises(errors.ConfigError, match=r'c/odd\.png is in none of the classes'):
     sources.load(settings(tmp_path), 'valid')
 
 
@@ -171,7 +171,7 @@ def test_bad_file_stops(tmp_path, position):
   for path in bad:
     if path != bad[position]:
       path.unlink()
-  with pytest.raises(config.ConfigError) as caught:
+  with pytest.raises(errors.ConfigError) as caught:
     for split in ('train', 'valid'):
       sources.load(settings(tmp_path), split)
   message = str(caught.value)
@@ -210,9 +210,9 @@ def test_large_folder_is_checked_by_header(tmp_path, monkeypatch, warnings):
   source = sources.load(data, 'train')
   assert '2 of' in warnings[0]
   index = source.paths.index(cut)
-  with pytest.raises(config.ConfigError, match=r'cut\.png cannot be read \(image file is'):
+  with pytest.raises(errors.ConfigError, match=r'cut\.png cannot be read \(image file is'):
     source[index]
-  with pytest.raises(config.ConfigError, match='is no image that can be read'):
+  with pytest.raises(errors.ConfigError, match='is no image that can be read'):
     sources.load(settings(tmp_path, valid_fraction=0.05), 'train')
 
 
@@ -221,14 +221,14 @@ def test_nothing_but_bad_files(tmp_path):
     (tmp_path / name).mkdir()
     for index in range(3):
       (tmp_path / name / f'{index}.png').write_text('no image')
-  with pytest.raises(config.ConfigError, match=r'none of \d files can be read'):
+  with pytest.raises(errors.ConfigError, match=r'none of \d files can be read'):
     sources.load(settings(tmp_path, bad_files='skip'), 'train')
 
 
 def test_links_to_nowhere_are_bad_files(tmp_path):
   make(tmp_path, ['a', 'b'])
   (tmp_path / 'a' / 'gone.png').symlink_to(tmp_path / 'nowhere')
-  with pytest.raises(config.ConfigError, match=r'gone\.png is no image .*No such file'):
+  with pytest.raises(errors.ConfigError, match=r'gone\.png is no image .*No such file'):
     for split in ('train', 'valid'):
       sources.load(settings(tmp_path), split)
 
@@ -240,14 +240,14 @@ def test_failing_disk_is_not_skipped(tmp_path, monkeypatch):
     raise OSError(5, 'Input/output error')
 
   monkeypatch.setattr(images, 'decode', fail)
-  with pytest.raises(config.ConfigError, match=r'\.png cannot be read: Input/output error'):
+  with pytest.raises(errors.ConfigError, match=r'\.png cannot be read: Input/output error'):
     sources.load(settings(tmp_path, bad_files='skip'), 'train')
 
 
 @pytest.mark.parametrize('num_classes', [1, 3, 10])
 def test_wrong_number_of_classes(tmp_path, num_classes):
   make(tmp_path, ['a', 'b'], 1)
-  with pytest.raises(config.ConfigError, match=r'has 2 classes.* --config\.data\.num_classes=2'):
+  with pytest.raises(errors.ConfigError, match=r'has 2 classes.* --config\.data\.num_classes=2'):
     sources.load(settings(tmp_path, num_classes=num_classes), 'train')
 
 
@@ -263,7 +263,7 @@ def test_paths_that_cannot_work(tmp_path):
     (tmp_path / 'notes', 'only 1 other'),
     ('', 'needs --config.data.path'),
   ]:
-    with pytest.raises(config.ConfigError, match=reason) as caught:
+    with pytest.raises(errors.ConfigError, match=reason) as caught:
       sources.load(settings(path), 'train')
     assert '\n' not in str(caught.value)
 
@@ -278,13 +278,13 @@ def test_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     return scandir(path)
 
   monkeypatch.setattr(os, 'scandir', refuse)
-  with pytest.raises(config.ConfigError, match=r'b cannot be listed \(Permission denied\)'):
+  with pytest.raises(errors.ConfigError, match=r'b cannot be listed \(Permission denied\)'):
     sources.load(settings(tmp_path), 'train')
 
 
 def test_too_few_to_split(tmp_path):
   make(tmp_path, ['a', 'b'], 1)
-  with pytest.raises(config.ConfigError, match=r'valid_fraction=0\.1 of 2 images leaves none'):
+  with pytest.raises(errors.ConfigError, match=r'valid_fraction=0\.1 of 2 images leaves none'):
     sources.load(settings(tmp_path), 'valid')
 
 

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from absl import flags
 
-from farmer_jax import config
+from farmer_jax import config, errors
 from farmer_jax.data import base, pipeline
 
 
@@ -124,7 +124,7 @@ def _at(iterator, state):
 def test_refuses_the_state_of_other_data(other):
   values = {'source': numbers(11), 'batch_size': 4, 'seed': 0}
   state = stream(**values).get_state()
-  with pytest.raises(config.ConfigError, match='cannot resume the training data'):
+  with pytest.raises(errors.ConfigError, match='cannot resume the training data'):
     stream(**{**values, **other}).set_state(state)
 
 
@@ -175,17 +175,17 @@ def test_closed_iterator():
 def test_error_in_a_source_reaches_the_training_loop():
   class Failing(Numbers):
     def __getitem__(self, index):
-      raise config.ConfigError(f'file {index} is bad')
+      raise errors.ConfigError(f'file {index} is bad')
 
-  with pytest.raises(config.ConfigError, match=r'file \d is bad'):
+  with pytest.raises(errors.ConfigError, match=r'file \d is bad'):
     next(stream(Failing(5)))
 
 
 @pytest.mark.parametrize('batch_size, process_count', [(0, 1), (-4, 1), (6, 4)])
 def test_batches_that_cannot_be_divided(batch_size, process_count):
-  with pytest.raises(config.ConfigError, match=r'train\.batch_size must be a positive multiple'):
+  with pytest.raises(errors.ConfigError, match=r'train\.batch_size must be a positive multiple'):
     stream(numbers(5), batch_size, process_count=process_count)
-  with pytest.raises(config.ConfigError, match=r'train\.valid_batch_size must be a positive'):
+  with pytest.raises(errors.ConfigError, match=r'train\.valid_batch_size must be a positive'):
     next(pipeline.valid_batches(numbers(5), batch_size, process_count=process_count))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from farmer_jax import config
+from farmer_jax import config, errors
 from farmer_jax.data import fashion_mnist, sources
 
 DEBIAN = pathlib.Path('/usr/share/datasets/fashion-mnist')
@@ -76,7 +76,7 @@ def test_synthetic():
 
 
 def test_digits_with_wrong_number_of_classes():
-  with pytest.raises(config.ConfigError, match='digits has 10 classes, not 9'):
+  with pytest.raises(errors.ConfigError, match='digits has 10 classes, not 9'):
     sources.load(config.Data(source='digits', num_classes=9), 'train')
 
 
@@ -119,7 +119,7 @@ def test_idx_files(garments):
 
 
 def test_idx_with_wrong_number_of_classes(garments):
-  with pytest.raises(config.ConfigError, match='num_classes=10'):
+  with pytest.raises(errors.ConfigError, match='num_classes=10'):
     sources.load(fashion(garments[0], num_classes=3), 'train')
 
 
@@ -146,7 +146,7 @@ def recompressed(change):
 def test_damaged_idx_file(garments, damage, reason):
   file = garments[0] / 'train-images-idx3-ubyte.gz'
   file.write_bytes(damage(file.read_bytes()))
-  with pytest.raises(config.ConfigError, match=reason) as caught:
+  with pytest.raises(errors.ConfigError, match=reason) as caught:
     sources.load(fashion(garments[0]), 'train')
   assert str(file) in str(caught.value)
   assert '\n' not in str(caught.value)
@@ -155,27 +155,27 @@ def test_damaged_idx_file(garments, damage, reason):
 def test_missing_idx_files(garments):
   path = garments[0]
   (path / 't10k-labels-idx1-ubyte.gz').unlink()
-  with pytest.raises(config.ConfigError, match='there is no t10k-labels-idx1'):
+  with pytest.raises(errors.ConfigError, match='there is no t10k-labels-idx1'):
     sources.load(fashion(path), 'valid')
   for wrong in (path / 'nowhere', path / 'train-images-idx3-ubyte.gz'):
-    with pytest.raises(config.ConfigError, match='set it to a folder with the four IDX'):
+    with pytest.raises(errors.ConfigError, match='set it to a folder with the four IDX'):
       sources.load(fashion(wrong), 'train')
 
 
 def test_idx_files_that_disagree(garments):
   file = garments[0] / 'train-labels-idx1-ubyte.gz'
   write_idx(file, np.zeros(29, np.uint8))
-  with pytest.raises(config.ConfigError, match=r'30 images but .* has 29 labels'):
+  with pytest.raises(errors.ConfigError, match=r'30 images but .* has 29 labels'):
     sources.load(fashion(garments[0]), 'train')
   write_idx(file, np.full(30, 10, np.uint8))
-  with pytest.raises(config.ConfigError, match='label 10, above 9'):
+  with pytest.raises(errors.ConfigError, match='label 10, above 9'):
     sources.load(fashion(garments[0]), 'train')
 
 
 def test_empty_idx_files(garments):
   write_idx(garments[0] / 'train-images-idx3-ubyte.gz', np.zeros((0, 28, 28), np.uint8))
   write_idx(garments[0] / 'train-labels-idx1-ubyte.gz', np.zeros(0, np.uint8))
-  with pytest.raises(config.ConfigError, match='no images in its train split'):
+  with pytest.raises(errors.ConfigError, match='no images in its train split'):
     sources.load(fashion(garments[0]), 'train')
 
 

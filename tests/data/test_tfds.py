@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
-from farmer_jax import config
+from farmer_jax import config, errors
 from farmer_jax.data import base, sources
 from farmer_jax.data import tfds as tfds_source
 
@@ -132,7 +132,7 @@ def test_images_that_tfds_would_not_decode(root):
   ],
 )
 def test_errors(root, name, changes, split, reason):
-  with pytest.raises(config.ConfigError, match=reason) as caught:
+  with pytest.raises(errors.ConfigError, match=reason) as caught:
     sources.load(settings(root, name, **changes), split)
   assert '\n' not in str(caught.value)
 
@@ -140,7 +140,7 @@ def test_errors(root, name, changes, split, reason):
 def test_unprepared_fashion_mnist_mentions_files(tmp_path, monkeypatch):
   monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
   data = config.Data(source='fashion_mnist', image_size=28)
-  with pytest.raises(config.ConfigError, match=r'not prepared .* to a folder with the four IDX'):
+  with pytest.raises(errors.ConfigError, match=r'not prepared .* to a folder with the four IDX'):
     sources.load(data, 'train')
 
 
@@ -149,7 +149,7 @@ def test_format_without_random_access(root, monkeypatch):
     raise NotImplementedError('Random access data source is not supported')
 
   monkeypatch.setattr(tfds.core.DatasetBuilder, 'as_data_source', refuse)
-  with pytest.raises(config.ConfigError, match=r'has no random access; delete .* python -c'):
+  with pytest.raises(errors.ConfigError, match=r'has no random access; delete .* python -c'):
     sources.load(settings(root, 'animals'), 'train')
 
 
@@ -162,7 +162,7 @@ def test_format_without_random_access(root, monkeypatch):
   ],
 )
 def test_features_without_one_image(features, reason):
-  with pytest.raises(config.ConfigError, match=reason):
+  with pytest.raises(errors.ConfigError, match=reason):
     tfds_source._image_key(tfds, tfds.features.FeaturesDict(features), 'X')
 
 

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from farmer_jax import config
+from farmer_jax import errors
 from farmer_jax.evaluation import inception, torch_weights
-from farmer_jax.ops import fidelity, frechet
+from farmer_jax.ops import frechet, sample_quality
 
 FEATURES = ['2048', 'logits_unbiased', 'logits']
 
@@ -149,7 +149,7 @@ def test_grey_images_are_repeated_and_formats_are_equal(extract, files):
 
 def test_weights_of_something_else_are_refused(torch, network, tmp_path):
   def refused(path):
-    with pytest.raises(config.ConfigError) as caught:
+    with pytest.raises(errors.ConfigError) as caught:
       inception.load(path)
     message = str(caught.value)
     assert '\n' not in message and f'get {inception.FILE} from' in message
@@ -209,14 +209,14 @@ def test_frechet_distance_is_torch_fidelitys(reference, feature_sets):
 def test_kernel_distance_is_torch_fidelitys(reference, feature_sets):
   sets = [f.double() for f in feature_sets[1]]  # it computes in the precision of the features
   expected = reference.metric_kid.kid_features_to_metric(*sets, kid_subsets=20, verbose=False)
-  found = fidelity.kernel_distance(*feature_sets[0], subsets=20)
+  found = sample_quality.kernel_distance(*feature_sets[0], subsets=20)
   np.testing.assert_allclose(found, list(expected.values()), rtol=1e-9)
 
 
 @pytest.mark.parametrize('shuffled', [False, True])
 def test_inception_score_is_torch_fidelitys(reference, feature_sets, shuffled):
   expected = reference.metric_isc.isc_features_to_metric(feature_sets[1][0], 7, shuffled)
-  found = fidelity.inception_score(feature_sets[0][0], 7, seed=2020 if shuffled else None)
+  found = sample_quality.inception_score(feature_sets[0][0], 7, seed=2020 if shuffled else None)
   np.testing.assert_allclose(found, list(expected.values()), rtol=1e-9)
 
 
@@ -224,6 +224,6 @@ def test_precision_and_recall_are_torch_fidelitys(reference, feature_sets):
   # In float32 its distances, from products, put one image on the wrong side of a surface.
   real, generated = (f.double() for f in feature_sets[1])
   expected = reference.metric_prc.prc_features_to_metric(generated, real, verbose=False)
-  found = fidelity.precision_recall(*feature_sets[0], chunk=500)
+  found = sample_quality.precision_recall(*feature_sets[0], chunk=500)
   assert 0.1 < min(found) < max(found) < 0.99
   np.testing.assert_allclose(found, list(expected.values())[:2], rtol=1e-6)

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from farmer_jax import config
+from farmer_jax import errors
 from farmer_jax.evaluation import torch_weights
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -83,7 +83,7 @@ def refused(read):
   """Asserts that bytes are refused in one line of a reasonable length; returns it."""
 
   def refused(content):
-    with pytest.raises(config.ConfigError) as caught:
+    with pytest.raises(errors.ConfigError) as caught:
       read(content)
     message = str(caught.value)
     assert '\n' not in message and len(message) < 400
@@ -309,7 +309,7 @@ def test_damaged_files_give_arrays_or_are_refused(read, container):
       damaged[position] = rng.integers(256)
     try:
       found = read(bytes(damaged))
-    except config.ConfigError:
+    except errors.ConfigError:
       refusals += 1
     else:
       assert all(array.nbytes <= 96 for array in found.values())
@@ -319,7 +319,7 @@ def test_damaged_files_give_arrays_or_are_refused(read, container):
 
 def test_files_that_are_not_there_or_something_else_are_refused(refused, tmp_path):
   for path in (tmp_path / 'none.pth', tmp_path):
-    with pytest.raises(config.ConfigError, match=f'{path} cannot be read'):
+    with pytest.raises(errors.ConfigError, match=f'{path} cannot be read'):
       torch_weights.read(path)
   refused(b'<!DOCTYPE html>\n<html></html>')
   refused(np.random.default_rng(0).bytes(1000))

@@ -16,13 +16,9 @@ import pathlib
 import random
 import re
 import subprocess
-import sys
 import time
 
-sys.path.append(str(pathlib.Path(__file__).parent))
-import test_kills
-
-processes = test_kills.processes
+from tests.support import processes
 
 # Small steps, and a checkpoint about every second.
 # Without TensorBoard: TensorFlow takes longer to load than everything else together.
@@ -38,7 +34,7 @@ def main():
   arguments = parser.parse_args()
   folder = arguments.folder.absolute()
   folder.mkdir(parents=True, exist_ok=True)
-  processes.STEPS = test_kills.STEPS = arguments.steps
+  processes.STEPS = arguments.steps
   settings = [*SETTINGS, f'train.steps={arguments.steps}']
   whole, killed = folder / 'whole', folder / 'killed'
   start = time.monotonic()
@@ -48,12 +44,12 @@ def main():
   when = kill_often(killed, settings, arguments.kills, folder / 'kills.json')
   finish(processes.train(killed, *settings, **QUICK), killed)
   minutes = (time.monotonic() - start) / 60
-  test_kills.assert_equal(whole, killed)
+  processes.assert_equal(whole, killed)
   moments = ', '.join(f'{number} {name}' for name, number in when.items())
-  unfinished = test_kills.log(killed).count('was never finished')
+  unfinished = processes.log(killed).count('was never finished')
   print(
     f'{sum(when.values())} kills ({moments}), this time over {minutes:.0f} minutes; {unfinished}'
-    f' unfinished checkpoints found; {len(test_kills.timeless(killed))} lines of metrics and the'
+    f' unfinished checkpoints found; {len(processes.timeless(killed))} lines of metrics and the'
     f' state after {arguments.steps} steps are equal, bit for bit'
   )
 
@@ -72,9 +68,9 @@ def kill_often(workdir, settings, kills, file):
         time.sleep(0.05)
       time.sleep(rng.uniform(0, 2))
     if process.poll() is not None:
-      raise SystemExit(f'The run ended too early: more --steps.\n{test_kills.log(workdir)[-2000:]}')
+      raise SystemExit(f'The run ended too early: more --steps.\n{processes.log(workdir)[-2000:]}')
     when['in training' if step_of(workdir) > known else 'before'] += 1
-    test_kills.kill([process])
+    processes.kill([process])
     file.write_text(json.dumps(when))
     if sum(when.values()) % 10 == 0:
       print(f'{sum(when.values())} kills, at step {step_of(workdir)}', flush=True)
@@ -94,7 +90,7 @@ def finish(started, workdir):
     code = process.wait(timeout=7200)
   except subprocess.TimeoutExpired:
     code = 'none after two hours'
-  assert code == 0, test_kills.log(workdir)[-3000:]
+  assert code == 0, processes.log(workdir)[-3000:]
 
 
 if __name__ == '__main__':

@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from farmer_jax import config
-from farmer_jax.runtime import checkpoint, checksum, restoring
+from farmer_jax import config, errors
+from farmer_jax.checkpoints import checkpointer, checksums, restore
 
 STEPS = (2, 4, 6)
 
@@ -59,7 +59,7 @@ def save(workdir, steps=STEPS, losses=(), keep=9, **settings):
 
 
 def open_(workdir, keep=9, **settings):
-  return checkpoint.Checkpoints(
+  return checkpointer.Checkpointer(
     epath.Path(workdir), config.Train(keep_checkpoints=keep, **settings)
   )
 
@@ -182,7 +182,7 @@ def test_nothing_whole_stops_the_run_each_time(run):
   for step, damage in zip(STEPS, (truncate, empty, move_position), strict=True):
     damage(run, step)
   for _ in range(2):
-    with pytest.raises(config.ConfigError, match='none of the checkpoints in .* is whole') as error:
+    with pytest.raises(errors.ConfigError, match='none of the checkpoints in .* is whole') as error:
       resume(run)
     assert '\n' not in str(error.value) and 'step 4: it is empty' in str(error.value)
     assert sorted(p.name for p in (run / 'checkpoints').iterdir()) == ['2', '4', '6']
@@ -238,11 +238,11 @@ def test_checkpoints_without_checksums_are_accepted(run, capfd):
 def test_another_model_is_a_mistake_and_no_damage(run):
   other = state(0)
   other['params']['kernel'] = jnp.zeros((48, 41))
-  with pytest.raises(config.ConfigError, match=r'of another model: params/kernel is \[\[48, 40\]'):
+  with pytest.raises(errors.ConfigError, match=r'of another model: params/kernel is \[\[48, 40\]'):
     open_(run).resume(other, Stream())
   other = state(0)
   del other['params']['scale']
-  with pytest.raises(config.ConfigError, match=r'of another model: params/scale'):
+  with pytest.raises(errors.ConfigError, match=r'of another model: params/scale'):
     open_(run).resume(other, Stream())
   assert not (run / 'checkpoints_damaged').exists()
 
@@ -267,7 +267,7 @@ def test_going_back_within_a_run(tmp_path):
 
 def load(run, step=None):
   shapes = jax.eval_shape(lambda: state(0)['params'])
-  return restoring.load_params(epath.Path(run), 'params', shapes, step)
+  return restore.load_params(epath.Path(run), 'params', shapes, step)
 
 
 def test_readers_pass_over_damage_and_move_nothing(run, capfd):
@@ -278,14 +278,14 @@ def test_readers_pass_over_damage_and_move_nothing(run, capfd):
   assert 'step 6 is damaged' in capfd.readouterr().err
   assert (run / 'checkpoints/6').exists() and not (run / 'checkpoints_damaged').exists()
   with pytest.raises(
-    config.ConfigError, match=r'checkpoint of step 6 in .* is damaged \('
+    errors.ConfigError, match=r'checkpoint of step 6 in .* is damaged \('
   ) as error:
     load(run, 6)
   assert '\n' not in str(error.value)
-  with pytest.raises(config.ConfigError, match='no longer has the checkpoint of step 5'):
+  with pytest.raises(errors.ConfigError, match='no longer has the checkpoint of step 5'):
     load(run, 5)
   assert load(run, 2)[1] == 2
-  with pytest.raises(config.ConfigError, match='has no checkpoint yet'):
+  with pytest.raises(errors.ConfigError, match='has no checkpoint yet'):
     load(run / 'none')
 
 
@@ -323,7 +323,7 @@ def test_a_last_save_that_fails_ends_in_an_error(run):
   with largest_file(1000):
     checkpoints.save(8, state(8), Stream(8))
     with pytest.raises(
-      config.ConfigError, match='step 8 could not be written .* make room'
+      errors.ConfigError, match='step 8 could not be written .* make room'
     ) as error:
       checkpoints.close()
   assert '\n' not in str(error.value)
@@ -342,7 +342,7 @@ def test_a_full_disk(tmp_path, capfd):
     with filler.open('wb', buffering=0) as file, contextlib.suppress(OSError):
       while True:
         file.write(bytes(4096))
-    with pytest.raises(config.ConfigError, match='No space left on device'):
+    with pytest.raises(errors.ConfigError, match='No space left on device'):
       save(tmp_path / 'run', [4, 6])
     assert_whole(resume(tmp_path / 'run'), 2)
     filler.unlink()
@@ -378,7 +378,7 @@ def test_what_is_kept(tmp_path):
 def test_every_element_counts(dtype):
   """The lowest bit of each element in turn."""
   values = np.asarray(jax.random.randint(jax.random.key(0), (5, 3, 7), 0, 2), dtype)
-  found = {checksum.of_tree({'a': values_})['a'][2] for values_ in changed(values)}
+  found = {checksums.of_tree({'a': values_})['a'][2] for values_ in changed(values)}
   assert len(found) == 1 + values.size
 
 
@@ -386,7 +386,7 @@ def test_every_element_of_64_bits_counts():
   with jax.enable_x64(True):
     for dtype in ('float64', 'int64'):
       values = np.asarray(jax.random.randint(jax.random.key(0), (5, 3), 0, 2), dtype)
-      found = {checksum.of_tree({'a': values_})['a'][2] for values_ in changed(values)}
+      found = {checksums.of_tree({'a': values_})['a'][2] for values_ in changed(values)}
       assert len(found) == 1 + values.size
 
 
@@ -401,14 +401,14 @@ def changed(values):
 
 def test_the_checksum_knows_order_and_shape():
   values = jnp.arange(12.0)
-  one, other = (checksum.of_tree({'a': v})['a'] for v in (values, values[::-1]))
+  one, other = (checksums.of_tree({'a': v})['a'] for v in (values, values[::-1]))
   assert one[2] != other[2]
-  assert checksum.of_tree({'a': values.reshape(3, 4)})['a'] != one
+  assert checksums.of_tree({'a': values.reshape(3, 4)})['a'] != one
   # Written down once: a checkpoint is to be read by later versions.
   assert one == [[12], 'float32', EXPECTED]
-  assert checksum.of_tree({'a': jnp.float32(1)})['a'][0] == []
+  assert checksums.of_tree({'a': jnp.float32(1)})['a'][0] == []
   # Opposite changes, and changes of signs, do not make up for each other.
-  signs = {checksum.of_tree({'a': values.at[jnp.array(at)].multiply(-1)})['a'][2] for at in PAIRS}
+  signs = {checksums.of_tree({'a': values.at[jnp.array(at)].multiply(-1)})['a'][2] for at in PAIRS}
   assert len(signs) == len(PAIRS)
 
 
@@ -427,11 +427,11 @@ def test_a_checksum_of_parts_in_another_process_is_the_same():
     'x = jax.random.normal(jax.random.key(0), (8, 6, 4))\n'
     'for spec in (P(), P("a"), P(None, "b", "a"), P(("a", "b"))):\n'
     '  placed = jax.device_put(x, NamedSharding(mesh, spec))\n'
-    '  print(checksum.of_tree([placed])["0"][2])\n'
+    '  print(checksums.of_tree([placed])["0"][2])\n'
   )
   environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
   printed = subprocess.run(
     [sys.executable, '-c', program], env=environment, capture_output=True, text=True, check=True
   ).stdout.split()
-  alone = checksum.of_tree([jax.random.normal(jax.random.key(0), (8, 6, 4))])['0'][2]
+  alone = checksums.of_tree([jax.random.normal(jax.random.key(0), (8, 6, 4))])['0'][2]
   assert printed == [alone] * 4

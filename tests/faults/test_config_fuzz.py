@@ -16,7 +16,7 @@ from absl import flags
 from hypothesis import strategies as st
 
 from farmer_jax import config as config_lib
-from farmer_jax import jobs, main, objectives
+from farmer_jax import errors, jobs, losses, main
 from farmer_jax.nn import farmer
 from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import state as state_lib
@@ -128,7 +128,7 @@ def built(values):
     config = config_lib.from_config_dict(values)
     config_lib.check(config)
     return config
-  except config_lib.ConfigError as error:
+  except errors.ConfigError as error:
     assert_helpful(str(error))
     return None
 
@@ -162,7 +162,7 @@ def test_unknown_keys_are_refused_in_one_line(section, name, value):
   tree = {name: value}
   for part in reversed(section.split('.') if section else []):
     tree = {part: tree}
-  with pytest.raises(config_lib.ConfigError) as caught:
+  with pytest.raises(errors.ConfigError) as caught:
     config_lib.from_config_dict(tree)
   assert_helpful(str(caught.value))
   assert 'is not a setting' in str(caught.value)
@@ -192,7 +192,7 @@ def make_step(config):
   model = farmer.build(config)
   optimizer = optimizer_lib.create(config.train)
   noise_std = optimizer_lib.noise_std_schedule(config.noise, config.train.steps)
-  loss = functools.partial(objectives.nll_loss, model=model, config=config, noise_std=noise_std)
+  loss = functools.partial(losses.nll_loss, model=model, config=config, noise_std=noise_std)
   init = functools.partial(farmer.init_params, model=model)
   initialize = state_lib.initializer(init, optimizer, config.train.ema_decay)
   size, data = config.train.batch_size, config.data

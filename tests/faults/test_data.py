@@ -1,10 +1,8 @@
 """Training on data that break while it runs: files and records; and other orders of them."""
 
 import dataclasses
-import importlib.util
 import json
 import os
-import pathlib
 import shutil
 import sys
 import threading
@@ -15,8 +13,9 @@ import PIL.Image
 import pytest
 from absl import flags, logging
 
-from farmer_jax import config
-from farmer_jax.data import base, faults, pipeline, sources
+from farmer_jax import config, errors
+from farmer_jax.data import bad_examples, base, pipeline, sources
+from tests.data import test_tfds
 
 COUNT = 24
 
@@ -93,7 +92,7 @@ def test_bad_file_is_replaced(root, said, kind):
   iterator = stream(source)
   found = take(iterator)
   bad = whole == colours(source)[5]
-  other = faults.substitute(5, 0, len(source))
+  other = bad_examples.substitute(5, 0, len(source))
   assert bad.sum() >= 2
   np.testing.assert_array_equal(found[~bad], whole[~bad])
   np.testing.assert_array_equal(found[bad], colours(source)[other])
@@ -138,12 +137,12 @@ def test_whole_data_stay_in_order_whoever_reads(root, said):
 
 def test_replacement_that_is_bad_too(root, said):
   source = load(root)
-  first = faults.substitute(5, 0, len(source))
-  second = faults.substitute(5, 1, len(source))
+  first = bad_examples.substitute(5, 0, len(source))
+  second = bad_examples.substitute(5, 1, len(source))
   assert len({5, first, second}) == 3
   for index in (5, first):
     source.paths[index].unlink()
-  whole = faults.Reader(source, 10)(np.array([5]))
+  whole = bad_examples.Reader(source, 10)(np.array([5]))
   assert whole[0]['image'][0, 0, 0, 0] == colours(source)[second]
   assert [failure.index for failure in whole[1]] == [5, first]
 
@@ -185,7 +184,7 @@ def test_more_bad_files_than_the_limit(root, said, limit, workers):
   for index in (3, 9, 14):
     source.paths[index].unlink()
   iterator = stream(source, max_bad_examples=limit, workers=workers)
-  with pytest.raises(config.ConfigError) as caught:
+  with pytest.raises(errors.ConfigError) as caught:
     take(iterator)
   message = str(caught.value)
   assert '\n' not in message
@@ -211,9 +210,9 @@ def test_nothing_can_be_read(root, said):
   source = load(root)
   for path in source.paths:
     path.unlink()
-  with pytest.raises(config.ConfigError, match='more of the training examples are bad than'):
+  with pytest.raises(errors.ConfigError, match='more of the training examples are bad than'):
     next(stream(source))
-  with pytest.raises(config.ConfigError, match=r'neither can 99 others .* \(No such file'):
+  with pytest.raises(errors.ConfigError, match=r'neither can 99 others .* \(No such file'):
     next(stream(source, max_bad_examples=1000))
 
 
@@ -227,19 +226,15 @@ def test_validation_leaves_bad_examples_out(root, said):
   assert len(said) == 1
   assert f'{source.paths[6]} cannot be read' in said[0]
   assert 'it is left out. Bad validation examples: 1 of' in said[0]
-  with pytest.raises(config.ConfigError, match='validation examples are bad'):
+  with pytest.raises(errors.ConfigError, match='validation examples are bad'):
     list(pipeline.valid_batches(source, 4, data=settings(root, max_bad_examples=0)))
-  with pytest.raises(config.ConfigError, match='cannot be read'):
+  with pytest.raises(errors.ConfigError, match='cannot be read'):
     list(pipeline.valid_batches(source, 4))
 
 
 @pytest.fixture(scope='module')
 def records(tmp_path_factory):
   """A prepared TFDS data set in one ArrayRecord file, in a folder to copy."""
-  path = pathlib.Path(__file__).parents[1] / 'data' / 'test_tfds.py'
-  spec = importlib.util.spec_from_file_location('test_tfds_helpers', path)
-  test_tfds = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(test_tfds)
   folder = tmp_path_factory.mktemp('records')
   noise = np.random.default_rng(0).integers(0, 256, (COUNT, 70, 70, 3), np.uint8)
   examples = [{'image': pixels, 'label': 0} for pixels in noise]
@@ -274,7 +269,7 @@ def test_bad_records(root, records, said, kind):
   damage(next((root / 'tfds').rglob('*train*array_record*')))
   iterator = stream(source, max_bad_examples=COUNT - 1)
   if not opened:
-    with pytest.raises(config.ConfigError, match=r'of animals cannot be read \(.*No such file'):
+    with pytest.raises(errors.ConfigError, match=r'of animals cannot be read \(.*No such file'):
       take(iterator)
     return
   assert take(iterator).shape == (48,)
@@ -344,7 +339,7 @@ def test_states_of_before_still_load(root):
 
 def test_pipe_in_the_folder_does_not_hang_loading(root):
   fifo(root / '03.png')
-  with pytest.raises(config.ConfigError, match=r'03\.png .*not a regular file'):
+  with pytest.raises(errors.ConfigError, match=r'03\.png .*not a regular file'):
     for split in ('train', 'valid'):
       load(root, split)
 

@@ -13,11 +13,11 @@ import time
 
 import numpy as np
 import pytest
-import test_data
-from test_data import colours, fifo, load, stream, take
 
-from farmer_jax import config
-from farmer_jax.data import base, readahead
+from farmer_jax import errors
+from farmer_jax.data import base, prefetching
+from tests.faults import test_data
+from tests.faults.test_data import colours, fifo, load, stream, take
 
 root, said = test_data.root, test_data.said
 
@@ -61,7 +61,7 @@ def error_of(iterator, kind):
 def test_exceptions_in_workers(root):
   def wrong_label(index):
     if index == 7:
-      raise config.ConfigError('label 12 is outside')
+      raise errors.ConfigError('label 12 is outside')
 
   def unforeseen(index):
     if index == 7:
@@ -69,7 +69,7 @@ def test_exceptions_in_workers(root):
 
   for workers in (0, 1):
     iterator = stream(Odd(wrong_label), workers=workers)
-    assert error_of(iterator, config.ConfigError) == 'label 12 is outside'
+    assert error_of(iterator, errors.ConfigError) == 'label 12 is outside'
     message = error_of(stream(Odd(unforeseen), workers=workers), RuntimeError)
     assert message.startswith('reading example 7: UnpicklableError: this and')
 
@@ -105,7 +105,7 @@ def test_worker_that_dies_again_and_again(root, said, how, restarts):
       os.kill(os.getpid(), signal.SIGSEGV)
 
   iterator = stream(Odd(die), workers=1, max_worker_restarts=restarts)
-  with pytest.raises(config.ConfigError) as caught:
+  with pytest.raises(errors.ConfigError) as caught:
     take(iterator, 6)
   message = str(caught.value)
   assert f'after {restarts} others (--config.data.max_worker_restarts)' in message
@@ -125,7 +125,7 @@ def test_worker_that_dies_while_nobody_waits(root):
     while bool(workers_of()) != alive:
       assert time.monotonic() < deadline
       time.sleep(0.01)
-  with pytest.raises(config.ConfigError, match='exit code 0, after 0 others'):
+  with pytest.raises(errors.ConfigError, match='exit code 0, after 0 others'):
     next(iterator)
 
 
@@ -139,7 +139,7 @@ def test_stall_is_reported_and_ends(root, said, workers, capfd):
     source, workers=workers, threads=1, stall_seconds=0.5, stall_limit_seconds=1.8 + 6 * workers
   )
   start = time.monotonic()
-  with pytest.raises(config.ConfigError) as caught:
+  with pytest.raises(errors.ConfigError) as caught:
     take(iterator)
   message = str(caught.value)
   assert 1.7 < time.monotonic() - start < 30
@@ -176,8 +176,8 @@ def test_slow_file_is_only_reported(root, said):
 
 
 def test_no_limit_of_waiting():
-  patience = readahead.Patience(0.05, 0)
-  ahead = readahead.ReadAhead(lambda number: time.sleep(0.5) or number, 1, 1)
+  patience = prefetching.Patience(0.05, 0)
+  ahead = prefetching.ReadAhead(lambda number: time.sleep(0.5) or number, 1, 1)
   assert ahead.take(patience) == 0
   ahead.close()
 

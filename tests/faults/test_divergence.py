@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny_run
 
 from farmer_jax import config as config_lib
-from farmer_jax import objectives
+from farmer_jax import errors, losses
 from farmer_jax.data import pipeline
 from farmer_jax.jobs import pretrain
-from farmer_jax.runtime import metrics
 from farmer_jax.training import divergence, state, step
+from farmer_jax.workdir import metrics
+from tests.support import runs as tiny_run
 
 TRAIN = dataclasses.replace(
   tiny_run.CONFIG.train, steps=12, log_every=1, checkpoint_every=4, max_skipped=2
@@ -75,7 +75,7 @@ def test_the_range_follows_the_gradients_and_can_be_turned_off():
 
 def poison(monkeypatch, poisoned):
   """Makes the loss of batches nan for which poisoned(order, batches taken) is true."""
-  take, nll_loss = pipeline.TrainIterator.__next__, objectives.nll_loss
+  take, nll_loss = pipeline.TrainIterator.__next__, losses.nll_loss
 
   def marked(self):
     batch = take(self)
@@ -89,7 +89,7 @@ def poison(monkeypatch, poisoned):
     return value, values | {'loss': value}
 
   monkeypatch.setattr(pipeline.TrainIterator, '__next__', marked)
-  monkeypatch.setattr(objectives, 'nll_loss', loss)
+  monkeypatch.setattr(losses, 'nll_loss', loss)
 
 
 def test_a_bad_stretch_of_data_is_gone_round(monkeypatch, tmp_path, capsys):
@@ -127,7 +127,7 @@ def test_training_that_diverges_for_good_ends_with_a_diagnosis(tmp_path):
   optimizer = config_lib.Optimizer(learning_rate=1e3, warmup_steps=0)
   train = dataclasses.replace(TRAIN, steps=60, max_returns=1, checkpoint_every=0)
   train = dataclasses.replace(train, optimizer=optimizer)
-  with pytest.raises(config_lib.ConfigError) as raised:
+  with pytest.raises(errors.ConfigError) as raised:
     pretrain.run(dataclasses.replace(CONFIG, train=train), tmp_path / 'run')
   message = str(raised.value)
   assert message.startswith('training diverges: step ') and '\n' not in message

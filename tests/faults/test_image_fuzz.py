@@ -17,7 +17,7 @@ import PIL.Image
 import pytest
 from hypothesis import strategies as st
 
-from farmer_jax import config
+from farmer_jax import config, errors
 from farmer_jax.data import images, sources
 
 SIZE = 16
@@ -251,7 +251,7 @@ def test_folder_of_damaged_files(files, skip):
     )
     try:
       source = sources.load(data, 'train')
-    except config.ConfigError as error:
+    except errors.ConfigError as error:
       assert not skip
       assert str(error).startswith(root)
       assert '\n' not in str(error)
@@ -343,10 +343,9 @@ def test_text_bomb():
 @pytest.mark.slow
 def test_largest_images():
   """Just below the limits, in a process of their own: a second or so and about a gigabyte each."""
-  program = f"""
+  program = """
     import resource, sys, time
-    sys.path[:0] = [{str(pathlib.Path(__file__).parent)!r}]
-    import test_image_fuzz as t
+    from tests.faults import test_image_fuzz as t
     from farmer_jax.data import images
     side = 11_584
     for depth, colour, row in ((8, 0, 1), (16, 0, 2), (8, 3, 1), (8, 2, 3), (8, 6, 4)):

@@ -1,22 +1,13 @@
 """Runs that are killed and started again end as if nothing had happened, bit for bit."""
 
-import importlib.util
-import json
-import pathlib
 import random
 import shutil
-import signal
 import time
 
-import numpy as np
 import pytest
 
-_FILE = pathlib.Path(__file__).parents[1] / 'runtime' / 'test_processes.py'
-_SPEC = importlib.util.spec_from_file_location('processes', _FILE)
-processes = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(processes)
+from tests.support import processes
 
-CLOCK = ('time', 'step_seconds', 'images_per_second', 'input_wait_seconds')
 STEPS = processes.STEPS
 
 # Before a checkpoint gets its name, a file says so, and there is time to kill the process.
@@ -35,7 +26,7 @@ atomicity.AtomicRenameTemporaryPath.finalize = slow
 # The first process has committed, the second has not heard of it.
 SLOW_SECOND = """
 import pathlib, time, jax
-from farmer_jax.runtime import agreement
+from farmer_jax.distributed import agreement
 make = agreement.make_barrier
 def make_slow():
   barrier = make()
@@ -49,58 +40,21 @@ agreement.make_barrier = make_slow
 """
 
 
-def timeless(workdir):
-  return [{k: v for k, v in r.items() if k not in CLOCK} for r in processes.records(workdir)]
-
-
-def position(workdir):
-  path = workdir / 'checkpoints' / str(STEPS) / 'dataset' / 'metadata'
-  return json.loads(path.read_text())
-
-
-def assert_equal(one, other):
-  """Parameters, optimizer, place in the data and metrics, exactly."""
-  first, second = processes.state(one), processes.state(other)
-  assert first.keys() == second.keys()
-  assert any('params' in path for path in first) and any('opt_state' in path for path in first)
-  for path, leaf in first.items():
-    np.testing.assert_array_equal(leaf, second[path], err_msg=path)
-  assert position(one) == position(other)
-  assert timeless(one) == timeless(other)
-
-
-def log(workdir, process=0):
-  return pathlib.Path(f'{workdir}-{process}.log').read_text()
-
-
-def wait_for(started, workdir, happened, seconds=300):
-  """Waits until happened() is true; the processes must not end meanwhile."""
-  deadline = time.monotonic() + seconds
-  while not happened():
-    assert time.monotonic() < deadline, log(workdir)[-3000:]
-    assert all(process.poll() is None for process in started), log(workdir)[-3000:]
-    time.sleep(0.02)
-
-
-def kill(started):
-  for process in started:
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
 def test_a_run_killed_in_the_midst_of_a_save_ends_as_if_it_had_not_been(whole, tmp_path):
   """Step 4 is written but for its name; training has gone on meanwhile."""
   workdir, signal_file = tmp_path / 'run', tmp_path / 'saving'
   before = SLOW_COMMIT.format(step='4', file=str(signal_file))
   started = processes.train(workdir, devices=1, before=before)
-  wait_for(started, workdir, lambda: signal_file.exists() and len(processes.records(workdir)) > 5)
-  kill(started)
+  processes.wait_for(
+    started, workdir, lambda: signal_file.exists() and len(processes.records(workdir)) > 5
+  )
+  processes.kill(started)
   assert (workdir / 'checkpoints/4.orbax-checkpoint-tmp').exists()
   assert not (workdir / 'checkpoints/4').exists()
   processes.finish(processes.train(workdir, devices=1), workdir)
-  assert 'The checkpoint of step 4 was never finished' in log(workdir)
-  assert 'Going on from step 2' in log(workdir)
-  assert_equal(whole, workdir)
+  assert 'The checkpoint of step 4 was never finished' in processes.log(workdir)
+  assert 'Going on from step 2' in processes.log(workdir)
+  processes.assert_equal(whole, workdir)
   assert not list((workdir / 'checkpoints').glob('*tmp*'))
 
 
@@ -109,13 +63,15 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(whole, tmp_pa
   """At some moment after the first steps of each start; the last start is left alone."""
   workdir, rng = tmp_path / 'run', random.Random(0)
   for _ in range(5):
-    seen = len(log(workdir)) if workdir.exists() else 0
+    seen = len(processes.log(workdir)) if workdir.exists() else 0
     started = processes.train(workdir, devices=1)
-    wait_for(started, workdir, lambda seen=seen: '... took' in log(workdir)[seen:])
+    processes.wait_for(
+      started, workdir, lambda seen=seen: '... took' in processes.log(workdir)[seen:]
+    )
     time.sleep(rng.uniform(0, 2.5))
-    kill(started)
+    processes.kill(started)
   processes.finish(processes.train(workdir, devices=1), workdir)
-  assert_equal(whole, workdir)
+  processes.assert_equal(whole, workdir)
 
 
 @pytest.fixture(scope='module', name='pair')
@@ -134,13 +90,13 @@ def test_two_processes_of_which_one_dies_in_a_save_end_as_if_it_had_not(pair, tm
   before = SLOW_SECOND.format(step='4', file=str(signal_file))
   how = {'devices': 1, 'processes': 2}
   started = processes.train(workdir, 'mesh.fsdp=2', before=before, **how)
-  wait_for(started, workdir, signal_file.exists)
-  kill(started[1:])
+  processes.wait_for(started, workdir, signal_file.exists)
+  processes.kill(started[1:])
   assert started[0].wait(timeout=300) != 0
   assert not (workdir / 'checkpoints/4').exists()
   processes.finish(processes.train(workdir, 'mesh.fsdp=2', **how), workdir)
-  assert 'Going on from step 2' in log(workdir)
-  assert_equal(pair, workdir)
+  assert 'Going on from step 2' in processes.log(workdir)
+  processes.assert_equal(pair, workdir)
 
 
 @pytest.mark.slow
@@ -152,25 +108,25 @@ def test_two_processes_agree_on_the_newest_whole_checkpoint(pair, tmp_path):
   max(parts, key=lambda path: path.stat().st_size).write_bytes(b'')
   how = {'devices': 1, 'processes': 2}
   processes.finish(processes.train(workdir, 'mesh.fsdp=2', **how), workdir)
-  assert f'The checkpoint of step {STEPS} is damaged' in log(workdir)
-  assert f'Going on from step {STEPS - 2}' in log(workdir)
-  assert 'Traceback' not in log(workdir) + log(workdir, 1)
+  assert f'The checkpoint of step {STEPS} is damaged' in processes.log(workdir)
+  assert f'Going on from step {STEPS - 2}' in processes.log(workdir)
+  assert 'Traceback' not in processes.log(workdir) + processes.log(workdir, 1)
   assert (workdir / 'checkpoints_damaged' / str(STEPS)).exists()
-  assert_equal(pair, workdir)
+  processes.assert_equal(pair, workdir)
 
 
 # No file of step 4 that the second process writes may be larger than 500 bytes.
 FULL_SECOND = """
 import jax, resource
-from farmer_jax.runtime import checkpoint
-save = checkpoint.Checkpoints.save
+from farmer_jax.checkpoints import checkpointer
+save = checkpointer.Checkpointer.save
 def save_limited(self, step, *args):
   self.wait()
   if jax.process_index():
     size = 500 if step == 4 else resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
   save(self, step, *args)
-checkpoint.Checkpoints.save = save_limited
+checkpointer.Checkpointer.save = save_limited
 """
 
 
@@ -181,6 +137,6 @@ def test_two_processes_of_which_one_cannot_write_go_on(pair, tmp_path):
   start = time.monotonic()
   processes.finish(processes.train(workdir, 'mesh.fsdp=2', **how), workdir)
   assert time.monotonic() - start < 300
-  assert 'the checkpoint of step 4 could not be written' in log(workdir)
+  assert 'the checkpoint of step 4 could not be written' in processes.log(workdir)
   assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == ['2', '6', '8']
-  assert_equal(pair, workdir)
+  processes.assert_equal(pair, workdir)

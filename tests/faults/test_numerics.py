@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from farmer_jax import config as config_lib
-from farmer_jax import objectives
+from farmer_jax import losses
 from farmer_jax.nn import farmer
 from farmer_jax.ops import dequantize
 from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
+from tests.support import models as tiny
 
 SIDE, BATCH, STEPS = 8, 8, 60
 
@@ -80,7 +80,7 @@ def programs(config):
   model = farmer.build(config)
   optimizer = optimizer_lib.create(config.train)
   noise_std = optimizer_lib.noise_std_schedule(config.noise, config.train.steps)
-  loss = functools.partial(objectives.nll_loss, model=model, config=config, noise_std=noise_std)
+  loss = functools.partial(losses.nll_loss, model=model, config=config, noise_std=noise_std)
   step = step_lib.make_train_step(loss, optimizer, config.train)
 
   def round_trip(params, x):
@@ -116,7 +116,7 @@ def train(config, params, images, steps=STEPS):
 def round_trip_error(config, params, images):
   """The largest error of a pixel after encoding and decoding, relative to 1 + |x|."""
   *_, round_trip = programs(config)
-  x = objectives.real_valued(jax.random.key(1), images, config.noise)
+  x = losses.real_valued(jax.random.key(1), images, config.noise)
   return float((abs(round_trip(params, x) - x) / (1 + abs(x))).max())
 
 
@@ -304,7 +304,7 @@ def test_mixture_scales_at_the_ends(scale, split):
       out = prior[name]['out']
       first = components * (1 + channels)  # where log-scales begin
       prior[name]['out'] = out | {'bias': out['bias'].at[first:].add(scale)}
-  x = objectives.real_valued(jax.random.key(1), make_images('hot pixels'), config.noise)
+  x = losses.real_valued(jax.random.key(1), make_images('hot pixels'), config.noise)
   loss, largest = assert_finite(config, params, x)
   words = 'floor' if scale < 0 else 'e^50'
   name = f'mixture scales at {words}, {"split" if split else "no split"}'

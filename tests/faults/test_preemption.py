@@ -7,21 +7,22 @@ import sys
 import time
 
 import pytest
-import test_kills
 
-processes = test_kills.processes
+from tests.support import processes
+
 SETTINGS = ['train.steps=100000', 'train.checkpoint_every=0', 'train.validate_every=0']
 
 # SIGTERM comes to the process itself, by its own hand, in the midst of a step.
 AT_STEP_5 = """
 import os, signal
-from farmer_jax.training import meter
-advance = meter.Meter.advance
+from tests.support import processes
+from farmer_jax.training import throughput
+advance = throughput.Meter.advance
 def told(self, step, values):
   if step == 5{condition}:
     os.kill(os.getpid(), signal.SIGTERM)
   return advance(self, step, values)
-meter.Meter.advance = told
+throughput.Meter.advance = told
 """
 
 
@@ -29,12 +30,12 @@ def test_sigterm_saves_and_asks_to_be_started_again(whole, tmp_path):
   """It leaves after step 5, where no checkpoint was due, and ends as if nothing had happened."""
   workdir = tmp_path / 'run'
   (process,) = processes.train(workdir, devices=1, before=AT_STEP_5.format(condition=''))
-  assert process.wait(timeout=300) == 75, test_kills.log(workdir)
-  assert 'Saved step 5; the same command goes on from there' in test_kills.log(workdir)
+  assert process.wait(timeout=300) == 75, processes.log(workdir)
+  assert 'Saved step 5; the same command goes on from there' in processes.log(workdir)
   assert sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir())[-1] == 5
   processes.finish(processes.train(workdir, devices=1), workdir)
-  assert 'Going on from step 5' in test_kills.log(workdir)
-  test_kills.assert_equal(whole, workdir)
+  assert 'Going on from step 5' in processes.log(workdir)
+  processes.assert_equal(whole, workdir)
 
 
 def test_one_process_is_told_and_all_leave_after_the_same_step(tmp_path):
@@ -42,7 +43,7 @@ def test_one_process_is_told_and_all_leave_after_the_same_step(tmp_path):
   before = AT_STEP_5.format(condition=' and jax.process_index()').replace('os,', 'jax, os,')
   started = processes.train(workdir, *SETTINGS, processes=2, before=before)
   codes = [process.wait(timeout=300) for process in started]
-  assert codes == [75, 75], test_kills.log(workdir)
+  assert codes == [75, 75], processes.log(workdir)
   (saved,) = (int(p.name) for p in (workdir / 'checkpoints').iterdir())
   assert saved >= 5
   assert processes.records(workdir)[-1]['step'] == saved
@@ -54,26 +55,26 @@ def test_a_second_sigterm_ends_at_once(tmp_path, number):
   workdir, reached = tmp_path / 'run', tmp_path / 'reached'
   before = f"""
 import pathlib, time
-from farmer_jax.training import meter
+from farmer_jax.training import throughput
 def slow(self, step, values):
   pathlib.Path({str(reached)!r}).touch()
   time.sleep(600)
-meter.Meter.advance = slow
+throughput.Meter.advance = slow
 """
   started = processes.train(workdir, *SETTINGS, devices=1, processes=number, before=before)
-  test_kills.wait_for(started, workdir, reached.exists)
+  processes.wait_for(started, workdir, reached.exists)
   process = started[0]
   process.send_signal(signal.SIGTERM)
   deadline = time.monotonic() + 60
-  while 'once more leaves at once' not in test_kills.log(workdir):
-    assert time.monotonic() < deadline and process.poll() is None, test_kills.log(workdir)
+  while 'once more leaves at once' not in processes.log(workdir):
+    assert time.monotonic() < deadline and process.poll() is None, processes.log(workdir)
     time.sleep(0.05)
   process.send_signal(signal.SIGTERM)  # the same notice, doubled
   time.sleep(1.5)
   assert process.poll() is None
   process.send_signal(signal.SIGTERM)
   assert process.wait(timeout=30) == 128 + signal.SIGTERM
-  test_kills.kill(started)
+  processes.kill(started)
 
 
 def test_a_job_with_nothing_to_save_asks_to_be_started_again(whole):
@@ -82,7 +83,7 @@ def test_a_job_with_nothing_to_save_asks_to_be_started_again(whole):
   arguments += ['--config.sampling.count=100000', '--config.sampling.inverse=sequential']
   (process,) = processes.start(whole, *arguments)
   folder = whole / 'samples'
-  test_kills.wait_for([process], whole, lambda: list(folder.glob('*/*.npz')))
+  processes.wait_for([process], whole, lambda: list(folder.glob('*/*.npz')))
   process.send_signal(signal.SIGTERM)
   assert process.wait(timeout=60) == 75
 
@@ -91,22 +92,22 @@ def test_the_second_run_in_a_workdir_refuses_until_the_first_is_dead(tmp_path):
   workdir = tmp_path / 'run'
   (first,) = processes.train(workdir, *SETTINGS, devices=1)
   metrics = workdir / 'metrics.jsonl'
-  test_kills.wait_for([first], workdir, lambda: metrics.exists() and metrics.stat().st_size)
+  processes.wait_for([first], workdir, lambda: metrics.exists() and metrics.stat().st_size)
   (second,) = processes.train(workdir, *SETTINGS, devices=1)
   assert second.wait(timeout=120) == 1
-  assert f'error: process {first.pid} on ' in test_kills.log(workdir)
+  assert f'error: process {first.pid} on ' in processes.log(workdir)
   first.send_signal(signal.SIGKILL)
   first.wait()
   assert json.loads((workdir / 'lock.json').read_text())['process'] == first.pid
   (third,) = processes.train(workdir, *SETTINGS, devices=1, before=AT_STEP_5.format(condition=''))
-  assert third.wait(timeout=300) == 75, test_kills.log(workdir)
+  assert third.wait(timeout=300) == 75, processes.log(workdir)
   assert processes.records(workdir)[-1]['step'] == 5
 
 
 BEATING = """
 import sys, time
 from etils import epath
-from farmer_jax.runtime import lock
+from farmer_jax.workdir import lock
 lock._BEAT, lock._LAPSE, lock._SETTLE = 0.2, 2.0, 0.3
 with lock._beating(epath.Path({file!r})):
   print('held', flush=True)

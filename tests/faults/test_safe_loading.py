@@ -12,14 +12,15 @@ import zipfile
 
 import numpy as np
 import pytest
-from test_config_fuzz import command_line
 
+from farmer_jax import api
 from farmer_jax import config as config_lib
-from farmer_jax.config import ConfigError
 from farmer_jax.data import sources
+from farmer_jax.errors import ConfigError
 from farmer_jax.evaluation import torch_weights
-from farmer_jax.jobs import fidelity, restore, sample
-from farmer_jax.runtime import shards, workdir
+from farmer_jax.jobs import fidelity, sample
+from farmer_jax.workdir import layout, results
+from tests.faults.test_config_fuzz import command_line
 
 ROOT = pathlib.Path(__file__).parents[2]
 CANARY = 'harmed'
@@ -203,7 +204,7 @@ def test_names_of_classes_name_no_files(tmp_path):
   """They are shown, and compared with labels: a way to another folder is text as any other."""
   names = ['../../../elsewhere', '/tmp/elsewhere', CODE, '\0']
   (tmp_path / 'classes.json').write_text(json.dumps(names))
-  read = workdir.read_class_names(workdir.absolute(tmp_path))
+  read = layout.read_class_names(layout.absolute(tmp_path))
   assert list(read) == names
   config = config_lib.Config(
     sampling=config_lib.Sampling(labels='../../../elsewhere,/tmp/elsewhere')
@@ -220,7 +221,7 @@ JSON = ('{', '5', '{"a": 1}', '[1, [2]]', '[' * 10**5, '{"config": 3, "step": 1}
 def test_a_damaged_list_of_classes_takes_one_line(text, tmp_path):
   (tmp_path / 'classes.json').write_text(text)
   with pytest.raises(ConfigError, match='classes.json') as caught:
-    workdir.read_class_names(workdir.absolute(tmp_path))
+    layout.read_class_names(layout.absolute(tmp_path))
   one_line(caught)
 
 
@@ -229,14 +230,14 @@ def test_a_damaged_note_of_the_teacher_takes_one_line(text, tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(config_lib.to_dict(config_lib.Config())))
   (tmp_path / 'teacher.json').write_text(text)
   with pytest.raises(ConfigError, match='teacher.json') as caught:
-    restore.load_teacher(config_lib.Config(teacher=str(tmp_path)), tmp_path, None)
+    api.load_teacher(config_lib.Config(teacher=str(tmp_path)), tmp_path, None)
   one_line(caught)
 
 
 @pytest.mark.parametrize('text', ['../' * 200, '/etc/passwd', 'a\0b', 'a\nb', CODE])
 def test_names_of_results_lead_nowhere_else(text):
   settings = config_lib.Likelihood(source=text)
-  name = workdir.results_name(text, settings, set())
+  name = layout.results_name(text, settings, set())
   assert (pathlib.Path('base') / name).parent == pathlib.Path('base')
   assert name.isprintable() and len(name) <= 150
 
@@ -245,10 +246,10 @@ def test_names_of_results_lead_nowhere_else(text):
 
 
 def test_shards_of_samples_are_not_unpickled(tmp_path, capsys):
-  folder = workdir.absolute(tmp_path / 'samples')
+  folder = layout.absolute(tmp_path / 'samples')
   folder.mkdir()
   write_npz(tmp_path / 'samples' / '00000.npz', arr_0=objects())
-  store = shards.Shards(folder, {'images': 'arr_0'})
+  store = results.Shards(folder, {'images': 'arr_0'})
   assert len(store) == 0
   assert 'is damaged' in ''.join(capsys.readouterr())
 

@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
-import tiny_run
 
 from farmer_jax.jobs import pretrain
+from tests.support import runs as tiny_run
 
 
 @pytest.fixture(scope='session')

@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from farmer_jax import config
+from farmer_jax import errors
 from farmer_jax.jobs import compile as compile_job
 
 SMALL = [
@@ -88,7 +88,7 @@ class TooLarge:
 
 
 def test_what_does_not_fit_is_said_in_one_line():
-  with pytest.raises(config.ConfigError, match='Ran out of memory, 24G of 16G') as caught:
+  with pytest.raises(errors.ConfigError, match='Ran out of memory, 24G of 16G') as caught:
     compile_job._compiled('sampler', TooLarge(), 'TPU v5 lite', None)
   message = str(caught.value)
   assert message.startswith('the sampler does not fit') and '\n' not in message

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from farmer_jax import config, sampling
-from farmer_jax.jobs import distill, pretrain, restore, sample
+from farmer_jax import api, config, errors, sampling
+from farmer_jax.jobs import distill, pretrain, sample
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import workdir as workdir_lib
+from farmer_jax.workdir import layout
 
 TEACHER = config.Config(
   name='teacher',
@@ -67,7 +67,7 @@ def student(runs, tmp_path):
 
 def configured(workdir, **changes):
   """The configuration of a run for the sampling job."""
-  found = config.from_config_dict(workdir_lib.read_config(workdir))
+  found = config.from_config_dict(layout.read_config(workdir))
   settings = dataclasses.replace(found.sampling, **changes)
   return dataclasses.replace(found, job='sample', sampling=settings)
 
@@ -126,7 +126,7 @@ def test_samples_by_the_student_are_near_the_exact_ones(student, capsys):
 def test_refined_samples_tell_their_residual(student):
   settings = configured(student, inverse='student', refinement_rounds=1)
   model = farmer.build(settings)
-  params, _ = restore.load_params(settings, student, model)
+  params, _ = api.load_params(settings, student, model)
   labels = np.arange(4)
   sampler = sampling.Sampler(model, settings)
   found = sampler(params, labels, labels)
@@ -141,7 +141,7 @@ def test_hidden_alignment_and_drawn_latents_train_and_sample(runs, tmp_path):
   distill.run(settings, tmp_path / 'hidden')
   sample.run(configured(tmp_path / 'hidden', inverse='student'), tmp_path / 'hidden')
   assert len(images(tmp_path / 'hidden' / 'samples' / '3-inverse=student-denoise=True')) == 20
-  with pytest.raises(config.ConfigError, match='refinement_rounds.*objective=hidden'):
+  with pytest.raises(errors.ConfigError, match='refinement_rounds.*objective=hidden'):
     config.check(configured(tmp_path / 'hidden', inverse='student', refinement_rounds=1))
 
 
@@ -162,7 +162,7 @@ def test_a_distillation_goes_on_with_the_teacher_it_began_with(student, runs):
 
 
 def message(function, *args):
-  with pytest.raises(config.ConfigError) as caught:
+  with pytest.raises(errors.ConfigError) as caught:
     function(*args)
   text = str(caught.value)
   assert '\n' not in text

@@ -9,15 +9,15 @@ import sys
 
 import numpy as np
 import pytest
-import tiny_run
 from etils import epath
 from PIL import Image
 
-from farmer_jax import config
+from farmer_jax import config, errors
 from farmer_jax.data import base, sources
 from farmer_jax.evaluation import classifier, inception
 from farmer_jax.jobs import fidelity
 from farmer_jax.ops import frechet
+from tests.support import runs as tiny_run
 
 CONFIG = dataclasses.replace(
   tiny_run.CONFIG, sampling=config.Sampling(inverse='sequential', batch_size=20)
@@ -124,7 +124,7 @@ def test_a_killed_job_ends_in_the_same_report(run, tmp_path):
   shutil.copytree(run, whole)
   program = """
 import os, signal
-from farmer_jax.evaluation import fidelity as looking
+from farmer_jax.evaluation import feature_statistics as looking
 call, calls = looking.Extractor.__call__, []
 def killing(self, gather, count, kept, what, *more):
   if what == 'samples' and KILL:
@@ -158,7 +158,7 @@ def test_images_of_other_kinds_are_refused(run):
     (np.zeros((20, 16, 16, 1), np.uint8), '16 × 16 pixels'),
   ):
     np.savez(run / 'other.npz', arr_0=array)
-    with pytest.raises(config.ConfigError, match=message):
+    with pytest.raises(errors.ConfigError, match=message):
       fidelity.run(with_settings(samples=str(run / 'other.npz')), run)
 
 
@@ -186,16 +186,16 @@ def test_settings_have_files_of_their_own(run, tmp_path):
   ],
 )
 def test_mistakes(trained, changes, message):
-  with pytest.raises(config.ConfigError, match=message) as caught:
+  with pytest.raises(errors.ConfigError, match=message) as caught:
     fidelity.run(with_settings(**changes), trained)
   assert '\n' not in str(caught.value)
 
 
 def test_statistics_of_another_network_are_refused(run):
   np.savez(run / 'stats.npz', mu=np.zeros(2048), sigma=np.eye(2048))
-  with pytest.raises(config.ConfigError, match='2048 features, and the classifier has 128'):
+  with pytest.raises(errors.ConfigError, match='2048 features, and the classifier has 128'):
     fidelity.run(with_settings(reference=str(run / 'stats.npz')), run)
   np.savez(run / 'stats.npz', something=np.zeros(3))
-  with pytest.raises(config.ConfigError, match='nor statistics'):
+  with pytest.raises(errors.ConfigError, match='nor statistics'):
     fidelity.run(with_settings(reference=str(run / 'stats.npz')), run)
   assert inception.CHANNELS == 2048

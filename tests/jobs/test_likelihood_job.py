@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_run import CONFIG
 
 from farmer_jax import config
 from farmer_jax.jobs import likelihood, pretrain
+from tests.support.runs import CONFIG
 
 NAME, OTHER = 'digits-valid', 'digits-valid-other'
 

@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_run import CONFIG
 
-from farmer_jax import config, sampling
-from farmer_jax.evaluation import sweeps
-from farmer_jax.jobs import restore, sample
+from farmer_jax import api, config, errors, sampling
+from farmer_jax.evaluation import sampling_figures
+from farmer_jax.jobs import sample
 from farmer_jax.nn import farmer
-from farmer_jax.runtime import shards
+from farmer_jax.workdir import results
+from tests.support.runs import CONFIG
 
 
 def with_sampling(**changes):
@@ -51,7 +51,7 @@ def test_leaves_images_a_grid_and_a_report(run, capsys):
 
 def test_more_images_later_are_what_they_would_have_been(run, monkeypatch):
   """Also across shards, and whatever the batch size."""
-  monkeypatch.setattr(shards, 'SHARD_SIZE', 10)
+  monkeypatch.setattr(results, 'SHARD_SIZE', 10)
   folder = run / 'samples' / '3-inverse=sequential'
   sample.run(with_sampling(count=37), run)
   whole = arrays(folder)
@@ -71,15 +71,16 @@ def test_a_killed_job_goes_on_where_it_stopped(run):
   """A real process, killed between two batches; bit for bit."""
   program = f"""
 import os, signal
-from farmer_jax.runtime import shards
-shards.SHARD_SIZE, shards._SECONDS_BETWEEN_WRITES = 12, 0.0
-append = shards.Shards.append
+from farmer_jax.workdir import results
+results.SHARD_SIZE, results._SECONDS_BETWEEN_WRITES = 12, 0.0
+append = results.Shards.append
 def killing(self, **arrays):
   append(self, **arrays)
   if len(self) >= 16:
     os.kill(os.getpid(), signal.SIGKILL)
-shards.Shards.append = killing
+results.Shards.append = killing
 from farmer_jax import config
+from farmer_jax.workdir import results
 from farmer_jax.jobs import sample
 sample.run(config.from_config_dict({config.to_dict(with_sampling())!r}), {str(run)!r})
 """
@@ -136,9 +137,9 @@ def test_labels_by_number_name_and_none(trained):
   assert parse('dog,0,cat', ('cat', 'dog'), num_classes=2) == [1, 0, 0]
   assert parse('', num_classes=0) == [0] and parse('none', num_classes=0) == [0]
   for wrong in ('10', '-1', 'bird', '1.5'):
-    with pytest.raises(config.ConfigError, match='no class'):
+    with pytest.raises(errors.ConfigError, match='no class'):
       parse(f'3,{wrong}')
-  with pytest.raises(config.ConfigError, match='cat, dog'):
+  with pytest.raises(errors.ConfigError, match='cat, dog'):
     parse('bird', ('cat', 'dog'), num_classes=2)
 
 
@@ -197,9 +198,9 @@ def test_mistakes_get_one_line(trained, override, message):
 
 def test_a_run_without_a_checkpoint_and_no_run_at_all(run, tmp_path):
   shutil.rmtree(run / 'checkpoints')
-  with pytest.raises(config.ConfigError, match='no checkpoint yet'):
+  with pytest.raises(errors.ConfigError, match='no checkpoint yet'):
     sample.run(with_sampling(), run)
-  with pytest.raises(config.ConfigError, match='not a run'):
+  with pytest.raises(errors.ConfigError, match='not a run'):
     sample.run(with_sampling(), tmp_path / 'elsewhere')
   assert not (tmp_path / 'elsewhere').exists()
 
@@ -216,7 +217,7 @@ def test_guidance_needs_what_it_compares_with():
     CONFIG, sampling=guided, model=dataclasses.replace(CONFIG.model, prior=config.Prior('normal'))
   )
   for built in (unconditional, never_dropped, tarflow):
-    with pytest.raises(config.ConfigError, match='config.sampling.guidance.scale=0'):
+    with pytest.raises(errors.ConfigError, match='config.sampling.guidance.scale=0'):
       config.check(built)
 
 
@@ -228,10 +229,10 @@ def test_the_path_ends_in_the_image(run, monkeypatch):
     seen.update(images=images, titles=titles)
     return np.zeros((4, 4, 3), np.uint8)
 
-  monkeypatch.setattr(sweeps.figures, 'sample_grid', keep)
+  monkeypatch.setattr(sampling_figures.figures, 'sample_grid', keep)
   model = farmer.build(CONFIG)
-  params, _ = restore.load_params(CONFIG, run, model)
-  sweeps.path(model, CONFIG, params, [3, 4], ['3', '4'])
+  params, _ = api.load_params(CONFIG, run, model)
+  sampling_figures.path(model, CONFIG, params, [3, 4], ['3', '4'])
   expected = sampling.Sampler(model, CONFIG)(params, [3, 4], [0, 1]).images
   assert seen['titles'] == ['z^2', 'z^1', 'z^0'] and seen['images'].shape[:2] == (2, 3)
   np.testing.assert_array_equal(seen['images'][:, -1], expected)

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from scipy import stats
+
+from tests.support import models as tiny
 
 pytestmark = pytest.mark.usefixtures('x64')
 

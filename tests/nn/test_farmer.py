@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from scipy import stats
 
 from configs import in256
-from farmer_jax import config, objectives
+from farmer_jax import config, losses
 from farmer_jax.nn import farmer
 from farmer_jax.ops import patches
+from tests.support import models as tiny
 
 pytestmark = pytest.mark.usefixtures('x64')
 
@@ -76,7 +76,7 @@ def test_terms_add_up(relative):
     assert term.shape == (4,) and np.isfinite(term).all()
   np.testing.assert_array_equal(log_density.log_dets, relative.log_dets)
   assert (log_density.log_dets != 0).all()
-  terms = objectives.nll_terms(log_density, SIZE * SIZE * CHANNELS)
+  terms = losses.nll_terms(log_density, SIZE * SIZE * CHANNELS)
   expected = log_density.informative + log_density.redundant + log_density.log_dets.sum(0)
   np.testing.assert_allclose(terms['loss'], -expected / 16, rtol=1e-12)
   parts = terms['nll_informative'] + terms['nll_redundant'] + terms['log_det']

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from farmer_jax.nn import flow as flow_lib
+from tests.support import models as tiny
 
 pytestmark = pytest.mark.usefixtures('x64')
 

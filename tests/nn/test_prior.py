@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from scipy import special, stats
 
 from farmer_jax import config, sampling
 from farmer_jax.nn import prior
+from tests.support import models as tiny
 
 pytestmark = pytest.mark.usefixtures('x64')
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-import tiny
 
 from farmer_jax.nn import transformer
+from tests.support import models as tiny
 
 pytestmark = pytest.mark.usefixtures('x64')
 

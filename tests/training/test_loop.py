@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from farmer_jax import config
+from farmer_jax import config, errors
 from farmer_jax.data import pipeline
 from farmer_jax.jobs import pretrain
 
@@ -167,6 +167,6 @@ def test_steps_are_recorded_also_by_a_run_that_goes_on(tmp_path):
 def test_another_model_in_the_workdir_is_refused(whole):
   before = sorted(str(p) for p in whole.rglob('*'))
   other = tiny(batch_size=32)
-  with pytest.raises(config.ConfigError, match='train.batch_size is 16 there and 32 here'):
+  with pytest.raises(errors.ConfigError, match='train.batch_size is 16 there and 32 here'):
     pretrain.run(other, whole)
   assert sorted(str(p) for p in whole.rglob('*')) == before
