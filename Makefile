@@ -1,37 +1,42 @@
-# `make quickstart` and `make test` need only Python 3.11, pip and make: they build .venv first.
+# `make quickstart` and `make test` need only Python 3.11, pip and make. They create .venv first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# A file of tests is run by one process, and up to four at once.
+# Files of tests run in parallel, each in one process.
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations=15
 
-.PHONY: quickstart test test-all soak lint reference clean
+.PHONY: quickstart test test-faults test-all soak lint reference clean
 
 quickstart: .venv/run
 	$(BIN)/python -m farmer_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
+# What matters after a change of the model or of a job. Under five minutes on two cores.
 test: .venv/dev lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not faults and not slow"
 
-# With the tests marked slow.
+# Killed processes, damaged files, fuzzing, several processes.
+test-faults: .venv/dev
+	$(PYTEST) -m "faults and not slow"
+
+# All tests, including those that take minutes.
 test-all: .venv/dev lint
 	$(PYTEST)
 
-# Half an hour: a training run is killed two hundred times, and ends as if it had not been.
+# Half an hour: a training run is killed 200 times and must end like an uninterrupted run.
 soak: .venv/dev
-	$(BIN)/python tests/faults/soak.py
+	$(BIN)/python -m tests.faults.soak
 
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy farmer_jax
 
-# PyTorch and torch-fidelity, with which some tests compare; without them those are skipped.
+# PyTorch and torch-fidelity. The tests that compare with them are skipped without them.
 reference: .venv/dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-reference.txt
 
 clean:
 	rm -rf .venv runs
 
-# Debian's Python comes without ensurepip; virtualenv stands in for venv there.
+# Debian's Python has no ensurepip, so virtualenv is used there.
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), sys.version' 2>/dev/null || \
 	  { echo "error: $(PYTHON) is not Python 3.11, for which requirements.txt is pinned;" \

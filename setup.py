@@ -1,41 +1,63 @@
-"""Packaging. requirements.txt pins what is tested; the ranges here are what works."""
+"""Packaging. requirements.txt pins the tested versions; this file lists the supported ranges."""
 
 import pathlib
+import re
 
 import setuptools
 
+_ROOT = pathlib.Path(__file__).parent
+_VERSION = re.search(
+  r"^__version__ = '(.+)'$", (_ROOT / 'farmer_jax' / '__init__.py').read_text(), re.MULTILINE
+)
+assert _VERSION is not None
+
 setuptools.setup(
   name='farmer_jax',
-  version='0.1.0',
+  version=_VERSION[1],
   description='FARMER (Flow AutoRegressive Transformer over Pixels) for JAX',
-  long_description=pathlib.Path(__file__).with_name('README.md').read_text(),
+  long_description=(_ROOT / 'README.md').read_text(),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   packages=setuptools.find_packages(include=['farmer_jax*']),
   python_requires='>=3.11',
+  # The upper bounds exclude versions whose internals differ: farmer_jax uses internals of Orbax and
+  # Grain, and matches error messages of Orbax and TensorStore.
   install_requires=[
     'absl-py',
     'array_record',
     'clu>=0.0.12',
     'einops>=0.8',
     'etils[epath]',
-    'flax>=0.12',
-    'grain>=0.2.18',
+    'flax>=0.12,<0.13',
+    'grain>=0.2.18,<0.3',
     'importlib_resources',
-    'jax>=0.10',
+    'jax>=0.10,<0.11',
+    'jaxtyping>=0.3.11',
     'matplotlib>=3.8',
     'ml_collections>=1.1',
     'numpy',
     'optax>=0.2.8',
-    'orbax-checkpoint>=0.12.8',
+    'orbax-checkpoint>=0.12.8,<0.13',
     'pillow>=10.1',
     'scikit-learn>=1.3',
     'tensorflow-datasets>=4.9.10',
     'tqdm',
   ],
-  # CLU's TensorBoard writer, and preparing (not reading) TFDS data sets.
   extras_require={
-    'tensorboard': ['tensorflow-cpu>=2.21', 'tensorboard>=2.21'],
+    'cuda': ['jax[cuda12]'],
     'tpu': ['jax[tpu]'],
+    # Workdirs on Google Cloud Storage: gs://bucket/run.
+    'gcs': ['etils[epath-gcs]'],
+    # TensorBoard events, and the preparation of TFDS data sets. Reading them needs no TensorFlow.
+    'tensorboard': ['tensorflow-cpu>=2.21', 'tensorboard>=2.21'],
+    'dev': [
+      'beartype>=0.23',
+      'chex>=0.1.92',
+      'hypothesis>=6',
+      'mypy>=2.4',
+      'pytest>=9',
+      'pytest-xdist>=3.8',
+      'ruff>=0.17',
+    ],
   },
 )

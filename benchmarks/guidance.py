@@ -1,59 +1,69 @@
-"""What guidance is worth: how often a classifier recognises the class, and the Fréchet distance.
+"""Guidance methods and scales: accuracy of a classifier on samples, and Fréchet distance.
 
     python -m benchmarks.guidance --run=RUN --count=5000
 
-The classifier is trained on the run's real training images; distances are between its features of
-samples and of the held-out images. Prints a table in Markdown.
+The classifier is trained on the training images of the run. The Fréchet distance is between its
+features of samples and of held-out images. Prints a Markdown table.
 """
 
-import numpy as np
-from absl import app, flags, logging
+from collections.abc import Iterator
 
-from benchmarks import judge
+import numpy as np
+from absl import app, flags
+
+from benchmarks import sample_quality, timing
+from farmer_jax import api, sampling
 from farmer_jax import config as config_lib
-from farmer_jax import sampling, terminal
 from farmer_jax.xla import host
 
 _RUN = flags.DEFINE_string('run', None, 'Workdir of a trained run.', required=True)
-_COUNT = flags.DEFINE_integer('count', 5000, 'Samples for each line.')
-_BATCH = flags.DEFINE_integer('batch', 250, 'Samples drawn together.')
-_DENOISE = flags.DEFINE_bool('denoise', None, "Clean samples up; the default is the run's.")
+_COUNT = flags.DEFINE_integer('count', 5000, 'Samples for each line of the table.')
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 250, 'Samples drawn at once.')
+_DENOISE = flags.DEFINE_bool(
+  'denoise', None, 'Value of config.sampling.denoise. None uses the setting of the run.'
+)
 _SCALES = flags.DEFINE_list('scales', ['0.25', '0.5', '1', '2', '3', '4'], 'Guidance scales.')
 
 
-def settings():
-  """Names and `config.Guidance` of the lines of the table."""
+def variants() -> Iterator[tuple[str, config_lib.Guidance]]:
+  """Yields the name and the guidance settings of each line of the table."""
   yield 'none', config_lib.Guidance(method='none')
-  for method in ('component', 'resample'):
+  fifty = dict(conditional_candidates=50, unconditional_candidates=50)
+  for name, settings in (
+    ('component', dict(method='component')),
+    ('resample', dict(method='resample')),
+    ('resample, 50 + 50 candidates', dict(method='resample', **fifty)),
+  ):
     for scale in map(float, _SCALES.value):
-      yield method, config_lib.Guidance(method=method, scale=scale)
-  for scale in map(float, _SCALES.value):
-    name = 'resample, 50 + 50 candidates'
-    pool = dict(conditional_candidates=50, unconditional_candidates=50)
-    yield name, config_lib.Guidance(scale=scale, **pool)
+      yield name, config_lib.Guidance(scale=scale, **settings)
 
 
-def main(argv):
-  """Draws and judges."""
+def main(argv: list[str]) -> None:
+  """Draws and evaluates the samples."""
   del argv
-  logging.set_verbosity(logging.WARNING)
-  host.keep_memory()
-  config, model, params, workdir = judge.load(_RUN.value)
+  host.keep_freed_memory()
+  run = api.load(_RUN.value)
+  config = run.config
   if _DENOISE.value is not None:
-    config = judge.with_sampling(config, denoise=_DENOISE.value)
-  judged = judge.Judge(config, workdir)
-  print(f'Real held-out images: accuracy {judged.accuracy:.3f}, Fréchet distance')
-  print(f'of as many training images {judged.floor:.2f}.\n')
-  print('| guidance | scale | accuracy | Fréchet distance | not finite |')
-  print('| --- | --- | --- | --- | --- |')
+    config = sample_quality.with_sampling(config, denoise=_DENOISE.value)
+  evaluate = sample_quality.SampleEvaluator(config, run.workdir)
+  print(f'Held-out images: accuracy {evaluate.accuracy:.3f}. The same number of training images:')
+  print(f'Fréchet distance {evaluate.training_distance:.2f}.\n')
   labels = np.arange(_COUNT.value) % config.data.num_classes
-  for name, guidance in settings():
-    sampler = sampling.Sampler(model, judge.with_sampling(config, guidance=guidance))
-    images, broken = judge.draw(sampler, params, labels, _BATCH.value)
-    accuracy, distance = judged(images, labels)
-    scale = f'{guidance.scale:g}'
-    print(f'| {name} | {scale} | {accuracy:.3f} | {distance:.2f} | {broken} |', flush=True)
-    terminal.say(f'{name} {scale} done')
+
+  def row(name: str, guidance: config_lib.Guidance) -> dict[str, object]:
+    sampler = sampling.Sampler(run.model, sample_quality.with_sampling(config, guidance=guidance))
+    images, nonfinite = sample_quality.draw(sampler, run.params, labels, _BATCH_SIZE.value)
+    accuracy, distance = evaluate(images, labels)
+    return {
+      'guidance': name,
+      'scale': f'{guidance.scale:g}',
+      'accuracy': f'{accuracy:.3f}',
+      'Fréchet distance': f'{distance:.2f}',
+      'not finite': nonfinite,
+    }
+
+  timing.print_table(row(*variant) for variant in variants())
 
 
 if __name__ == '__main__':

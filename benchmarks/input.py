@@ -1,17 +1,17 @@
-"""How fast images are read: JPEGs of ImageNet's kind, to 256x256 centre crops, ready as batches.
+"""Measures how fast the input pipeline reads JPEGs like those of ImageNet, as 256x256 crops.
 
     apt-get download ukui-wallpapers && dpkg -x ukui-wallpapers*.deb wallpapers
     python -m benchmarks.input --photos=wallpapers
 
-Cuts crops of about 500x400 pixels out of the photographs and writes them as a folder and as a TFDS
-data set in ArrayRecord files. Speeds are images per second of processor time, all threads and
-processes of the pipeline together: on a machine that others use as well, that drifts less than
-time on the clock. Prints tables in Markdown.
+Writes crops of about 500x400 pixels of the photographs as a folder and as a TFDS data set in
+ArrayRecord files. Speeds are images per second of processor time, summed over all threads and
+processes of the pipeline: on a shared machine, processor time varies less than wall-clock time.
+Prints tables in Markdown.
 """
 
 import collections
 import dataclasses
-import glob
+import functools
 import io
 import itertools
 import multiprocessing
@@ -22,25 +22,29 @@ import time
 
 import numpy as np
 import PIL.Image
+import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
+from benchmarks import timing
 from farmer_jax import config as config_lib
 from farmer_jax.data import base, images, pipeline, sources
+from tests.support import data as data_lib
 
 _PHOTOS = flags.DEFINE_string('photos', None, 'Folder of photographs.', required=True)
-_COUNT = flags.DEFINE_integer('count', 512, 'Images to make.')
-_BATCH = flags.DEFINE_integer('batch', 64, 'Images a batch.')
-_BATCHES = flags.DEFINE_integer('batches', 12, 'Batches of one measurement.')
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Measurements of each line, taken in turns.')
+_COUNT = flags.DEFINE_integer('count', 512, 'Number of images to write.')
+_BATCH = flags.DEFINE_integer('batch', 64, 'Images per batch.')
+_BATCHES = flags.DEFINE_integer('batches', 12, 'Batches per measurement.')
+_ROUNDS = flags.DEFINE_integer(
+  'rounds', 5, 'Measurements per line of the table; the lines alternate.'
+)
 _QUALITY = 95
 _SIZE = 256
 _TICKS = os.sysconf('SC_CLK_TCK')
 
 
 def crops(folder, count):
-  """Yields `count` JPEG files of 70 to 200 KB, cut out of photographs at several scales."""
-  names = sorted(glob.glob(f'{folder}/**/*.jpg', recursive=True))
-  names += sorted(glob.glob(f'{folder}/**/*.png', recursive=True))
+  """Yields `count` JPEG files of 70 to 200 KB: crops of the photographs at several scales."""
+  names = sorted(pathlib.Path(folder).rglob('*.jpg')) + sorted(pathlib.Path(folder).rglob('*.png'))
   photos = [PIL.Image.open(name).convert('RGB') for name in names]
   scaled = [photo.reduce(factor) for photo in photos for factor in range(1, 9)]
   scaled = [photo for photo in scaled if min(photo.size) >= 500]
@@ -49,34 +53,21 @@ def crops(folder, count):
     photo = scaled[random.integers(len(scaled))]
     width, height = map(int, random.permutation([500, random.integers(333, 460)]))
     left, top = random.integers(photo.width - width + 1), random.integers(photo.height - height + 1)
-    stream = io.BytesIO()
     crop = photo.crop((left, top, left + width, top + height))
-    crop.save(stream, 'JPEG', quality=_QUALITY)
-    if 70_000 < stream.tell() < 200_000:  # Much of a wallpaper is empty.
+    content = data_lib.encode(crop, 'JPEG', quality=_QUALITY)
+    if 70_000 < len(content) < 200_000:  # Rejects crops without detail.
       count -= 1
-      yield stream.getvalue()
+      yield content
 
 
 def write(root, files):
-  """Writes the JPEG files twice; returns the settings that read them."""
-  import tensorflow_datasets as tfds
-
+  """Writes the JPEG files in two formats; returns the `config.Data` of each, by name."""
   (root / 'folder').mkdir()
   for index, content in enumerate(files):
     (root / 'folder' / f'{index:04}.jpg').write_bytes(content)
-  records = root / 'photos' / '1.0.0'
-  records.mkdir(parents=True)
-  identity = tfds.core.dataset_info.DatasetIdentity(
-    name='photos', version=tfds.core.Version('1.0.0'), data_dir=str(records), module_name=''
-  )
-  features = tfds.features.FeaturesDict({'image': tfds.features.Image(shape=(None, None, 3))})
-  info = tfds.core.DatasetInfo(builder=identity, features=features)
-  kind = tfds.core.FileFormat.from_value('array_record')
-  writer = tfds.core.SequentialWriter(info, 1000, file_format=kind)
-  writer.initialize_splits(['train', 'test'])
+  features = {'image': tfds.features.Image(shape=(None, None, 3))}
   examples = [{'image': io.BytesIO(content)} for content in files]
-  writer.add_examples({'train': examples, 'test': [{'image': io.BytesIO(files[0])}]})
-  writer.close_all()
+  data_lib.write_tfds(root, 'photos', features, {'train': examples, 'test': examples[:1]})
   common = dict(image_size=_SIZE, channels=3, num_classes=0, valid_fraction=0.01)
   return {
     'folder': config_lib.Data(source='folder', path=str(root / 'folder'), **common),
@@ -85,7 +76,7 @@ def write(root, files):
 
 
 def processor_seconds():
-  """Processor time so far of this process and its children."""
+  """Processor time of this process and its children so far."""
   total = time.process_time()
   for child in multiprocessing.active_children():
     fields = pathlib.Path(f'/proc/{child.pid}/stat').read_text().rpartition(')')[2].split()
@@ -93,52 +84,52 @@ def processor_seconds():
   return total
 
 
-def drained(iterator, batches):
-  """(images a second of processor time, images a second) over the next batches."""
+def measure_speed(iterator, batches):
+  """Images per second of processor time and of wall-clock time, over the next batches."""
   cpu, start = processor_seconds(), time.perf_counter()
   count = sum(len(next(iterator)['label']) for _ in range(batches))
   return count / (processor_seconds() - cpu), count / (time.perf_counter() - start)
 
 
 def measure_pipelines(settings):
-  """Prints the speed of sources, threads and workers."""
+  """Prints the speed for each source and number of threads and workers."""
   logging.set_verbosity(logging.ERROR)
   lines = list(itertools.product(settings, [(1, 0), (2, 0), (1, 1), (1, 2)]))
   speeds = collections.defaultdict(list)
   for line in _ROUNDS.value * lines:
     name, (threads, workers) = line
     data = dataclasses.replace(settings[name], threads=threads, workers=workers)
-    iterator = pipeline.train_iterator(sources.load(data, 'train'), data, _BATCH.value, 0)
-    drained(iterator, 4)  # Starts what has to be started.
-    speeds[line].append(drained(iterator, _BATCHES.value))
+    iterator = pipeline.TrainIterator(sources.load(data, 'train'), data, _BATCH.value, 0)
+    measure_speed(iterator, 4)  # Warm-up: starts threads and workers.
+    speeds[line].append(measure_speed(iterator, _BATCHES.value))
     iterator.close()
-  print('\n| source | threads | workers | images/s of processor time | images/s |')
-  print('| --- | --- | --- | --- | --- |')
-  for (name, (threads, workers)), values in speeds.items():
-    by_processor, by_clock = np.median(values, 0)
-    print(f'| {name} | {threads} | {workers} | {by_processor:.0f} | {by_clock:.0f} |')
+  print()
+  timing.print_header('source', 'threads', 'workers', 'images/s of processor time', 'images/s')
+  for (name, counts), values in speeds.items():
+    timing.print_row(name, *counts, *(f'{speed:.0f}' for speed in np.median(values, 0)))
 
 
 def decode_only(content):
-  """Pixels of the whole image."""
+  """Decodes without resizing."""
   with PIL.Image.open(io.BytesIO(content)) as image:
     image.load()
     return image
 
 
 def decode_reduced(content):
-  """As `images.decode`, with the decoder's own reduction by halves in the place of box filters."""
+  """As `images.decode`, but the JPEG decoder halves the image instead of box filters."""
   with PIL.Image.open(io.BytesIO(content)) as image:
     image.draft('RGB', (_SIZE, _SIZE))
     return np.array(images.fit(image.convert('RGB'), _SIZE))
 
 
 def measure_decoding(files, title):
-  """Prints the processor time of decoding, of all, and of all with the decoder's reduction."""
+  """Prints the processor time of decoding, and of decoding and resizing in two ways."""
+  decode = functools.partial(images.decode, size=_SIZE, channels=3)
   steps = {
     'decoding alone': decode_only,
-    'decoding, cropping, resizing': lambda content: images.decode(content, _SIZE, 3),
-    "the same with the decoder's reduction": decode_reduced,
+    'decoding, cropping, resizing': decode,
+    "decoding, cropping, resizing with the decoder's reduction": decode_reduced,
   }
   times = collections.defaultdict(list)
   for _ in range(_ROUNDS.value):
@@ -147,33 +138,28 @@ def measure_decoding(files, title):
       for content in files:
         step(content)
       times[name].append((time.process_time() - start) / len(files))
-  print(f'\n| {title} | ms of processor time an image | images/s |')
-  print('| --- | --- | --- |')
+  print()
+  timing.print_header(title, 'ms of processor time per image', 'images/s')
   for name, values in times.items():
-    print(f'| {name} | {1e3 * np.median(values):.2f} | {1 / np.median(values):.0f} |')
-  exact, reduced = (
-    np.stack([decode(content) for content in files]).astype(float)
-    for decode in (steps['decoding, cropping, resizing'], decode_reduced)
-  )
+    timing.print_row(name, f'{1e3 * np.median(values):.2f}', f'{1 / np.median(values):.0f}')
+  exact, reduced = (np.float64(list(map(step, files))) for step in (decode, decode_reduced))
   error = np.sqrt(np.mean((exact - reduced) ** 2))
-  print(f'\nRoot mean square difference by the reduction: {error:.2f} of 255 levels.')
+  print(f'\nRoot mean square difference of the two results: {error:.2f} of 255 levels.')
 
 
-def main(argv):
-  """Makes the files and measures."""
-  del argv
+def main(_):
+  """Writes the files and prints the measurements."""
   files = list(crops(_PHOTOS.value, _COUNT.value))
   sizes = np.array([len(content) for content in files])
   print(f'{len(files)} JPEGs, quality {_QUALITY}, mean size {sizes.mean() / 1e3:.0f} KB')
-  measure_decoding(files[:128], 'JPEGs as ImageNet has them')
+  measure_decoding(files[:128], 'JPEGs of the size of ImageNet')
   large = []
-  for content in files[:32]:  # The short side at least twice the crop's.
+  for content in files[:32]:  # The short side becomes at least twice that of the crop.
     image = decode_only(content)
-    stream = io.BytesIO()
-    image.resize((2 * image.width, 2 * image.height)).save(stream, 'JPEG', quality=_QUALITY)
-    large.append(stream.getvalue())
-  measure_decoding(large, 'The same enlarged twice')
-  base.IN_MEMORY_BYTES = 0  # ImageNet does not fit.
+    image = image.resize((2 * image.width, 2 * image.height))
+    large.append(data_lib.encode(image, 'JPEG', quality=_QUALITY))
+  measure_decoding(large, 'JPEGs of twice that size')
+  base.IN_MEMORY_BYTES = 0  # As for ImageNet, which does not fit in memory.
   with tempfile.TemporaryDirectory() as root:
     measure_pipelines(write(pathlib.Path(root), files))
 

@@ -1,31 +1,41 @@
-"""What a model says of images: bounds, conditions, its classes, and other data.
+"""Likelihood evaluation of a run: bounds, classification and out-of-distribution detection.
 
-    python -m benchmarks.likelihood --run=RUN --other=digits --other=synthetic
+    python -m benchmarks.likelihood --run=RUN --ood=digits --ood=synthetic
 
-RUN is a class-conditional run under uniform dequantisation. Prints tables in Markdown; the jobs
-leave their reports in RUN/likelihood.
+RUN is a class-conditional run with uniform dequantization. The likelihood jobs write their reports
+to RUN/likelihood. Prints Markdown tables.
 """
 
 import dataclasses
+import itertools
 import json
+from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
+from benchmarks import timing
 from farmer_jax import config as config_lib
 from farmer_jax import jobs
 from farmer_jax.workdir import layout
 
 _RUN = flags.DEFINE_string('run', None, 'Workdir of a trained run.', required=True)
-_OTHER = flags.DEFINE_multi_string('other', ['digits', 'synthetic'], 'Sources to be told apart.')
-_EXAMPLES = flags.DEFINE_integer('examples', None, 'Images of a line; all by default.')
-_MARGINAL_EXAMPLES = flags.DEFINE_integer(
-  'marginal_examples', None, 'The same with the class unknown and several draws, which takes long.'
+_OOD = flags.DEFINE_multi_string(
+  'ood', ['digits', 'synthetic'], 'Out-of-distribution data sets, as for data.source.'
 )
-_DRAWS = flags.DEFINE_list('draws', ['1', '16'], 'Draws of the noise.')
+_EXAMPLES = flags.DEFINE_integer('examples', None, 'Images for each row. None scores all images.')
+_MARGINAL_EXAMPLES = flags.DEFINE_integer(
+  'marginal_examples',
+  None,
+  'Images for each row with condition=marginal and several draws, which is slow. None scores all'
+  ' images.',
+)
+_DRAWS = flags.DEFINE_list('draws', ['1', '16'], 'Noise draws per image.')
+
+Row = dict[str, object]
 
 
-def report(name, **settings):
-  """The report of a likelihood job on the run."""
+def run_job(name: str, **settings: Any) -> dict[str, Any]:
+  """Runs a likelihood job on the run and returns its report."""
   run = layout.absolute(_RUN.value)
   config = config_lib.from_config_dict(layout.read_config(run))
   likelihood = config_lib.Likelihood(name=name, **settings)
@@ -35,42 +45,46 @@ def report(name, **settings):
   return json.loads((run / 'likelihood' / f'{name}.json').read_text())
 
 
-def main(argv):
-  """Runs the jobs; prints the tables."""
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  bounds, classes, others = [], [], []
+def bounds_and_accuracies() -> tuple[list[Row], list[Row]]:
+  """Rows of the tables of bounds and of classification accuracies."""
+  bounds, accuracies = [], []
   for condition in ('label', 'none', 'marginal'):
     for draws in (1,) if condition == 'none' else map(int, _DRAWS.value):
-      fewer = condition == 'marginal' and draws > 1
-      examples = _MARGINAL_EXAMPLES.value if fewer else _EXAMPLES.value
-      name = f'{condition}-{draws}'
-      found = report(name, condition=condition, draws=draws, examples=examples)
-      weighted = found.get('bits_per_dim_importance', found['bits_per_dim'])
-      bounds.append(
-        f'| {condition} | {draws} | {found["count"]} | {found["bits_per_dim"]["mean"]:.4f} |'
-        f' {weighted["mean"]:.4f} ± {weighted["standard_error"]:.4f} |'
-      )
-      if 'accuracy' in found:
-        classes.append(f'| {draws} | {found["count"]} | {found["accuracy"]:.4f} |')
-  for source in _OTHER.value:
-    for split in ('valid', 'train'):
-      found = report(
-        f'{split}-{source}', condition='none', split=split, other_source=source, examples=10_000
-      )['other']
-      log_density, corrected = found['auroc'].values()
-      bits = found['bits_per_dim']['mean']
-      others.append(
-        f'| {split} | {source} | {found["count"]} | {bits:.3f} | {log_density:.4f} |'
-        f' {corrected:.4f} |'
-      )
-  for title, rows in (
-    ('| condition | draws | images | bits/dim, average | importance-weighted |', bounds),
-    ('| draws | images | accuracy of the likeliest class |', classes),
-    ('| split | other | images | bits/dim of the other | AUROC, log p | with PNG length |', others),
-  ):
-    print(f'\n{title}\n{"| --- " * (title.count("|") - 1)}|')
-    print('\n'.join(rows))
+      slow = condition == 'marginal' and draws > 1
+      examples = _MARGINAL_EXAMPLES.value if slow else _EXAMPLES.value
+      settings = dict(condition=condition, draws=draws, examples=examples)
+      report = run_job(f'{condition}-{draws}', **settings)
+      weighted = report.get('bits_per_dim_importance', report['bits_per_dim'])
+      row = {'condition': condition, 'draws': draws, 'images': report['count']}
+      bound = f'{weighted["mean"]:.4f} ± {weighted["standard_error"]:.4f}'
+      mean = f'{report["bits_per_dim"]["mean"]:.4f}'
+      bounds.append(row | {'bits/dim, mean': mean, 'bits/dim, importance-weighted': bound})
+      if 'accuracy' in report:
+        accuracies.append(row | {'classification accuracy': f'{report["accuracy"]:.4f}'})
+  return bounds, accuracies
+
+
+def ood_detection(source: str, split: str) -> Row:
+  """A row of the table of out-of-distribution detection."""
+  settings = dict(condition='none', split=split, ood_source=source, examples=10_000)
+  report = run_job(f'{split}-{source}', **settings)['ood']
+  return {
+    'split': split,
+    'OOD data set': source,
+    'images': report['count'],
+    'bits/dim of OOD images': f'{report["bits_per_dim"]["mean"]:.3f}',
+    'AUROC, log p': f'{report["auroc"]["log_density"]:.4f}',
+    'AUROC, log p + PNG length': f'{report["auroc"]["complexity_corrected"]:.4f}',
+  }
+
+
+def main(argv: list[str]) -> None:
+  """Runs the jobs, which print their results, and prints the tables."""
+  del argv
+  detections = [ood_detection(*pair) for pair in itertools.product(_OOD.value, ('valid', 'train'))]
+  for rows in (*bounds_and_accuracies(), detections):
+    print()
+    timing.print_table(rows)
 
 
 if __name__ == '__main__':

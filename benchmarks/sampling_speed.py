@@ -1,10 +1,10 @@
-"""How long sampling takes: prior, guidance, and the inverse of the flow each way.
+"""Measures the time of sampling: the prior, guidance, and each way to invert the flow.
 
-    python -m benchmarks.sampling_speed --run=RUN      # a trained run: modes and batch sizes
+    python -m benchmarks.sampling_speed --run=RUN      # a trained run
     python -m benchmarks.sampling_speed                # random weights: 64×64×3, and scaling
 
-Prints tables in Markdown; milliseconds an image, medians of several calls after compilation, all
-variants of a table taking turns.
+Prints Markdown tables. A time is the median of several calls after compilation. The variants of a
+table are called in turn.
 """
 
 import dataclasses
@@ -14,67 +14,80 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import judge, timing
+from benchmarks import sample_quality, timing
 from configs import fashion_mnist
+from farmer_jax import api, sampling
 from farmer_jax import config as config_lib
-from farmer_jax import sampling
 from farmer_jax.nn import farmer
 from farmer_jax.xla import host
 
-_RUN = flags.DEFINE_string('run', None, 'Workdir of a trained run.')
-_REPEATS = flags.DEFINE_integer('repeats', 7, 'Calls of each variant.')
-_BATCHES = flags.DEFINE_list('batches', ['1', '8', '64'], 'Batch sizes for --run.')
+_RUN = flags.DEFINE_string('run', None, 'Workdir of a trained run. None uses random weights.')
+_REPEATS = flags.DEFINE_integer('repeats', 7, 'Timed calls of each variant.')
+_BATCHES = flags.DEFINE_list('batches', ['1', '8', '64'], 'Batch sizes, with --run.')
 
 
-def trained_run(path):
-  """Every way to invert, and every way to guide, at several batch sizes."""
-  config, model, params, _ = judge.load(path)
-  blocks, unknown = config.model.flow.blocks, model.tokens - 1
-  print('| batch | inverse | ms/image | passes over the tokens, by block | largest difference |')
-  print('| --- | --- | --- | --- | --- |')
+def inverses_of_run(run):
+  """Yields the time of each way to invert the flow, for several batch sizes."""
+  model, params, blocks = run.model, run.params, run.config.model.flow.blocks
   for batch in map(int, _BATCHES.value):
     numbers = np.arange(batch)
-    labels = numbers % max(config.data.num_classes, 1)
-    z = sampling.Sampler(model, config).latents(params, labels, numbers)
-    plan = sampling.plan_inverse(
-      model, judge.with_sampling(config, inverse='auto'), params, z, labels
-    )
-    ways = {'sequential': (1,) * blocks, 'parallel': (unknown,) * blocks}
-    ways |= {f'chunks of {chunk}': (chunk,) * blocks for chunk in (4, 16)}
-    ways |= {f'auto {plan["chunks"]}': tuple(plan['chunks'])}
-    samplers = {name: sampling.Sampler(model, config, chunks) for name, chunks in ways.items()}
-    calls = {n: functools.partial(s.images, params, z, labels) for n, s in samplers.items()}
+    labels = numbers % max(run.config.data.num_classes, 1)
+    z = sampling.Sampler(model, run.config).latents(params, labels, numbers)
+    auto = sample_quality.with_sampling(run.config, inverse='auto')
+    plan = sampling.plan_inverse(model, auto, params, z, labels)
+    chunk_sizes = {
+      'sequential': [1] * blocks,
+      'parallel': [model.num_tokens - 1] * blocks,
+      **{f'chunks of {size}': [size] * blocks for size in (4, 16)},
+      f'auto {plan["chunk_sizes"]}': plan['chunk_sizes'],
+    }
+    calls = {
+      name: functools.partial(sampling.Sampler(model, run.config, sizes).images, params, z, labels)
+      for name, sizes in chunk_sizes.items()
+    }
     exact = calls['sequential']().values
     for name, seconds in timing.medians(calls, _REPEATS.value).items():
       samples = calls[name]()
       passes = '–' if name == 'sequential' else ', '.join(f'{p:.1f}' for p in samples.passes.max(1))
       difference = float((abs(samples.values - exact) / (1 + abs(exact))).max())
-      print(f'| {batch} | {name} | {1e3 * seconds / batch:.2f} | {passes} | {difference:.0e} |')
-  print('\n| batch | guidance | prior, ms/image |\n| --- | --- | --- |')
+      yield {
+        'batch': batch,
+        'inverse': name,
+        'ms/image': f'{1e3 * seconds / batch:.2f}',
+        'passes over the tokens, by block': passes,
+        'largest difference': f'{difference:.0e}',
+      }
+
+
+def guidance_of_run(run):
+  """Yields the time of the prior with each method of guidance, for several batch sizes."""
   for batch in map(int, _BATCHES.value):
     numbers = np.arange(batch)
     calls = {}
     for method in ('none', 'component', 'resample'):
       guidance = config_lib.Guidance(method=method, scale=1.0)
-      sampler = sampling.Sampler(model, judge.with_sampling(config, guidance=guidance))
-      calls[method] = functools.partial(sampler.latents, params, numbers % 10, numbers)
+      config = sample_quality.with_sampling(run.config, guidance=guidance)
+      sampler = sampling.Sampler(run.model, config)
+      calls[method] = functools.partial(sampler.latents, run.params, numbers % 10, numbers)
     for name, seconds in timing.medians(calls, _REPEATS.value).items():
-      print(f'| {batch} | {name} | {1e3 * seconds / batch:.2f} |')
+      milliseconds = f'{1e3 * seconds / batch:.2f}'
+      yield {'batch': batch, 'guidance': name, 'prior, ms/image': milliseconds}
 
 
-def random_model(image_size, patch_size, channels, flow, prior):
-  """A model with random weights, somewhat away from the identity."""
+def random_model(image_size, flow, prior):
+  """Returns a config, a model for RGB images in patches of 4, and its parameters.
+
+  Noise on the initial parameters makes the flow different from the identity.
+  """
   config = config_lib.from_config_dict(fashion_mnist.get_config())
-  config = dataclasses.replace(
-    config,
-    data=dataclasses.replace(config.data, image_size=image_size, channels=channels),
-    model=dataclasses.replace(
-      config.model,
-      patch_size=patch_size,
-      flow=dataclasses.replace(config.model.flow, **flow),
-      prior=dataclasses.replace(config.model.prior, **prior),
-    ),
+  model_config = dataclasses.replace(
+    config.model,
+    patch_size=4,
+    flow=dataclasses.replace(config.model.flow, **flow),
+    prior=dataclasses.replace(config.model.prior, **prior),
   )
+  data = dataclasses.replace(config.data, image_size=image_size, channels=3)
+  config = dataclasses.replace(config, data=data, model=model_config)
   model = farmer.build(config)
   params = jax.jit(functools.partial(farmer.init_params, model=model))(jax.random.key(0))
   keys = iter(jax.random.split(jax.random.key(1), 1000))
@@ -82,8 +95,8 @@ def random_model(image_size, patch_size, channels, flow, prior):
   return config, model, params
 
 
-def calls_for(config, model, params, batch):
-  """Prior and sequential inverse of a batch."""
+def prior_and_inverse(config, model, params, batch):
+  """Returns functions that draw latents of a batch and that invert the flow sequentially."""
   numbers = np.arange(batch)
   sampler = sampling.Sampler(model, config)
   z = sampler.latents(params, numbers % 10, numbers)
@@ -94,39 +107,44 @@ def calls_for(config, model, params, batch):
 
 
 def random_weights():
-  """64×64×3 in patches of 4, and how time grows with tokens and with blocks."""
-  large = dict(layers=3, width=256)
-  built = random_model(64, 4, 3, dict(blocks=4, **large), dict(large, informative_channels=24))
-  count = sum(leaf.size for leaf in jax.tree.leaves(built[2])) / 1e6
-  times = timing.medians(calls_for(*built, batch=8), _REPEATS.value)
-  print(f'64×64×3, patch 4, {count:.1f} M parameters, batch 8, s/image: ', end='')
-  print(', '.join(f'{name} {seconds / 8:.3f}' for name, seconds in times.items()))
+  """Prints the time for 64×64×3, and how time grows with the numbers of tokens and of blocks."""
+  batch, large = 8, dict(layers=3, width=256)
+  built = random_model(64, dict(blocks=4, **large), dict(large, informative_channels=24))
+  millions = sum(leaf.size for leaf in jax.tree.leaves(built[2])) / 1e6
+  times = timing.medians(prior_and_inverse(*built, batch), _REPEATS.value)
+  seconds = ', '.join(f'{name} {value / batch:.3f}' for name, value in times.items())
+  print(f'64×64×3, patch size 4, {millions:.1f} M parameters, batch size 8, s/image: {seconds}\n')
   small = dict(layers=2, width=128)
-  variants = {
-    f'{(size // 4) ** 2} | {blocks}': (size, blocks)
-    for size, blocks in ((32, 4), (64, 4), (128, 4), (64, 2), (64, 8))
-  }
+  variants = [(32, 4), (64, 4), (128, 4), (64, 2), (64, 8)]
   calls = {}
-  for name, (size, blocks) in variants.items():
-    built = random_model(size, 4, 3, dict(blocks=blocks, **small), small)
-    calls[name] = calls_for(*built, batch=8)['inverse']
-  print('\n| tokens | blocks | inverse, ms/image | ms/(image · block · token) |')
-  print('| --- | --- | --- | --- |')
-  for name, seconds in timing.medians(calls, _REPEATS.value).items():
-    size, blocks = variants[name]
-    milliseconds = 1e3 * seconds / 8
-    each = milliseconds / blocks / (size // 4) ** 2
-    print(f'| {name} | {milliseconds:.1f} | {each:.4f} |')
+  for size, blocks in variants:
+    built = random_model(size, dict(blocks=blocks, **small), small)
+    calls[size, blocks] = prior_and_inverse(*built, batch)['inverse']
+
+  def row(size, blocks, seconds):
+    tokens, milliseconds = (size // 4) ** 2, 1e3 * seconds / batch
+    return {
+      'tokens': tokens,
+      'blocks': blocks,
+      'inverse, ms/image': f'{milliseconds:.1f}',
+      'ms/(image · block · token)': f'{milliseconds / blocks / tokens:.4f}',
+    }
+
+  medians = timing.medians(calls, _REPEATS.value)
+  timing.print_table(row(*variant, seconds) for variant, seconds in medians.items())
 
 
 def main(argv):
-  """Runs the tables."""
+  """Prints the tables."""
   del argv
   logging.set_verbosity(logging.WARNING)
-  host.keep_memory()
+  host.keep_freed_memory()
   print(f'{jax.devices()[0].device_kind}, JAX {jax.__version__}\n')
   if _RUN.value:
-    trained_run(_RUN.value)
+    run = api.load(_RUN.value)
+    timing.print_table(inverses_of_run(run))
+    print()
+    timing.print_table(guidance_of_run(run))
   else:
     random_weights()
 

@@ -1,4 +1,4 @@
-"""The table of docs/scaling.md, from what `--job=compile` has found.
+"""Prints the table of docs/scaling.md from the reports of `--job=compile`.
 
     for model in 1.1b-p16 1.9b-p16 1.1b-p8 1.9b-p8; do for slice in v5e:16x16 v5p:4x4x8; do
       JAX_PLATFORMS=cpu python -m farmer_jax.main --job=compile --config=configs/in256.py:$model \
@@ -13,51 +13,39 @@ import pathlib
 
 from absl import app
 
-COLUMNS = (
-  'model',
-  'devices',
-  'batch',
-  'remat',
-  'parameters, M',
-  'TFLOP a step',
-  'memory a chip, GiB',
-  'all-gather, GiB',
-  'all-reduce, GiB',
-  'step, ms',
-  'images/s a chip',
-  'MFU',
-  'compiled in, s',
-)
+from benchmarks import timing
+
+GIB = 2**30
 
 
 def row(path):
-  """A row of the table, strings."""
+  """Returns the cells of a report, by column."""
   report = json.loads(path.read_text())
   step = report['programs']['training step']
-  seconds, gib = step['estimated_seconds'], 2**30
-  moved = {kind: found['bytes'] / gib for kind, found in step['collectives'].items()}
-  return (
-    path.parents[1].name,
-    report['topology'],
-    str(report['batch_size']),
-    report['remat'],
-    f'{report["parameters"] / 1e6:.0f}',
-    f'{report["flops_per_step"] / 1e12:.0f}',
-    f'{step["total_bytes"] / gib:.1f}' + ('' if step['fits'] else ' (too much)'),
-    f'{moved.get("all-gather", 0):.1f}',
-    f'{moved.get("all-reduce", 0) + moved.get("reduce-scatter", 0):.1f}',
-    f'{seconds * 1e3:.0f}',
-    f'{report["batch_size"] / report["devices"] / seconds:.0f}',
-    f'{step["estimated_mfu"]:.0%}',
-    f'{step["compile_seconds"]:.0f}',
-  )
+  seconds = step['estimated_seconds']
+  moved = {kind: collective['bytes'] / GIB for kind, collective in step['collectives'].items()}
+  reduced = moved.get('all-reduce', 0) + moved.get('reduce-scatter', 0)
+  return {
+    'model': path.parents[1].name,
+    'devices': report['topology'],
+    'batch': report['batch_size'],
+    'remat': report['remat'],
+    'parameters, M': f'{report["parameters"] / 1e6:.0f}',
+    'TFLOP/step': f'{report["flops_per_step"] / 1e12:.0f}',
+    'memory per chip, GiB': f'{step["total_bytes"] / GIB:.1f}'
+    + ('' if step['fits'] else ' (too large)'),
+    'all-gather, GiB': f'{moved.get("all-gather", 0):.1f}',
+    'all-reduce, GiB': f'{reduced:.1f}',
+    'step, ms': f'{seconds * 1e3:.0f}',
+    'images/s per chip': f'{report["batch_size"] / report["devices"] / seconds:.0f}',
+    'MFU': f'{step["estimated_mfu"]:.0%}',
+    'compilation, s': f'{step["compile_seconds"]:.0f}',
+  }
 
 
 def main(argv):
   """Prints the table."""
-  rows = [COLUMNS, ['---'] * len(COLUMNS), *(row(pathlib.Path(path)) for path in argv[1:])]
-  for cells in rows:
-    print(f'| {" | ".join(cells)} |')
+  timing.print_table(row(pathlib.Path(path)) for path in argv[1:])
 
 
 if __name__ == '__main__':

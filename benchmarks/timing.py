@@ -1,19 +1,43 @@
-"""Timing variants against one another on machines whose speed drifts."""
+"""Times variants against each other on machines whose speed changes, and prints Markdown tables."""
 
 import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
 
 
-def medians(variants, repeats):
-  """Median seconds of each of the functions in a dict; they take turns."""
+def medians(variants: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
+  """Calls each function `repeats` times, in turn; returns the median seconds of each.
+
+  A first call of each function, which compiles it, is not timed.
+  """
   for function in variants.values():
-    jax.block_until_ready(function())  # compiles
-  times = {name: [] for name in variants}
+    jax.block_until_ready(function())
+  times: dict[Any, list[float]] = {name: [] for name in variants}
   for _ in range(repeats):
     for name, function in variants.items():
       start = time.perf_counter()
       jax.block_until_ready(function())
       times[name].append(time.perf_counter() - start)
   return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def print_row(*cells: object) -> None:
+  """Prints a row of a Markdown table."""
+  print(f'| {" | ".join(map(str, cells))} |', flush=True)
+
+
+def print_header(*names: str) -> None:
+  """Prints the header of a Markdown table."""
+  print_row(*names)
+  print_row(*['---'] * len(names))
+
+
+def print_table(rows: Iterable[dict[str, Any]]) -> None:
+  """Prints rows, by column, as soon as each is computed."""
+  for number, row in enumerate(rows):
+    if number == 0:
+      print_header(*row)
+    print_row(*row.values())

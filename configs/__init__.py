@@ -1,1 +1,1 @@
-"""One file a result: each starts from `farmer_jax.config.defaults()` and changes what differs."""
+"""Configuration files. Each file modifies the values of `farmer_jax.config.defaults()`."""

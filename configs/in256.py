@@ -1,4 +1,4 @@
-"""The paper's class-conditional ImageNet-256 models: 1.1b-p16, 1.1b-p8, 1.9b-p16 and 1.9b-p8.
+"""ImageNet 256×256, class-conditional: models 1.1b-p16, 1.1b-p8, 1.9b-p16 and 1.9b-p8 of the paper.
 
     python -c "import tensorflow_datasets as tfds; \\
       tfds.builder('imagenet2012', file_format='array_record').download_and_prepare()"
@@ -8,26 +8,29 @@
     python -m farmer_jax.main --job=sample --config=configs/from_run.py:RUN --workdir=RUN \\
       --config.sampling.count=50000
 
-The last command samples with the published guidance, whose settings stand below.
+The first command prepares the data set. The last command samples with the published guidance. RUN
+is the workdir of a run.
 
-Hardware: a TPU pod slice or a GPU cluster. Published FID of 50,000 samples with guidance, after 320
-epochs: 5.40 (1.1b-p16), 5.02 (1.1b-p8), 3.96 (1.9b-p16), 3.60 (1.9b-p8). None of these runs has
-been repeated with this code yet.
+Hardware: a TPU pod slice or a GPU cluster.
+Published result: FID of 50,000 samples with guidance, after 320 epochs: 5.40 (1.1b-p16), 5.02
+(1.1b-p8), 3.96 (1.9b-p16), 3.60 (1.9b-p8). These results have not been reproduced with this code.
 
-Batch size and clipping are not published; 1024 and 1.0 are this project's choice.
+The paper does not state the batch size or the gradient clipping. This file uses 1024 and 1.0.
 """
+
+from ml_collections import ConfigDict
 
 from farmer_jax import config, errors
 
 TRAIN_IMAGES = 1_281_167
 _EPOCHS = 320
 
-# Flow blocks, layers a block; prior layers, prior width.
+# Flow blocks, layers per flow block, prior layers, prior width.
 _SIZES = {'1.1b': (28, 4, 12, 768), '1.9b': (32, 6, 24, 1024)}
 _PATCHES = {'p16': 16, 'p8': 8}
 
-# The published guidance: proposal_scales, weighing_logits, weighing_scales, scale. Common to all:
-# 5 + 5 candidates, proposal_logits 1.0, sharpening 1.1.
+# The published guidance: proposal_scale_factor, weighing_logit_factor, weighing_scale_factor and
+# scale. All models use 5 + 5 candidates, proposal_logit_factor=1.0 and sharpening=1.1.
 _GUIDANCE = {
   '1.1b-p16': (0.9, 0.2, 0.9, 2.5),
   '1.1b-p8': (1.0, 0.2, 0.9, 2.0),
@@ -36,8 +39,8 @@ _GUIDANCE = {
 }
 
 
-def get_config(variant='1.1b-p16'):
-  """The configuration of `variant`, <size>-<patch>."""
+def get_config(variant: str = '1.1b-p16') -> ConfigDict:
+  """Returns the configuration of `variant`, <size>-<patch>."""
   size, _, patch = variant.partition('-')
   if size not in _SIZES or patch not in _PATCHES:
     known = ', '.join(f'{s}-{p}' for s in _SIZES for p in _PATCHES)
@@ -50,19 +53,22 @@ def get_config(variant='1.1b-p16'):
   c.data.channels = 3
   c.data.num_classes = 1000
   c.data.flip = True
-  # A core prepares 280 images a second (docs/benchmarks.md, Input). Eight H100s at half their peak
-  # take 2,600 of 1.1b-p16, eight v5e chips 500: nine cores, or two. This is room for twice that.
+  # One core prepares 280 images per second (docs/benchmarks.md). At half of peak FLOPS, training
+  # 1.1b-p16 needs 2,600 images per second (nine cores) on eight H100s, and 500 (two cores) on eight
+  # v5e chips. These workers and threads can use more than twice as many cores.
   c.data.workers = 8
   c.data.threads = 4
   c.data.prefetch = 2
   c.noise.kind = 'gaussian'
   c.model.patch_size = _PATCHES[patch]
   c.model.dtype = 'bfloat16'
-  c.model.remat = 'layers'  # the fastest, and nearly the smallest: docs/scaling.md
+  # The fastest policy, with nearly the smallest memory: docs/scaling.md.
+  c.model.remat = 'layers'
   flow, prior = c.model.flow, c.model.prior
   flow.blocks, flow.layers, prior.layers, prior.width = _SIZES[size]
   flow.width = 768
-  c.model.scan_unroll = flow.layers  # 2 % faster, for 1.4 times the compiling
+  # Unrolls one flow block. Steps are 2 % faster, and compilation takes 1.4 times as long.
+  c.model.scan_unroll = flow.layers
   prior.condition_copies = 64
   prior.components = 64
   prior.informative_channels = 128
@@ -76,11 +82,12 @@ def get_config(variant='1.1b-p16'):
   c.train.optimizer.learning_rate = 1e-4
   c.train.optimizer.warmup_steps = 5000
   guidance = c.sampling.guidance
-  scales, weighing_logits, weighing_scales, scale = _GUIDANCE[variant]
-  guidance.proposal_scales = scales
-  guidance.weighing_logits = weighing_logits
-  guidance.weighing_scales = weighing_scales
-  guidance.scale = scale
+  (
+    guidance.proposal_scale_factor,
+    guidance.weighing_logit_factor,
+    guidance.weighing_scale_factor,
+    guidance.scale,
+  ) = _GUIDANCE[variant]
   guidance.sharpening = 1.1
-  c.sampling.max_classes = 8
+  c.sampling.grid_rows = 8
   return c

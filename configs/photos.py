@@ -1,22 +1,25 @@
-"""A folder of your own images, 64×64 RGB, for generation (annealed Gaussian noise).
+"""A folder of images, 64×64 RGB, generation (annealed Gaussian noise).
 
     python -m farmer_jax.main --config=configs/photos.py --config.data.path=PHOTOS
 
-PHOTOS holds images (JPEG, PNG, WebP, BMP) of any size; they are resized and cropped to squares.
-With one subfolder a class and --config.data.num_classes=<their number> the model learns the classes
-too.
+PHOTOS contains images (JPEG, PNG, WebP, BMP) of any size. They are resized and cropped to squares.
+To train a class-conditional model, put the images of each class into a subfolder, and set
+--config.data.num_classes to the number of subfolders.
 
-Hardware: a GPU for the settings here. On a CPU take a smaller model, for example
+Hardware: a GPU. On a CPU, use a smaller model, for example
 --config.data.image_size=32 --config.model.flow.blocks=4 --config.train.steps=2000. Samples start to
-look like the photographs once the training loss has flattened; thousands of images are better than
-hundreds, which a model of this size learns by heart: compare training and validation loss.
+resemble the photos when the training loss decreases only slowly. Use thousands of images. A model
+of this size memorizes a data set of hundreds of images: the validation loss increases while the
+training loss decreases.
 """
+
+from ml_collections import ConfigDict
 
 from farmer_jax import config
 
 
-def get_config():
-  """The configuration."""
+def get_config() -> ConfigDict:
+  """Returns the configuration."""
   c = config.defaults()
   c.name = 'photos'
   c.data.source = 'folder'

@@ -1,22 +1,27 @@
-"""Handwritten digits, 8×8, class-conditional: minutes on a laptop.
+"""Handwritten digits, 8×8, class-conditional density estimation (uniform dequantization).
 
     python -m farmer_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware: two CPU cores, 2.7 minutes. 4.42 bits/dim on the 180 held-out images.
+The data set is the 1,797 digits of scikit-learn.
+
+Hardware: two CPU cores, 2.7 minutes.
+Result: 4.42 bits/dim on the 180 held-out images.
 """
+
+from ml_collections import ConfigDict
 
 from farmer_jax import config
 
 
-def get_config():
-  """The 1,797 digits of scikit-learn under uniform dequantisation."""
+def get_config() -> ConfigDict:
+  """Returns the configuration."""
   c = config.defaults()
   c.name = 'quickstart'
   c.data.source = 'digits'
-  # Half of all pixels are exactly black: without the curriculum the model spends its time on their
-  # narrow density, and the digits stay scribbles.
+  # Half of all pixels are exactly black. Without the curriculum, the model spends most of its
+  # training on the narrow density of these pixels, and the samples do not resemble digits.
   c.noise.curriculum_std = 0.4
-  c.noise.curriculum_share = 0.65
+  c.noise.curriculum_fraction = 0.65
   c.model.patch_size = 2
   c.model.scan_unroll = 4
   c.model.flow.blocks = 2

@@ -1,98 +1,322 @@
-"""Parameters from the checkpoints of runs."""
+"""The Python API: load a trained run, then score, sample, encode and decode images.
 
+    import farmer_jax
+
+    run = farmer_jax.load('runs/quickstart')
+    images = run.sample([0, 1, 2])             # uint8 [3, H, W, C], one image of each class
+    scores = run.log_prob(images, [0, 1, 2])
+    scores.nats, scores.bits_per_dim           # float [3] each
+    z = run.encode(images, [0, 1, 2])          # latents [3, N, d]
+    run.decode(z, [0, 1, 2])                   # `images` again
+
+Axis letters: B images, H = W pixels a side, C channels, N tokens, d channels of a token.
+"""
+
+import dataclasses
 import functools
-import json
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jaxtyping import Float, Int, PyTree, UInt8
 
 from farmer_jax import config as config_lib
-from farmer_jax import errors
-from farmer_jax.checkpoints import restore
-from farmer_jax.nn import farmer
+from farmer_jax import errors, noise, sampling, teacher
+from farmer_jax.distributed import mesh
+from farmer_jax.evaluation import likelihood, scoring
+from farmer_jax.nn import farmer, student
+from farmer_jax.ops import bits
 from farmer_jax.workdir import layout
 
-_TEACHER_FILE = 'teacher.json'
-
-# What a student shares with its teacher.
-_SHARED = (
-  'model.patch_size',
-  'model.label_dropout',
-  'model.flow.',
-  'model.prior.',
-  'noise.kind',
-  'noise.std_end',
-  'data.image_size',
-  'data.channels',
-  'data.num_classes',
-)
+Images = UInt8[np.ndarray, 'B H W C']
+Latents = Float[np.ndarray, 'B N d']
+# Classes by number or name; None stands for "no class".
+Labels = Sequence[int | str | None] | Int[np.ndarray, 'B']
 
 
-def load_params(config, workdir, model):
-  """The parameters to sample and to evaluate with, from the newest checkpoint, and its step.
+@dataclasses.dataclass(frozen=True)
+class LogProb:
+  """Log-densities of images.
 
-  Those of a student's run are the teacher's, and the student's as `student`.
+  `bits_per_dim` bounds the length of a lossless code from above. It is None for a model of images
+  with Gaussian noise, where bits/dim has no meaning.
   """
-  if config.teacher is None:
-    shapes = _shapes(model)
-    return _read(config, workdir, shapes)
-  teacher, _ = load_teacher(config, workdir, model)
-  shapes = {'student': _shapes(model)['flow']}
-  student, step = _read(config, workdir, shapes)
-  return teacher | student, step
+
+  nats: Float[np.ndarray, 'B']
+  bits_per_dim: Float[np.ndarray, 'B'] | None
 
 
-def load_teacher(config, workdir, model):
-  """The parameters that a student's run in `workdir`, begun or not, learns from.
+def load(
+  path: epath.PathLike, step: int | None = None, overrides: Mapping[str, Any] | None = None
+) -> 'Run':
+  """Opens a trained run for inference. The parameters are restored when first used.
 
-  Returns:
-    The parameters, and what `keep_teacher` should write down: the teacher's checkpoint step and
-    configuration.
+  Args:
+    path: workdir of the run.
+    step: step of the checkpoint; None takes the newest valid one.
+    overrides: settings by key, for example `{'sampling.guidance.scale': 1.5}`. Settings of the
+      model and of the data cannot change.
 
   Raises:
-    ConfigError: there is no teacher, or it is not (or no longer) the one of this run.
+    WorkdirError: `path` is not a run.
+    ConfigError: an override is not possible.
   """
-  file, run = layout.absolute(workdir) / _TEACHER_FILE, layout.absolute(config.teacher)
-  try:
-    saved = layout.read_config(run)
-  except errors.ConfigError as error:
-    raise errors.ConfigError(f"{error}; name the teacher's run: --config.teacher=RUN") from None
-  found = layout.differences(config, saved, _SHARED)
-  if found:
-    raise errors.ConfigError(
-      f'the teacher {run} is another model ({"; ".join(found)}); give both the same settings'
-    )
-  teacher = config_lib.from_config_dict(saved)
-  known = layout.read_json(file, _is_teacher) if file.exists() else None
-  if known:
-    found = layout.differences(teacher, known['config'])
-    if found:
-      raise errors.ConfigError(
-        f'the teacher {run} is not the run that this student learned from ({"; ".join(found)});'
-        ' name that one: --config.teacher=RUN'
+  workdir = layout.absolute(path)
+  config = config_lib.from_config_dict(layout.read_config(workdir))
+  # Checks that belong to one job, such as those of training, do not matter here.
+  config = dataclasses.replace(config, job='sample')
+  if overrides:
+    config = _with_overrides(config, overrides)
+    config_lib.check(config)
+  return Run.open(workdir, config, step)
+
+
+class Run:
+  """A trained run. Use `load` or `Run.open` to create one.
+
+  Images are processed in batches of the configured size, on all devices of this process.
+  `DataError` is raised for images and latents of another shape or dtype, and for labels that do not
+  exist.
+
+  Attributes:
+    config: the configuration.
+    workdir: the workdir, an absolute path.
+    class_names: names of the classes; empty where they are unknown.
+  """
+
+  def __init__(self, workdir: epath.Path, config: config_lib.Config, step: int | None = None):
+    self.workdir, self.config, self._step = workdir, config, step
+    self.class_names: tuple[str, ...] = layout.read_class_names(workdir)
+
+  @classmethod
+  def open(
+    cls, workdir: epath.PathLike, config: config_lib.Config, step: int | None = None
+  ) -> 'Run':
+    """Opens the run in `workdir` with a configuration that changes no setting of its training.
+
+    Raises:
+      WorkdirError: `workdir` is not a run, or its configuration differs from `config`.
+      ConfigError: the model is in float64 and JAX is not.
+    """
+    workdir = layout.open_run(config, workdir)
+    _require_x64('config.model.dtype', config.model.dtype)
+    return cls(workdir, config, step)
+
+  @functools.cached_property
+  def model(self) -> farmer.Farmer:
+    """The model; in a distillation run, a `student.StudentFarmer`."""
+    return _build_model(self.config)
+
+  @property
+  def params(self) -> PyTree:
+    """Parameters that evaluation uses: the EMA where the run has one.
+
+    A distillation run has the parameters of its teacher, and those of the student under the key
+    'student'.
+    """
+    return self._restored[0]
+
+  @property
+  def step(self) -> int:
+    """Step of the restored checkpoint."""
+    return self._restored[1]
+
+  @property
+  def density(self) -> tuple[PyTree, int]:
+    """Parameters of the density and their step: in a distillation run, those of the teacher."""
+    return self._restored if self.config.teacher is None else self._teacher
+
+  def log_prob(
+    self, images: Images, labels: Labels | None = None, *, num_draws: int = 1, seed: int = 0
+  ) -> LogProb:
+    """Computes log-densities log p(x | c) of images.
+
+    The density is defined on real-valued images, so noise is added first. The noise of image i
+    depends only on `seed`, i and the number of the draw; the log-densities of `num_draws` draws are
+    averaged. Without labels, all images are scored under "no class". The settings
+    `config.likelihood.dtype`, `.noise_std` and `.batch_size` apply.
+    """
+    _require_x64('config.likelihood.dtype', self.config.likelihood.dtype)
+    config = scoring.scoring_config(self.config)
+    score = _loss_function(config, num_draws, seed)
+    loss = self._map_images(score, config.likelihood.batch_size, images, labels)
+    has_bits = noise.build(config.noise).has_bits_per_dim
+    nats = -loss * np.asarray(images[0]).size
+    return LogProb(nats, bits.bits_per_dim(loss) if has_bits else None)
+
+  def sample(
+    self, labels: Labels, *, seed: int = 0, guidance: float | config_lib.Guidance | None = None
+  ) -> Images:
+    """Draws one image for each label; for a model without classes, pass `[None] * 16`.
+
+    Image i depends only on `seed`, its label and i. The settings of `config.sampling` apply;
+    `guidance` replaces the guidance scale, or all settings of guidance. The inverse of the flow is
+    the exact, sequential one, unless `config.sampling.inverse` is student.
+
+    Raises:
+      ConfigError: the model does not support guidance.
+    """
+    configured = self.config.sampling.guidance
+    if guidance is None:
+      guidance = configured
+    elif not isinstance(guidance, config_lib.Guidance):
+      method = 'resample' if configured.method == 'none' else configured.method
+      guidance = dataclasses.replace(
+        configured, method=method, scale=float(guidance), final_scale=None
       )
-  params, step = _read(teacher, run, _shapes(model), known and known['step'])
-  return params, {'step': step, 'config': saved}
+    sampler = self._sampler(seed=seed, guidance=guidance)
+    numbers = np.arange(len(labels), dtype=np.int32)
+    return self._quantized(sampler, self._label_numbers(labels, len(labels)), numbers)
+
+  def encode(self, images: Images, labels: Labels | None = None, *, seed: int = 0) -> Latents:
+    """Maps images to latents, after adding the same noise as `log_prob` does.
+
+    Only a class-conditional flow uses the labels.
+    """
+    settings = self.config.sampling
+    _require_x64('config.sampling.dtype', settings.dtype)
+    model = sampling.in_sampling_dtype(self.model, settings)
+    encode = _encoder(model, self.config.noise, seed)
+    return self._map_images(encode, settings.batch_size, images, labels)
+
+  def decode(self, latents: Latents, labels: Labels | None = None) -> Images:
+    """Maps latents to images, the inverse of `encode`."""
+    latents, model = np.asarray(latents), self.config.model
+    shape = self.model.num_tokens, model.token_channels(self.config.data.channels)
+    _check_array('latents', latents, 'float', shape)
+    sampler, label_numbers = self._sampler(denoise=False), self._label_numbers(labels, len(latents))
+    return self._quantized(sampler.images, latents, label_numbers)
+
+  @functools.cached_property
+  def _restored(self) -> tuple[PyTree, int]:
+    """All parameters, and the step of the run's own checkpoint."""
+    is_student = self.config.teacher is not None
+    own, step = teacher.restore_params(self.config, self.workdir, self._step, is_student)
+    return (self._teacher[0] | own if is_student else own), step
+
+  @functools.cached_property
+  def _teacher(self) -> tuple[PyTree, int]:
+    params, record = teacher.load_teacher(self.config, self.workdir)
+    return params, record['step']
+
+  @functools.cached_property
+  def _devices(self) -> mesh.LocalDevices:
+    return mesh.LocalDevices()
+
+  @functools.cached_property
+  def _replicated_params(self) -> PyTree:
+    return self._devices.replicate(self.params)
+
+  def _sampler(self, **changes: Any) -> sampling.Sampler:
+    """The sampler with changed settings; compiled programs are reused."""
+    settings = dataclasses.replace(self.config.sampling, **changes)
+    _require_x64('config.sampling.dtype', settings.dtype)
+    return _build_sampler(dataclasses.replace(self.config, sampling=settings))
+
+  def _quantized(self, draw: Callable[..., sampling.Samples], *arrays: np.ndarray) -> Images:
+    """Images of the samples that `draw` returns; warns where samples are not finite."""
+    fields = operator.attrgetter('images', 'finite')
+    batch_size = self.config.sampling.batch_size
+    images, finite = self._in_batches(lambda *args: fields(draw(*args)), batch_size, *arrays)
+    if not finite.all():
+      logging.warning(f'{(~finite).sum()} of {len(finite)} images are not finite.')
+    return images
+
+  def _map_images(
+    self, function: Callable[..., Any], batch_size: int, images: Images, labels: Labels | None
+  ) -> Any:
+    """Applies `function(params, images, labels, indices)` to batches of images."""
+    images, data = np.asarray(images), self.config.data
+    _check_array('images', images, 'uint8', (data.image_size, data.image_size, data.channels))
+    indices = np.arange(len(images), dtype=np.int32)
+    label_numbers = self._label_numbers(labels, len(images))
+    return self._in_batches(function, batch_size, images, label_numbers, indices)
+
+  def _in_batches(self, function: Callable[..., Any], batch_size: int, *arrays: np.ndarray) -> Any:
+    """Applies `function(params, *batch)` to batches of rows, and joins the results on the host.
+
+    All batches have one size, so that `function` is compiled once. The last one is filled up with
+    copies of the last row.
+    """
+    count = len(arrays[0])
+    size = self._devices.round_up(min(batch_size, count))
+    parts = []
+    for start in range(0, count, size):
+      rows = np.minimum(np.arange(start, start + size), count - 1)
+      batch = self._devices.shard(tuple(array[rows] for array in arrays))
+      parts.append(jax.device_get(function(self._replicated_params, *batch)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+
+  def _label_numbers(self, labels: Labels | None, count: int) -> Int[np.ndarray, 'B']:
+    labels = [None] * count if labels is None else list(labels)
+    if len(labels) != count or not count:
+      raise errors.DataError(f'there are {len(labels)} labels for {count} images')
+    num_classes = self.config.data.num_classes
+    indices = [sampling.class_index(label, num_classes, self.class_names) for label in labels]
+    return np.array(indices, np.int32)
 
 
-def _is_teacher(value):
-  return (
-    isinstance(value, dict)
-    and isinstance(value.get('config'), dict)
-    and type(value.get('step')) is int
-  )
+def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> None:
+  """Checks that an array is a batch of rows of a shape."""
+  if not array.dtype.name.startswith(dtype) or array.shape[1:] != shape or not len(array):
+    raise errors.DataError(
+      f'{name} are {array.dtype} {list(array.shape)}; this run needs {dtype}'
+      f' [B, {", ".join(map(str, shape))}]'
+    )
 
 
-def keep_teacher(workdir, teacher):
-  """Writes down which teacher a student has."""
-  text = json.dumps(teacher, indent=2) + '\n'
-  layout.write_atomically(workdir / _TEACHER_FILE, text)
+def _build_model(config: config_lib.Config) -> farmer.Farmer:
+  return farmer.build(config) if config.teacher is None else student.build(config)
 
 
-def _shapes(model):
-  return jax.eval_shape(functools.partial(farmer.init_params, model=model), jax.random.key(0))
+@functools.lru_cache(maxsize=16)
+def _build_sampler(config: config_lib.Config) -> sampling.Sampler:
+  config_lib.check(config)
+  return sampling.Sampler(_build_model(config), config)
 
 
-def _read(config, workdir, shapes, step=None):
-  """Parameters of the newest checkpoint that is whole, or of that of `step`; and the step."""
-  name = 'average' if config.train.ema_decay else 'params'
-  return restore.load_params(layout.absolute(workdir), name, shapes, step)
+@functools.lru_cache(maxsize=16)
+def _loss_function(config: config_lib.Config, num_draws: int, seed: int) -> Callable[..., Any]:
+  """Compiled function from parameters, images, labels and indices to nats/dim [B]."""
+  scorer = likelihood.Scorer(farmer.build(config), config, num_draws, 'label', seed)
+
+  def loss(params: PyTree, *batch: jax.Array) -> jax.Array:
+    if config.model.dtype == 'float64':
+      params = jax.tree.map(lambda a: a.astype(np.float64), params)
+    return scorer(params, *batch)['loss']
+
+  return jax.jit(loss)
+
+
+@functools.lru_cache(maxsize=16)
+def _encoder(model: farmer.Farmer, settings: config_lib.Noise, seed: int) -> Callable[..., Any]:
+  """Compiled function from parameters, images, labels and indices to latents."""
+  noise_model = noise.build(settings)
+
+  def encode(params: PyTree, images: jax.Array, labels: jax.Array, indices: jax.Array) -> jax.Array:
+    values = noise.evaluation_images(noise_model, images, indices, seed)
+    return model.apply({'params': params}, values, labels, method='encode')[0]
+
+  return jax.jit(encode)
+
+
+def _with_overrides(config: config_lib.Config, overrides: Mapping[str, Any]) -> config_lib.Config:
+  values = config_lib.to_dict(config)
+  known = {path for path, _ in config_lib.leaves()}
+  for path, value in overrides.items():
+    if path not in known:
+      raise errors.ConfigError(config_lib.unknown_key(path))
+    *sections, name = path.split('.')
+    functools.reduce(dict.__getitem__, sections, values)[name] = value
+  return config_lib.from_config_dict(values)
+
+
+def _require_x64(key: str, dtype: str | None) -> None:
+  if dtype == 'float64' and not jax.config.read('jax_enable_x64'):
+    raise errors.ConfigError(
+      f"{key}=float64 needs JAX's 64-bit mode; call jax.config.update('jax_enable_x64', True) first"
+    )

@@ -1,33 +1,33 @@
-"""Errors that a user can act on. Their messages are one line and say what to change.
+"""Errors that a user can correct. Each message is one line and names the correction.
 
-`main` prints the message of a `UserError` and exits with code 1; `--debug` shows the traceback too.
-Any other exception is a defect of this program.
+`main` prints the message of a `UserError` and exits with code 1. With `--debug` it also prints the
+traceback. Any other exception is a bug.
 """
 
 
 class UserError(Exception):
-  """Something outside this program has to change: a setting, a file, a machine."""
+  """The job cannot run until a setting, a file or a machine changes."""
 
 
 class ConfigError(UserError, ValueError):
-  """A setting that cannot work, alone or together with others; names the key."""
+  """A setting is invalid, individually or in combination. The message names the key."""
 
 
 class DataError(UserError):
-  """Images, labels or files of others that cannot be used; names the file or the record."""
+  """Images, labels or other input files are unusable. The message names the file or record."""
 
 
 class WorkdirError(UserError):
-  """A workdir that is missing, belongs to another run, is in use or cannot be written to."""
+  """A workdir is missing, belongs to another run, is in use, or is not writable."""
 
 
 class CheckpointError(UserError):
-  """A checkpoint that is missing, damaged, of another model, or could not be written."""
+  """A checkpoint is missing, corrupt, from another model, or could not be written."""
 
 
 class DivergenceError(UserError):
-  """Training that does not recover from unusable updates."""
+  """Training does not recover from skipped updates."""
 
 
 class ProcessError(UserError):
-  """Processes of one job that cannot work together."""
+  """The processes of a job cannot work together."""

@@ -1,133 +1,160 @@
-"""The command line: `python -m farmer_jax.main --config=configs/quickstart.py`."""
+"""Trains FARMER models, and samples from and evaluates trained models.
+
+Example:
+  python -m farmer_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+"""
 
 import os
 import sys
+import traceback
 
-from absl import app, flags, logging
+import ml_collections
+from absl import app, flags
 from ml_collections import config_flags
 
 from farmer_jax import config as config_lib
-from farmer_jax import errors
+from farmer_jax import errors, terminal
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config',
+  help_string='Configuration file, for example configs/quickstart.py. Override a key with'
+  ' --config.KEY=VALUE, for example --config.train.steps=100. --config_help lists all keys.',
+)
+_CONFIG_HELP = flags.DEFINE_bool(
+  'config_help', False, 'Print all keys of the configuration, with defaults and meanings, and exit.'
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator',
   None,
-  'Configuration file, for example configs/quickstart.py; overrides follow it, as in'
-  ' --config.train.steps=100.',
+  'host:port of process 0, for a job of several processes if the environment does not provide it.'
+  ' Requires --num_processes and --process_id.',
+)
+_DEBUG = flags.DEFINE_bool('debug', False, 'Print the traceback of every error.')
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed',
+  False,
+  'Run as one process of a job of several processes whose environment provides the address of'
+  ' process 0, the number of processes and the index of this process, as TPU pods, SLURM, Open MPI'
+  ' and Kubernetes do.',
+)
+_JOB = flags.DEFINE_string(
+  'job',
+  None,
+  'pretrain, distill, sample, likelihood, fidelity or compile. Default: the key job of the'
+  ' configuration.',
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of processes of the job.')
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Index of this process, from 0 to num_processes - 1.'
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir',
   None,
-  'Folder of the run: results go there, and a run found there goes on. Default: runs/<name>, with'
-  ' the name from the configuration.',
+  'Folder of the run, for checkpoints, metrics and results. If it contains a run with the same'
+  ' configuration, the job resumes that run. Default: runs/NAME, where NAME is the key name of the'
+  ' configuration.',
 )
-_JOB = flags.DEFINE_string('job', None, 'What to do; default: the job of the configuration.')
-_DISTRIBUTED = flags.DEFINE_bool(
-  'distributed',
-  False,
-  'Run one job in several processes, of which this is one; the environment says who they are (TPU'
-  ' pods, SLURM, Open MPI, Kubernetes).',
-)
-_COORDINATOR = flags.DEFINE_string(
-  'coordinator', None, 'The same where it does not: host:port of the first process.'
-)
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
-_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
-_CONFIG_HELP = flags.DEFINE_bool('config_help', False, 'List all keys of the configuration.')
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   """Runs the job that the configuration names."""
+  terminal.configure_logging()
   if _CONFIG_HELP.value:
-    print(config_lib.describe())
+    _print_help()
     return
   if len(argv) > 1:
-    raise errors.ConfigError(f'unexpected argument {argv[1]!r}; options start with --')
+    raise errors.ConfigError(f'unexpected argument {argv[1]!r}; flags start with --')
   values = _config_values()
   if _JOB.value:
     values.job = _JOB.value
   config = config_lib.from_config_dict(values)
   config_lib.check(config)
-  # Imported here: the command line answers before JAX has loaded.
+  # JAX is imported after the checks, so that errors in flags are reported without delay.
   import jax
 
   from farmer_jax import jobs
   from farmer_jax.distributed import preemption, processes
 
-  given = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-  if _DISTRIBUTED.value or any(value is not None for value in given):
-    processes.start(*given)
+  process = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  if _DISTRIBUTED.value or any(value is not None for value in process):
+    processes.start(*process)
   try:
     jobs.run(config, _WORKDIR.value or f'runs/{config.name}')
-  except preemption.Preempted as notice:
-    print(notice, file=sys.stderr)
-    sys.exit(preemption.START_AGAIN)
-  except errors.ConfigError as error:
+  except preemption.Preempted as preempted:
+    print(preempted, file=sys.stderr)
+    sys.exit(preemption.EXIT_CODE)
+  except errors.UserError as error:
     if jax.process_count() == 1:
       raise
-    # The others may be waiting for this one: leaving in good order would wait for them.
-    _say(error)
+    # `sys.exit` waits for the other processes, which may be waiting for this process.
+    _print_error(error)
     os._exit(1)
 
 
-def _config_values():
-  """The ConfigDict that --config and its overrides make."""
+def run() -> None:
+  """Entry point. After a `UserError`, prints one line on stderr and exits with code 1."""
+  # TensorFlow is used only to write TensorBoard events. These variables suppress its log lines.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+  try:
+    app.run(main, flags_parser=_parse_flags)
+  except errors.UserError as error:
+    _print_error(error)
+    sys.exit(1)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses flags. Raises ConfigError for errors in flags and in the configuration file."""
+  try:
+    return flags.FLAGS(argv)
+  except (AttributeError, KeyError, flags.Error, OSError, TypeError, ValueError) as error:
+    # ml_collections replaces an exception of a configuration file by another exception, whose
+    # message contains a traceback.
+    chain: list[BaseException] = [error]
+    while following := chain[-1].__cause__ or chain[-1].__context__:
+      chain.append(following)
+    for cause in reversed(chain):
+      if isinstance(cause, errors.UserError):
+        raise cause from cause.__cause__
+    message = _unknown_override(argv) or ' '.join(str(error).split())
+    raise errors.ConfigError(message) from error
+
+
+def _config_values() -> ml_collections.ConfigDict:
+  """Returns the ConfigDict of --config with its overrides."""
   if _CONFIG.value is None:
     raise errors.ConfigError('no --config given, for example --config=configs/quickstart.py')
   try:
     return _CONFIG.value.unlock()
-  except OSError as error:  # The library remembers that the file could not be read until here.
-    reason = ' '.join(str(error).split()).partition('Attempted ')[2] or error
-    raise errors.ConfigError(f'cannot read the --config file: {reason}') from error
+  except OSError as error:  # ml_collections reports a missing file on the first access.
+    file = config_flags.get_config_filename(flags.FLAGS['config'])
+    reason = error.strerror or str(error).rpartition('[Errno')[2].partition('] ')[2] or error
+    raise errors.ConfigError(f'cannot read the --config file {file}: {reason}') from error
 
 
-def _parse_flags(argv):
-  """Parses flags; what is wrong with them is reported like any other mistake of the user's."""
-  try:
-    return flags.FLAGS(argv)
-  except errors.ConfigError:
-    raise
-  except (AttributeError, KeyError, flags.Error, OSError, TypeError, ValueError) as error:
-    message = _own_mistake(error) or _unknown_override(argv) or ' '.join(str(error).split())
-    raise errors.ConfigError(message) from error
-
-
-def _own_mistake(error):
-  """The message of the `ConfigError` that a config file raised, or None: the library puts a whole
-  traceback in its place."""
-  message = None
-  while error is not None:
-    if isinstance(error, errors.ConfigError):
-      message = str(error)
-    error = error.__cause__ or error.__context__
-  return message
-
-
-def _unknown_override(argv):
-  """The message about the first override of a key that does not exist, or None."""
-  known = {path for path, _ in config_lib.leaves()}
+def _unknown_override(argv: list[str]) -> str | None:
+  """Returns the error message for the first override of an unknown key."""
+  known = {f'config.{path}' for path, _ in config_lib.leaves()}
   for argument in argv[1:]:
-    if argument.lstrip('-').startswith('config.'):
-      path = argument.lstrip('-').removeprefix('config.').partition('=')[0]
-      if path not in known:
-        return config_lib.unknown_key(path)
+    name = argument.lstrip('-').partition('=')[0]
+    if name.startswith('config.') and name not in known:
+      return config_lib.unknown_key(name.removeprefix('config.'))
   return None
 
 
-def run():
-  """Entry point: mistakes of the user's end with one line on standard error and exit code 1."""
-  # The libraries report every file they touch; --verbosity=0 brings that back.
-  logging.set_verbosity(logging.WARNING)
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+def _print_help() -> None:
   try:
-    app.run(main, flags_parser=_parse_flags)
-  except errors.ConfigError as error:
-    _say(error)
-    sys.exit(1)
+    print(config_lib.describe(), flush=True)
+  except BrokenPipeError:  # The reader, for example `head`, has closed the pipe.
+    # Python flushes stdout again when it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _say(error):
-  print(f'error: {error}', file=sys.stderr, flush=True)
+def _print_error(error: errors.UserError) -> None:
+  # The flag has no value if the flags could not be parsed.
+  if '--debug' in sys.argv or (flags.FLAGS.is_parsed() and _DEBUG.value):
+    traceback.print_exception(error)
+  terminal.print_error(error)
 
 
 if __name__ == '__main__':

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# N processes on this machine run one job together:
+# Runs one job in N processes on this machine:
 #
 #     launch/local.sh 2 --config=configs/quickstart.py --workdir=runs/two
 #
-# Lines of process i start with [i]. The first process that fails ends the others, and the script
-# with its exit code. After exit code 75 (preempted, state saved) all start again, at most RESTARTS
-# times (10). SIGTERM and SIGINT are passed on; then nothing starts again, and the caller gets 75.
-# PORT: the coordinator's (a free one). GRACE: seconds that the others have to leave, before SIGKILL
-# (60). DRY_RUN=1 prints the commands. Bash 5.1 or newer.
+# The lines of process i start with [i]. When a process fails, the script stops the other processes
+# and exits with the exit code of the failed one. After exit code 75 (preempted, checkpoint saved)
+# the script restarts all processes, at most RESTARTS times. SIGTERM and SIGINT are forwarded to the
+# processes; the script then exits without a restart.
+#
+# Environment: RESTARTS (10). PORT of the coordinator (a free port). GRACE: seconds between SIGTERM
+# and SIGKILL (60). DRY_RUN=1 prints the commands. Needs bash 5.1.
 set -euo pipefail
-# Processes get groups of their own: Ctrl-C reaches them once, through the trap below, and bash does
-# not make them ignore it.
+# Job control gives each process its own process group: Ctrl-C reaches a process only through the
+# trap below, and bash does not make background processes ignore SIGINT.
 set -m
 
 die() {
@@ -19,12 +21,12 @@ die() {
 }
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || die "bash 5.1 is needed, not $BASH_VERSION"
-[[ ${1-} =~ ^[1-9][0-9]*$ ]] || die 'say how many processes: launch/local.sh N --config=... ...'
-(($# > 1)) || die 'say what to run: launch/local.sh N --config=... ...'
+[[ ${1-} =~ ^[1-9][0-9]*$ ]] || die 'give the number of processes: launch/local.sh N --config=...'
+(($# > 1)) || die 'give the arguments of farmer_jax.main: launch/local.sh N --config=...'
 count=$1
 arguments=("${@:2}")
 
-# Sets `port` to one that nothing listens on, below those that Linux hands out by itself.
+# Sets `port` to PORT or to an unused port below the range of ephemeral ports of Linux.
 choose_port() {
   port=${PORT-}
   while [[ -z $port ]]; do
@@ -33,15 +35,15 @@ choose_port() {
   done
 }
 
-# Sets `command` to that of process $1.
+# Sets `command` to the command of process $1.
 set_command() {
   command=(python -m farmer_jax.main "--coordinator=localhost:$port" "--num_processes=$count"
     "--process_id=$1" "${arguments[@]}")
-  # A GPU each, the one of its number, as under SLURM: by itself every process would take all.
+  # Process i gets GPU i, as under SLURM. By default, each process would take all GPUs.
   ((count == 1)) || command=(env "JAX_LOCAL_DEVICE_IDS=$1" "${command[@]}")
 }
 
-# Sends signal $1 to all processes; to their groups where $2 is a minus sign.
+# Sends signal $1 to all processes, or to their process groups if $2 is a minus sign.
 send() {
   local pid
   for pid in "${!processes[@]}"; do
@@ -49,14 +51,14 @@ send() {
   done
 }
 
-# Runs all processes to their end; sets `code` to the exit code of the first that failed, or to 0.
+# Runs all processes; sets `code` to the exit code of the first process that failed, or to 0.
 run_all() {
   local i output status ended number timer='' printers=()
   choose_port
   code=0
   for ((i = 0; i < count && !stopping; i++)); do
     set_command "$i"
-    # Ctrl-C must not cost the last lines.
+    # sed ignores signals: after Ctrl-C it still prints the last lines of the process.
     exec {output}> >(trap '' HUP INT TERM && exec sed -u "s/^/[$i] /")
     printers+=($!)
     "${command[@]}" >&"$output" 2>&1 </dev/null &
@@ -65,9 +67,9 @@ run_all() {
   done
   while ((${#processes[@]})); do
     status=0
-    # Bash would report deaths by signals in its own way.
+    # 2>/dev/null: bash would print a line for a process that a signal ended.
     wait -n -p ended "${!processes[@]}" $timer 2>/dev/null || status=$?
-    if [[ -z ${ended-} ]]; then # a trap ran
+    if [[ -z ${ended-} ]]; then # A trap interrupted the wait.
       continue
     elif [[ $ended == "$timer" ]]; then
       timer=
@@ -76,12 +78,12 @@ run_all() {
     fi
     number=${processes[$ended]}
     unset "processes[$ended]"
-    # What it left behind, such as data workers, would hold its devices and its output.
+    # Children of the process, such as data workers, would hold its devices and its output.
     kill -KILL -- "-$ended" 2>/dev/null || true
     if ((status && !code)); then
       code=$status
       echo "local.sh: process $number ended with exit code $code" >&2
-      # After 75 the others are leaving by themselves.
+      # After 75 the other processes exit by themselves.
       ((code == 75)) || send TERM
       sleep "${GRACE:-60}" &
       timer=$!
@@ -101,7 +103,7 @@ if [[ ${DRY_RUN-} == 1 ]]; then
   exit
 fi
 
-processes=() # the number of each, by its process id
+processes=() # process id -> number of the process
 stopping=0
 trap 'stopping=1; send TERM' HUP TERM
 trap 'stopping=1; send INT' INT
@@ -110,5 +112,5 @@ while :; do
   run_all
   ((code == 75 && !stopping && restarts < ${RESTARTS:-10})) || exit "$code"
   restarts=$((restarts + 1))
-  echo "local.sh: starting again, $restarts of ${RESTARTS:-10}" >&2
+  echo "local.sh: restart $restarts of ${RESTARTS:-10}" >&2
 done

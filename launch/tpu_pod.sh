@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# All workers of a TPU pod slice run one job, started over ssh:
+# Runs one job on all workers of a TPU pod slice, over ssh:
 #
 #     TPU_NAME=pod ZONE=us-central2-b launch/tpu_pod.sh \
 #       --config=configs/in256.py --workdir=gs://bucket/run
 #
-# PROJECT: gcloud's own by default. REPO: the checkout on each worker (~/farmer_jax, in its home);
-# PYTHON: the interpreter there (python). RESTARTS: how often exit code 75 (preempted, state saved)
-# starts all again (10). DRY_RUN=1 prints the command.
-#
-# The loop is here and not on the workers: only here is it known that all of them have ended, and a
-# worker that was rebooted would have lost its loop. So run this where it may stay, in tmux or on a
-# small VM. Ctrl-C ends this script alone; the job ends by
+# After exit code 75 (preempted, checkpoint saved) the script restarts the job, at most RESTARTS
+# times. The loop runs here, not on the workers: only here is it known that all workers have exited,
+# and a rebooted worker would lose its loop. Run the script on a machine that stays up, for example
+# in tmux on a small VM. Ctrl-C ends only this script; end the job with
 #
 #     gcloud compute tpus tpu-vm ssh $TPU_NAME --zone=$ZONE --worker=all \
 #       --command="pkill -f '[f]armer_jax.main'"
 #
-# Several workers need the key in ssh-agent: ssh-add ~/.ssh/google_compute_engine
-# A slice that was deleted, as preempted Spot slices are, must be made anew first; the same command
-# then goes on. Not tried on a real slice.
+# gcloud needs the key in ssh-agent to reach several workers: ssh-add ~/.ssh/google_compute_engine
+# A preempted Spot slice is deleted: create it again, then run the same command.
+#
+# Environment: PROJECT (default of gcloud). REPO: the checkout on each worker (~/farmer_jax).
+# PYTHON: the interpreter on each worker (python). RESTARTS (10). DRY_RUN=1 prints the command.
+# Not tested on a real slice.
 set -euo pipefail
 
 die() {
@@ -25,11 +25,11 @@ die() {
   exit 2
 }
 
-[[ -n ${TPU_NAME-} ]] || die 'set TPU_NAME, the name of the TPU'
-[[ -n ${ZONE-} ]] || die 'set ZONE, the zone of the TPU'
-(($#)) || die 'say what to run: launch/tpu_pod.sh --config=... --workdir=gs://...'
+[[ -n ${TPU_NAME-} ]] || die 'set TPU_NAME to the name of the TPU'
+[[ -n ${ZONE-} ]] || die 'set ZONE to the zone of the TPU'
+(($#)) || die 'give the arguments of farmer_jax.main: launch/tpu_pod.sh --config=...'
 
-# The workers' shell expands a leading ~/, and nothing else.
+# The shell of the workers expands a leading ~/ in REPO and nothing else.
 repo=${REPO:-\~/farmer_jax}
 case $repo in
   \~/*) printf -v remote 'cd ~/%q' "${repo#\~/}" ;;
@@ -48,9 +48,9 @@ fi
 restarts=0
 while :; do
   code=0
-  # Returns when all workers have ended, with the exit code of the lowest one that failed.
+  # gcloud waits for all workers, and exits with the code of the first worker that failed.
   "${command[@]}" || code=$?
   ((code == 75 && restarts < ${RESTARTS:-10})) || exit "$code"
   restarts=$((restarts + 1))
-  echo "tpu_pod.sh: exit code 75; starting again, $restarts of ${RESTARTS:-10}" >&2
+  echo "tpu_pod.sh: exit code 75; restart $restarts of ${RESTARTS:-10}" >&2
 done

@@ -6,11 +6,10 @@ import os
 import shutil
 import tempfile
 
-# Nearly all programs run once, on a few numbers: compiling takes most of the time. The environment
-# hands this on to the processes that tests start.
+# Most programs run once, on small arrays, so that compilation takes most of the time. Processes
+# that tests start inherit the environment, and share the compiled programs.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
-
-# What one test has compiled, the processes that others start need not compile again.
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='farmer-tests-')
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
@@ -18,23 +17,41 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.support import shape_checks  # noqa: E402
 
-@contextlib.contextmanager
+shape_checks.install()
+
+
+@pytest.fixture(scope='module')
 def optimized():
-  """What is compiled here runs often enough to be worth compiling well."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', False)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+  """A context in which programs that run often are compiled with optimizations."""
 
+  @contextlib.contextmanager
+  def enable_optimizations():
+    before = jax.config.read('jax_disable_most_optimizations')
+    jax.config.update('jax_disable_most_optimizations', False)
+    yield
+    jax.config.update('jax_disable_most_optimizations', before)
 
-@pytest.fixture(scope='module', name='optimized')
-def _optimized():
-  return optimized
+  return enable_optimizations
 
 
 @pytest.fixture(scope='module')
 def x64():
-  """Double precision for a whole module; fixtures that make such arrays must ask for this one."""
+  """Double precision for a module. Fixtures that create float64 arrays must request this one."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+  """The workdir of a tiny run, which tests must not change."""
+  from tests.support import runs
+
+  return runs.save_run(tmp_path_factory.mktemp('trained') / 'run')
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+  """The workdir of a copy of the tiny run, which a test may change."""
+  return shutil.copytree(trained, tmp_path / 'run')

@@ -1,118 +1,154 @@
-"""The command line: a mistake gets one line and exit code 1, before anything is written."""
+"""The command line: flags, overrides, help and errors."""
 
 import json
-import pathlib
+import os
+import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from absl import flags
 
-from farmer_jax import config, jobs, main
+import farmer_jax
+from farmer_jax import config, errors
+from tests.support import command_line
 
-QUICK = '--config=configs/quickstart.py'
-
-
-@pytest.fixture(name='call')
-def _call(tmp_path, monkeypatch, capsys):
-  """Runs the program in this process; returns exit code, standard output, standard error, runs."""
-  calls = []
-  monkeypatch.setattr(jobs, 'run', lambda *arguments: calls.append(arguments))
-  root = pathlib.Path(__file__).parents[1]
-
-  def call(*arguments):
-    monkeypatch.chdir(root)
-    monkeypatch.setattr(sys, 'argv', ['main', *arguments])
-    flags.FLAGS.unparse_flags()
-    for name in list(flags.FLAGS):
-      if name.startswith('config.'):  # made by an earlier call's overrides
-        delattr(flags.FLAGS, name)
-      else:
-        flags.FLAGS[name].unparse()
-    try:
-      main.run()
-      code = 0
-    except SystemExit as exit_:
-      code = exit_.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err, calls
-
-  return call
+QUICKSTART = '--config=configs/quickstart.py'
 
 
-def test_overrides_reach_the_job(call):
-  code, _, err, calls = call(QUICK, '--workdir=w', '--config.train.steps=7', '--config.data.path=p')
-  assert code == 0, err
-  ((built, workdir),) = calls
+@pytest.fixture(name='run')
+def _run(monkeypatch, capsys):
+  return lambda *arguments, job=None: command_line.run(list(arguments), monkeypatch, capsys, job)
+
+
+def start(*arguments, stdout=subprocess.PIPE):
+  """Runs Python in a new process."""
+  return subprocess.run(
+    [sys.executable, *arguments],
+    cwd=command_line.ROOT,
+    stdout=stdout,
+    stderr=subprocess.PIPE,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+
+
+def test_overrides_reach_the_job(run):
+  outcome = run(QUICKSTART, '--workdir=w', '--config.train.steps=7', '--config.data.path=p')
+  assert outcome.code == 0, outcome.err
+  ((built, workdir),) = outcome.jobs
   assert workdir == 'w'
   assert built.train.steps == 7
   assert built.data.path == 'p'
 
 
-def test_the_workdir_is_named_after_the_run(call):
-  *_, calls = call(QUICK)
-  assert calls[0][1] == 'runs/quickstart'
-  *_, calls = call('--config=configs/in256.py:1.9b-p8')
-  assert calls[1][1] == 'runs/in256-1.9b-p8'
+def test_default_workdir_is_the_name_of_the_run(run):
+  assert run(QUICKSTART).jobs[0][1] == 'runs/quickstart'
+  assert run('--config=configs/in256.py:1.9b-p8').jobs[0][1] == 'runs/in256-1.9b-p8'
 
 
-def test_config_help_lists_the_keys(call):
-  code, out, *_ = call('--config_help')
-  assert code == 0
-  assert '--config.train.batch_size=64' in out
-  assert len(out.splitlines()) == 2 * len(list(config.leaves()))
+def test_config_help(run):
+  outcome = run('--config_help')
+  assert (outcome.code, outcome.out) == (0, config.describe() + '\n')
+  read_end, write_end = os.pipe()
+  os.close(read_end)  # `--config_help | head` closes the pipe early.
+  assert start('-m', 'farmer_jax.main', '--config_help', stdout=write_end).stderr == ''
+  os.close(write_end)
+
+
+def test_help_describes_every_flag():
+  ours = {flag.name for flag in flags.FLAGS.flags_by_module_dict()['farmer_jax.main']}
+  assert {'config', 'config_help', 'debug', 'job', 'workdir'} <= ours
+  text = start('-m', 'farmer_jax.main', '--help').stdout
+  for name in ours:
+    assert re.search(rf'^  --(\[no\])?{name}: \S', text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
-  ('arguments', 'message'),
+  ('arguments', 'named'),
   [
-    ([], 'no --config given'),
-    ([QUICK, 'steps=3'], "unexpected argument 'steps=3'"),
-    ([QUICK, '--config.train.lr=1'], 'config.train.lr is not a setting'),
-    ([QUICK, '--config.tran.steps=1'], 'config.tran.steps is not a setting'),
-    ([QUICK, '--config.train.steps=many'], 'train.steps'),
-    ([QUICK, '--config.train.steps=0'], 'config.train.steps=0 must be above 0'),
-    ([QUICK, '--config.noise.kind=pink'], 'must be one of uniform, gaussian'),
-    ([QUICK, '--job=fly'], 'config.job must be one of'),
-    ([QUICK, '--wrkdir=x'], 'wrkdir'),
+    ([], '--config'),
+    ([QUICKSTART, 'steps=3'], 'steps=3'),
+    ([QUICKSTART, '--config.train.lr=1'], 'config.train.lr'),
+    ([QUICKSTART, '--config.tran.steps=1'], 'config.tran.steps'),
+    ([QUICKSTART, '--config.train.steps=many'], 'train.steps'),
+    ([QUICKSTART, '--config.train.steps=0'], 'config.train.steps=0'),
+    ([QUICKSTART, '--config.train.max_returns=1'], 'config.train.max_rollbacks'),
+    ([QUICKSTART, '--config.noise.kind=pink'], 'config.noise.kind'),
+    ([QUICKSTART, '--job=fly'], 'config.job'),
+    ([QUICKSTART, '--wrkdir=x'], 'wrkdir'),
     (['--config=configs/nothing.py'], 'nothing.py'),
-    (['--config=configs/in256.py:7b'], "no variant '7b'; it has 1.1b-p16"),
-    (['--config=configs/from_run.py:/nowhere'], '/nowhere is not a run'),
-    (['--config=configs/from_run.py'], 'name the run'),
+    (['--config=configs/in256.py:7b'], '1.1b-p16'),
+    (['--config=configs/from_run.py:/nowhere'], '/nowhere'),
+    (['--config=configs/from_run.py'], 'configs/from_run.py:RUN'),
   ],
 )
-def test_mistakes_get_one_line(call, arguments, message):
-  code, out, err, calls = call(*arguments)
-  assert code == 1
-  assert message in err
-  assert err.startswith('error: ')
-  assert err.count('\n') == 1
-  assert not calls
-  assert not out
+def test_user_error_is_one_line(run, arguments, named):
+  outcome = run(*arguments)
+  command_line.assert_user_error(outcome)
+  assert named in outcome.err
 
 
-def test_from_run_reads_what_the_run_was_made_with(call, tmp_path):
-  made = config.Config(name='earlier', seed=3)
-  (tmp_path / 'config.json').write_text(json.dumps(config.to_dict(made)))
-  code, _, err, calls = call(f'--config=configs/from_run.py:{tmp_path}')
-  assert code == 0, err
-  assert calls[0][0] == made
+def test_debug_prints_the_traceback(run):
+  outcome = run('--config=configs/in256.py:7b', '--debug')
+  assert outcome.code == 1
+  assert 'Traceback' in outcome.err and 'configs/in256.py", line' in outcome.err
+  assert outcome.err.splitlines()[-1].startswith('error: ')
 
 
-@pytest.mark.parametrize(
-  ('arguments', 'message'),
-  [
-    (['--config.data.source=folder'], 'data.path'),
-    (['--config.data.source=folder', '--config.data.path=/nowhere'], '/nowhere'),
-  ],
-)
-def test_a_real_process_ends_with_one_line(tmp_path, arguments, message):
+@pytest.mark.parametrize('error', errors.UserError.__subclasses__())
+def test_user_error_of_a_job_is_one_line(run, error):
+  outcome = run(QUICKSTART, job=mock.Mock(side_effect=error('change config.data.path')))
+  assert outcome.code == 1
+  assert outcome.err == 'error: change config.data.path\n'
+
+
+def test_bug_is_a_traceback(run):
+  with pytest.raises(ZeroDivisionError):
+    run(QUICKSTART, job=mock.Mock(side_effect=ZeroDivisionError))
+
+
+@pytest.mark.parametrize('old_names', [False, True])
+def test_from_run_reads_the_configuration_of_a_run(run, tmp_path, old_names):
+  saved = config.Config(name='earlier', seed=3, train=config.Train(max_rollbacks=5))
+  values = config.to_dict(saved)
+  if old_names:
+    values['train']['max_returns'] = values['train'].pop('max_rollbacks')
+  (tmp_path / 'config.json').write_text(json.dumps(values))
+  outcome = run(f'--config=configs/from_run.py:{tmp_path}')
+  assert outcome.code == 0, outcome.err
+  assert outcome.jobs[0][0] == saved
+
+
+def test_user_error_of_a_process_leaves_no_workdir(tmp_path):
   workdir = tmp_path / 'run'
-  command = [sys.executable, '-m', 'farmer_jax.main', QUICK, f'--workdir={workdir}', *arguments]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+  # With --verbosity=0, JAX logs while it initializes its devices; the handler must not use them.
+  arguments = f'--workdir={workdir}', '--config.data.source=folder', '--verbosity=0'
+  done = start('-m', 'farmer_jax.main', QUICKSTART, *arguments)
   assert done.returncode == 1
   lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
   assert len(lines) == 1
-  assert message in lines[0]
+  assert 'config.data.path' in lines[0]
   assert 'Traceback' not in done.stderr
   assert not workdir.exists()
+
+
+def test_configuration_does_not_import_jax():
+  """Errors in flags are reported before JAX is imported."""
+  code = (
+    'import sys, farmer_jax, farmer_jax.config, farmer_jax.main;'
+    'print({"jax", "flax", "tensorflow"} & set(sys.modules))'
+  )
+  done = start('-c', code)
+  assert done.stdout == 'set()\n'
+
+
+def test_package_exports():
+  from farmer_jax import api
+
+  assert farmer_jax.load is api.load and farmer_jax.Run is api.Run
+  assert re.fullmatch(r'\d+\.\d+\.\d+', farmer_jax.__version__)
+  with pytest.raises(AttributeError, match='lod'):
+    _ = farmer_jax.lod

@@ -1,253 +1,223 @@
-"""Checkpoints: the training state and the place in the data, written together by Orbax.
-
-Both are the same whatever the mesh and the number of processes: a run may go on with others. With
-them goes a record of their checksums, by which `restoring` knows what is whole.
-"""
+"""Saves checkpoints during training, and prepares WORKDIR/checkpoints when a run resumes."""
 
 import contextlib
 import dataclasses
-import logging
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
+from absl import logging
+from etils import epath
+from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
 
-from farmer_jax import errors, terminal
-from farmer_jax.checkpoints import checksums, restore
-from farmer_jax.distributed import agreement, processes
+from farmer_jax import config, errors
+from farmer_jax.checkpoints import checksums, orbax_internals, restore
+from farmer_jax.distributed import processes
 
-_DAMAGED = 'checkpoints_damaged'
+_QUARANTINE = 'checkpoints_quarantine'
 
-# Seconds that processes wait for each other to finish writing.
+# Seconds for which processes wait for each other while a checkpoint is written.
 _TIMEOUT = 1200
 
-
-def _not_said_here(record):
-  """Whether a line of the log is none of the tracebacks with which Orbax, several times, comments
-  on a failure that is reported here."""
-  own = 'orbax' in record.pathname and record.levelno == logging.ERROR
-  return not own or absl_logging.get_verbosity() > absl_logging.WARNING
+orbax_internals.hide_orbax_tracebacks()
 
 
-absl_logging.get_absl_logger().addFilter(_not_said_here)
+class DataIterator(Protocol):
+  """An iterator over training batches whose state is saved with the training state."""
+
+  def get_state(self) -> dict: ...
+
+  def set_state(self, state: dict) -> None: ...
 
 
 class Checkpointer:
-  """The checkpoints that a training run writes, under WORKDIR/checkpoints/<step>/.
+  """Saves and restores the checkpoints of a training run, WORKDIR/checkpoints/<step>/.
 
-  Saving is asynchronous. All processes make the same calls.
+  Saving is asynchronous. All processes must make the same calls.
   """
 
-  def __init__(self, workdir, settings):
-    """Nothing is read or written yet.
-
-    Args:
-      workdir: the run's `epath.Path`.
-      settings: a `config.Train`, which says what to keep.
-    """
+  def __init__(self, workdir: epath.Path, train: config.Train):
     self._workdir = workdir
-    self._settings = settings
-    self._losses: dict[int, float] = {}  # validation losses of checkpoints that have one
-    self._open: ocp.CheckpointManager | None = None
-    self._writing: int | None = None  # the step that is being written, if any
-    self._failure: str | None = None  # what became of the last one, if it was not written
+    self._train = train
+    self._losses: dict[int, float] = {}  # {step: validation loss}
+    self._manager: ocp.CheckpointManager | None = None
+    self._pending_step: int | None = None  # the step of an unfinished asynchronous save
+    self._last_failure: str | None = None  # why the last save failed
 
-  def resume(self, state, iterator):
-    """Goes on from the newest checkpoint that is whole.
+  def restore_latest(self, state: PyTree, iterator: DataIterator) -> tuple[PyTree, int]:
+    """The newest valid checkpoint and its step; `state` and 0 if there is no checkpoint.
 
-    Those that are newer and damaged are named, and moved to WORKDIR/checkpoints_damaged/.
+    Newer corrupt checkpoints are moved to WORKDIR/checkpoints_quarantine/. Incomplete checkpoints
+    are deleted.
 
     Args:
-      state: gives shapes, dtypes and placement; arrays, or `jax.ShapeDtypeStruct`.
-      iterator: is moved to its place in the data.
-
-    Returns:
-      The state and its step; `state` itself and 0 if there is no checkpoint.
+      state: arrays or `jax.ShapeDtypeStruct`, which give shapes, dtypes and shardings.
+      iterator: receives the saved iterator state.
 
     Raises:
-      ConfigError: there are checkpoints, but none is whole, or they are of another model.
+      CheckpointError: there are checkpoints, but none is valid; or they belong to another model or
+        to another version of this program.
     """
     self.wait()
-    self._close_manager()  # It must not remember what is set aside.
-    found, damaged = restore.load_state(self._workdir, state)
-    processes.by_first(lambda: _set_aside(self._workdir, damaged))
-    processes.by_first(lambda: _remove_unfinished(self._workdir, 'was never finished: removed'))
-    if self._settings.keep_best:
-      self._losses = _losses(self._workdir)
-    if not found:
+    self._close_manager()  # A manager remembers checkpoints that are now quarantined.
+    found, corrupt = restore.restore_state(self._workdir, state)
+    processes.on_process_zero(lambda: _quarantine(self._workdir, corrupt))
+    processes.on_process_zero(lambda: _remove_incomplete(self._workdir))
+    if self._train.keep_best:
+      self._losses = restore.read_losses(self._workdir)
+    if found is None:
       return state, 0
-    step, (state, position) = found
-    iterator.set_state(position)
+    step, (state, iterator_state) = found
+    iterator.set_state(iterator_state)
     return state, step
 
-  def save(self, step, state, iterator, loss=None):
-    """Starts writing `state` and the position of the `iterator`; `loss` is that of validation at
-    this very step, if there was any.
+  def save(
+    self, step: int, state: PyTree, iterator: DataIterator, loss: float | None = None
+  ) -> None:
+    """Starts to save `state`, the state of `iterator` and the validation `loss`, if there is one.
 
-    If the one before could not be written, or this one cannot, that is said, and the older ones
-    stay.
+    If the previous save or this one fails, a warning is logged; older checkpoints are not affected.
     """
     self.wait()
-    position = iterator.get_state()
-    record = {
-      'format': 1,
+    iterator_state = iterator.get_state()
+    if loss is not None and not math.isfinite(loss):
+      loss = None
+    manifest = {
+      'format': restore.FORMAT,
       'leaves': checksums.of_tree(state),
-      restore.DATASET: checksums.of_json(position),
-      'loss': loss if loss is not None and math.isfinite(loss) else None,
+      restore.DATA_ITERATOR: checksums.of_json(iterator_state),
+      'loss': loss,
     }
-    record['digest'] = checksums.of_json(record)
-    arguments = {
+    manifest['digest'] = checksums.of_json(manifest)
+    items = {
       restore.STATE: ocp.args.StandardSave(state),
-      restore.DATASET: ocp.args.JsonSave(position),
-      restore.RECORD: ocp.args.JsonSave(record),
+      restore.DATA_ITERATOR: ocp.args.JsonSave(iterator_state),
+      restore.MANIFEST: ocp.args.JsonSave(manifest),
     }
-    if record['loss'] is not None:
+    if loss is not None:
       self._losses[step] = loss
-    self._writing, self._failure = step, None
+    self._pending_step, self._last_failure = step, None
     try:
-      self._manager().save(step, args=ocp.args.Composite(**arguments), force=True)
+      self._open_manager().save(step, args=ocp.args.Composite(**items), force=True)
     except Exception as error:
-      # Of several processes one that stops here has left the others in the middle of it.
+      # In several processes, the others are still inside of the save: only an exit ends their wait.
       if jax.process_count() > 1:
         raise
-      self._give_up(step, restore.why(error))
+      self._abandon(step, orbax_internals.describe(error))
 
-  def close(self):
+  def wait(self) -> None:
+    """Waits until the last save has succeeded or failed."""
+    if self._pending_step is None:
+      return
+    failure = ''
+    try:
+      self._open_manager().wait_until_finished()
+    except Exception as error:
+      failure = orbax_internals.describe(error)
+    if failures := [found for found in processes.gather(failure) if found]:
+      self._abandon(self._pending_step, failures[0])
+    self._pending_step = None
+
+  def close(self) -> None:
     """Waits until everything is on disk.
 
     Raises:
-      ConfigError: the last checkpoint could not be written.
+      CheckpointError: the last save failed.
     """
     self.wait()
     self._close_manager()
-    if self._failure:
-      raise errors.ConfigError(
-        f'{self._failure}; make room in {self._workdir} and start the same command again'
+    if self._last_failure:
+      raise errors.CheckpointError(
+        f'{self._last_failure}; free disk space for {self._workdir} and run the same command again'
       )
 
-  def wait(self):
-    """Returns when the step that is being written is on disk, or known not to be."""
-    if self._writing is None:
-      return
-    failure = None
-    try:
-      self._manager().wait_until_finished()
-    except Exception as error:
-      failure = restore.why(error)
-    failure = agreement.first(failure)
-    if failure:
-      self._give_up(self._writing, failure)
-    self._writing = None
-
-  def _give_up(self, step, why):
-    """Says that a step could not be written, and begins anew with what is on disk."""
-    self._writing = None
+  def _abandon(self, step: int, reason: str) -> None:
+    """Reports a failed save and discards the manager, which cannot be used any more."""
+    self._pending_step = None
     self._losses.pop(step, None)
-    with contextlib.suppress(Exception):  # It has said already what it could not do.
-      self._manager().close()
-    self._open = None
-    kept = restore.steps(self._workdir)
-    newest = f'the newest is that of step {kept[-1]}' if kept else 'there is none yet'
-    self._failure = f'the checkpoint of step {step} could not be written ({why}); {newest}'
-    terminal.say(f'WARNING: {self._failure}. Older ones are untouched.')
-    processes.by_first(lambda: _remove_unfinished(self._workdir))
+    with contextlib.suppress(Exception):  # The manager raises the reported failure again.
+      self._close_manager()
+    steps = restore.list_steps(self._workdir)
+    newest = f'the newest checkpoint is {steps[-1]}' if steps else 'there is no checkpoint yet'
+    self._last_failure = f'saving checkpoint {step} failed ({reason}); {newest}'
+    if not jax.process_index():
+      logging.warning(f'{self._last_failure}. Training continues.')
+    processes.on_process_zero(lambda: _remove_incomplete(self._workdir))
 
-  def _close_manager(self):
-    if self._open:
-      self._open.close()
-    self._open = None
-
-  def _manager(self):
-    """Orbax's manager of what is on disk."""
-    if self._open is None:
-      # Again, because a thread that had failed may still have been writing.
-      processes.by_first(lambda: _remove_unfinished(self._workdir))
+  def _open_manager(self) -> ocp.CheckpointManager:
+    """Orbax's manager of WORKDIR/checkpoints, opened at the first use."""
+    if self._manager is None:
+      # Once more: a thread of a failed save may have written after `_abandon`.
+      processes.on_process_zero(lambda: _remove_incomplete(self._workdir))
+      kept: list[policies.PreservationPolicy] = [
+        policies.LatestN(self._train.keep_checkpoints),
+        _LowestLosses(self._train.keep_best, self._losses),
+      ]
+      if self._train.keep_every:
+        kept.append(policies.EveryNSteps(self._train.keep_every))
       options = ocp.CheckpointManagerOptions(
-        preservation_policy=_preservation(self._settings, self._losses),
-        # Damage to old checkpoints must not keep new ones from being written.
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        # The metadata of old checkpoints are not read: they may be corrupt.
         lightweight_initialize=True,
         async_options=ocp.AsyncOptions(
-          timeout_secs=_TIMEOUT, barrier_sync_fn=agreement.make_barrier()
+          timeout_secs=_TIMEOUT, barrier_sync_fn=orbax_internals.make_barrier()
         ),
       )
-      self._open = ocp.CheckpointManager(self._workdir / restore.FOLDER, options=options)
-    return self._open
+      self._manager = ocp.CheckpointManager(self._workdir / restore.FOLDER, options=options)
+    return self._manager
 
-
-def _losses(workdir):
-  """{step: validation loss} of the checkpoints that have one and can be read."""
-  losses = {}
-  for step in restore.steps(workdir):
-    folder = workdir / restore.FOLDER / str(step)
-    with contextlib.suppress(restore.Damaged, errors.ConfigError):
-      record = restore.alone(lambda folder=folder: restore.read_record(folder))
-      if record and record['loss'] is not None:
-        losses[step] = record['loss']
-  # All must keep the same.
-  return {int(step): loss for step, loss in agreement.gather(losses)[0].items()}
-
-
-def _preservation(settings, losses):
-  """Which checkpoints stay; the newest always does."""
-  wanted = [policies.LatestN(settings.keep_checkpoints)]
-  if settings.keep_best:
-    best = policies.BestN(
-      get_metric_fn=lambda loss: loss,
-      reverse=True,
-      n=settings.keep_best,
-      # Otherwise those of steps without validation would never go.
-      keep_checkpoints_without_metrics=False,
-    )
-    wanted.append(_WithLosses(best, losses))
-  if settings.keep_every:
-    wanted.append(policies.EveryNSteps(settings.keep_every))
-  return policies.AnyPreservationPolicy(wanted)
+  def _close_manager(self) -> None:
+    manager, self._manager = self._manager, None
+    if manager is not None:
+      manager.close()
 
 
 @dataclasses.dataclass
-class _WithLosses(policies.PreservationPolicy):
-  """Hands another policy the validation losses, also of checkpoints that were found on disk."""
+class _LowestLosses(policies.PreservationPolicy):
+  """Keeps the checkpoints with the `count` lowest validation losses, {step: loss}."""
 
-  policy: policies.PreservationPolicy
-  losses: dict
+  count: int
+  losses: dict[int, float]
 
-  def should_preserve(self, checkpoints, *, context):
-    return self.policy.should_preserve(
-      [dataclasses.replace(c, metrics=self.losses.get(c.step)) for c in checkpoints],
-      context=context,
-    )
+  def should_preserve(
+    self, checkpoints: Sequence[policies.PolicyCheckpointInfo], **context: object
+  ) -> list[bool]:
+    steps = [c.step for c in checkpoints if c.step in self.losses]
+    best = sorted(steps, key=lambda step: (self.losses[step], -step))[: self.count]
+    return [c.step in best for c in checkpoints]
 
 
-def _set_aside(workdir, damaged):
-  """Moves checkpoints out of the way of those to come."""
-  for step in damaged:
-    source, target = workdir / restore.FOLDER / str(step), workdir / _DAMAGED / str(step)
+def _quarantine(workdir: epath.Path, steps: list[int]) -> None:
+  """Moves corrupt checkpoints to WORKDIR/checkpoints_quarantine/<step>, <step>.1, <step>.2, …"""
+  for step in steps:
+    source, target = workdir / restore.FOLDER / str(step), workdir / _QUARANTINE / str(step)
     number = 1
     while target.exists():
-      target = workdir / _DAMAGED / f'{step}.{number}'
+      target = workdir / _QUARANTINE / f'{step}.{number}'
       number += 1
     try:
       target.parent.mkdir(parents=True, exist_ok=True)
       source.rename(target)
     except OSError as error:
-      why = restore.why(error)
-      raise errors.ConfigError(f'cannot move {source} to {target}: {why}') from error
-    terminal.say(f'The damaged checkpoint of step {step} is now {target}')
+      reason = orbax_internals.describe(error)
+      raise errors.CheckpointError(f'cannot move {source} to {target}: {reason}') from error
+    logging.warning(f'Moved the corrupt checkpoint {step} to {target}.')
 
 
-def _remove_unfinished(workdir, said=''):
-  """Removes what a process that was killed, or a full disk, left of a checkpoint; `said` of each.
+def _remove_incomplete(workdir: epath.Path) -> None:
+  """Deletes checkpoints that a killed process or a full disk left incomplete.
 
-  It never had its final name, or, on stores that cannot rename, never its mark of completion.
+  An incomplete checkpoint has a temporary name or, on object stores, lacks its commit file. Orbax's
+  `cleanup_tmp_directories` does not name the deleted steps and raises where one cannot be deleted.
   """
-  folder, finished = workdir / restore.FOLDER, set(restore.steps(workdir))
+  folder, complete = workdir / restore.FOLDER, set(restore.list_steps(workdir))
   for path in folder.iterdir() if folder.exists() else ():
-    step, suffix, _ = path.name.partition('.orbax-checkpoint-tmp')
-    if not step.isdecimal() or not suffix and int(step) in finished:
+    step, suffix, _ = path.name.partition(ocp.path.atomicity_types.TMP_DIR_SUFFIX)
+    if not step.isdecimal() or (not suffix and int(step) in complete):
       continue
-    with contextlib.suppress(OSError):  # It is in nobody's way, and is tried again.
+    with contextlib.suppress(OSError):  # Tried again when the manager is opened.
       path.rmtree()
-      if said:
-        terminal.say(f'The checkpoint of step {step} {said}.')
+      logging.info(f'Deleted the incomplete checkpoint {step}.')

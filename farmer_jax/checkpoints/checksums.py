@@ -1,92 +1,84 @@
-"""Checksums that notice a change of any single element of an array, wherever the array lies."""
+"""Checksums of arrays that detect a change of any single element, on any sharding."""
 
 import functools
 import hashlib
 import json
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, PyTree, Shaped, UInt32
 
 
-def of_tree(tree):
-  """Describes every leaf: its shape, its dtype and a checksum of its bits.
+def of_tree(tree: PyTree) -> dict[str, list]:
+  """{path: [shape, dtype, checksum]} of all arrays; a checksum is 16 hexadecimal digits.
 
-  The checksums are computed where the arrays are, one after the other, and are the same on any mesh
-  and any number of processes; all processes that share the arrays must call.
-
-  Returns:
-    {path: [shape, dtype, checksum]}: a list of ints, a string, a string of 16 hexadecimal digits.
+  The checksums are computed on the devices that hold the arrays, and do not depend on the mesh or
+  the number of processes. All processes that share the arrays must call this function.
   """
-  named = names(tree)
-  # Not in one program: on CPUs the bits of all of them would be in memory at once. And not several
-  # at a time: devices of several processes, free to begin with different ones, would wait for each
-  # other for ever.
-  sums = [jax.device_get(_compute(_everywhere(leaf.sharding))(leaf)) for leaf in named.values()]
+  leaves = leaves_by_path(tree)
+  # One program per array: on CPUs, one program for all arrays would hold the bits of all of them in
+  # memory at once. One program at a time: devices of several processes may start programs in
+  # different orders and would wait for each other forever.
+  sums = [jax.device_get(_jitted_sums(leaf.sharding)(leaf)) for leaf in leaves.values()]
   return {
-    name: [*described(leaf), f'{first:08x}{second:08x}']
-    for (name, leaf), (first, second) in zip(named.items(), sums, strict=True)
+    path: [*shape_and_dtype(leaf), f'{first:08x}{second:08x}']
+    for (path, leaf), (first, second) in zip(leaves.items(), sums, strict=True)
   }
 
 
-def names(tree):
-  """The leaves of a tree by their paths, as in params/flow/kernel."""
+def of_json(value: Any) -> str:
+  """SHA-256 of a value that JSON can represent, as hexadecimal digits."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def leaves_by_path(tree: PyTree) -> dict[str, Any]:
+  """The leaves of a tree by path, for example 'params/flow/kernel'."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
 
-def described(leaf):
-  """Shape and dtype, as JSON knows them."""
+def shape_and_dtype(leaf: Any) -> list:
+  """[shape, dtype] as JSON represents them: a list of ints and a string."""
   return [list(leaf.shape), str(leaf.dtype)]
 
 
-def of_json(value):
-  """The SHA-256 of what can be written as JSON, in hexadecimal digits."""
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _everywhere(sharding):
-  """Where the sums of arrays of this sharding go: to every process that has a part of them."""
-  if isinstance(sharding, jax.sharding.NamedSharding):
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-  return sharding
-
-
 @functools.cache
-def _compute(sharding):
-  """`_sums`, compiled, with results at `sharding`."""
+def _jitted_sums(sharding: jax.sharding.Sharding) -> Callable[[Array], UInt32[Array, '2']]:
+  """`_sums` for arrays with this sharding; all devices that hold a part get the result."""
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
   return jax.jit(_sums, out_shardings=sharding)
 
 
-def _sums(array):
-  """Two sums of the bits of an array, uint32 [2].
+def _sums(array: Shaped[Array, '...']) -> UInt32[Array, '2']:
+  """Two sums of the bits of an array.
 
-  Every 32 bits are mixed with their position, one to one, before they are added: no change of one
-  of them leaves a sum as it was. Integers wrap, and the order of adding them does not matter.
+  Each word of 32 bits is mixed with its position by a bijection before the words are summed, so a
+  change of a single word always changes the sums. Integer sums wrap and do not depend on the order.
   """
   bits = _bits(array)
   position = jnp.zeros(bits.shape, jnp.uint32)
   for axis in range(bits.ndim):
-    along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    position = position * jnp.uint32(bits.shape[axis] % 2**32) + along
-  position = _mixed(position + jnp.uint32(0x9E3779B9))
-  first = jnp.sum(_mixed(bits ^ position), dtype=jnp.uint32)
-  second = jnp.sum(_mixed(bits + position * jnp.uint32(0x2545F491)), dtype=jnp.uint32)
+    index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    position = position * jnp.uint32(bits.shape[axis] % 2**32) + index
+  position = _mix(position + jnp.uint32(0x9E3779B9))
+  first = jnp.sum(_mix(bits ^ position), dtype=jnp.uint32)
+  second = jnp.sum(_mix(bits + position * jnp.uint32(0x2545F491)), dtype=jnp.uint32)
   return jnp.stack([first, second])
 
 
-def _bits(array):
-  """The bits of an array, uint32 [...]; what has 64 bits gets a last axis of two."""
+def _bits(array: Shaped[Array, '...']) -> UInt32[Array, '...']:
+  """The bits of an array as 32-bit words; elements of 64 bits get a last axis of size 2."""
   if array.dtype == jnp.bool_:
     return array.astype(jnp.uint32)
-  size = array.dtype.itemsize
-  if size > 8 or not (jnp.issubdtype(array.dtype, jnp.number)):
-    raise TypeError(f'no checksum is defined for {array.dtype}')
-  width = min(size, 4)
+  width = min(array.dtype.itemsize, 4)
   return jax.lax.bitcast_convert_type(array, f'uint{8 * width}').astype(jnp.uint32)
 
 
-def _mixed(bits):
-  """Each of uint32 [...] turned into another that looks random, one to one (MurmurHash3)."""
+def _mix(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
+  """The finalizer of MurmurHash3: a bijection whose outputs look random."""
   bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
   bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
   return bits ^ (bits >> 16)

@@ -1,277 +1,241 @@
-"""Reading checkpoints back: the newest that is whole, and no other numbers than were written.
+"""Restores the newest valid checkpoint; every array is verified by its checksum.
 
-Orbax restores a flipped bit as a wrong number, so everything is compared with the checksums that
-were written along. Nothing in a checkpoint is ever executed: TensorStore reads the arrays, and
-everything else is JSON.
+A restore executes no code from a checkpoint: TensorStore reads the arrays, everything else is JSON.
 """
 
-import json
-import re
+import contextlib
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
+from jaxtyping import PyTree
 
-from farmer_jax import errors, terminal
-from farmer_jax.checkpoints import checksums
-from farmer_jax.distributed import agreement
+from farmer_jax import errors
+from farmer_jax.checkpoints import checksums, orbax_internals
+from farmer_jax.checkpoints.orbax_internals import CorruptCheckpoint
+from farmer_jax.distributed import processes
 
 FOLDER = 'checkpoints'
-STATE, DATASET, RECORD = 'state', 'dataset', 'checksums'
 
-# What is wrong with the machine, the network or the user's rights.
-_NO_DAMAGE = re.compile(
-  'PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED'
-)
+# The items of a checkpoint. The manifest has the keys 'format'; 'leaves', the result of
+# `checksums.of_tree` for the state; 'data_iterator', the checksum of that item; 'loss', the
+# validation loss or None; 'digest', the checksum of the other keys.
+STATE, DATA_ITERATOR, MANIFEST = 'state', 'data_iterator', 'manifest'
+
+# Format 2: TrainState(step, params, opt_state, ema_params). Earlier formats had no item `manifest`.
+FORMAT = 2
+
+T = TypeVar('T')
 
 
-class Damaged(Exception):
-  """A checkpoint is not what was written; says why in a few words."""
+def restore_state(
+  workdir: epath.Path, state: PyTree
+) -> tuple[tuple[int, tuple[PyTree, dict]] | None, list[int]]:
+  """Restores the newest valid checkpoint, in all processes together; see `Checkpointer`.
 
-
-def load_state(workdir, state):
-  """Reads the newest checkpoint that is whole, in all processes together.
-
-  Args:
-    workdir: of the run, an `epath.Path`.
-    state: a tree that gives shapes, dtypes and placement.
-
-  Returns:
-    (step, (state, position in the data)), or None if there is no checkpoint; and {step: why} of
-    the damaged ones that are newer.
-
-  Raises:
-    ConfigError: there are checkpoints, but none is whole, or they are of another model.
+  Returns (step, (state, iterator state)), or None if there is no checkpoint, and the steps of
+  newer, corrupt checkpoints.
   """
-  abstract = jax.tree.map(
+  target = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
   )
+  items = {STATE: ocp.args.StandardRestore(target), DATA_ITERATOR: ocp.args.JsonRestore()}
 
-  def read(folder):
-    record = read_record(folder)
-    _check_same_model(folder, record, checksums.names(abstract), whole=True)
-    arguments = {
-      STATE: ocp.args.StandardRestore(abstract),
-      DATASET: ocp.args.JsonRestore(),
-    }
-    return record, _restore(folder, arguments)
+  def read(folder: epath.Path) -> tuple[PyTree, dict]:
+    manifest, restored = _on_all_processes(lambda: _read(folder, items, target, exact=True))
+    sums = checksums.of_tree(restored[STATE])
+    _on_all_processes(lambda: _verify(manifest, sums, restored[DATA_ITERATOR]))
+    return restored[STATE], restored[DATA_ITERATOR]
 
-  def read_and_verify(step):
-    folder = workdir / FOLDER / str(step)
-    record, restored = _together(lambda: read(folder))
-    sums = checksums.of_tree(restored[STATE]) if record else None
-    _together(lambda: _verify(folder, record, sums, restored[DATASET]))
-    return restored[STATE], restored[DATASET]
-
-  return _newest_whole(workdir, read_and_verify)
+  return _newest_valid(workdir, read)
 
 
-def load_params(workdir, name, params, step=None):
-  """Reads nothing but the parameters of a checkpoint, to this process's first device.
+def restore_params(
+  workdir: epath.Path, name: str, shapes: PyTree, step: int | None = None
+) -> tuple[PyTree, int]:
+  """Restores 'params' or 'ema_params' to the first local device of each process; and their step.
 
-  All processes call, and each reads for itself. Nothing is moved or written: training may be under
-  way.
-
-  Args:
-    workdir: of the run, an `epath.Path`.
-    name: the field of the training state: 'params' or 'average'.
-    params: a tree that gives shapes and dtypes.
-    step: which checkpoint; None takes the newest that is whole, and names those passed over.
-
-  Returns:
-    The parameters and their step.
+  Nothing is moved or written: the run may be training at the same time. `shapes` is a tree of
+  shapes and dtypes. Without `step`, the newest valid checkpoint is restored.
 
   Raises:
-    ConfigError: there is no such checkpoint, it is damaged, or it is of another model.
+    CheckpointError: the checkpoint does not exist, is corrupt, or belongs to another model or to
+      another version of this program.
   """
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   target = {
-    name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), params)
+    name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes)
   }
+  restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+  item = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
 
-  def read(step):
-    folder = workdir / FOLDER / str(step)
-    record = read_record(folder)
-    _check_same_model(folder, record, checksums.names(target))
-    arguments = ocp.args.PyTreeRestore(
-      item=target,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-      partial_restore=True,
-    )
-    restored = _restore(folder, {STATE: arguments})[STATE]
-    _verify(folder, record, checksums.of_tree(restored) if record else None)
-    return restored[name]
+  def read_here(folder: epath.Path) -> PyTree:
+    manifest, restored = _read(folder, {STATE: item}, target)
+    _verify(manifest, checksums.of_tree(restored[STATE]))
+    return restored[STATE][name]
+
+  def read(folder: epath.Path) -> PyTree:
+    return _on_all_processes(lambda: read_here(folder))
 
   if step is not None:
-    return _read_step(workdir, step, read), step
-  found, _ = _newest_whole(workdir, lambda step: _together(lambda: read(step)))
-  if not found:
-    raise errors.ConfigError(f'{workdir} has no checkpoint yet; train it first')
+    return _restore_step(workdir, step, read), step
+  found, _ = _newest_valid(workdir, read)
+  if found is None:
+    raise errors.CheckpointError(f'{workdir} has no checkpoint; train the model first')
   return found[1], found[0]
 
 
-def _read_step(workdir, step, read):
-  """What read(step) gives, in all processes; anything amiss is a `ConfigError`."""
-  known = agreement.gather(steps(workdir))[0]
-  if step not in known:
-    raise errors.ConfigError(
-      f'{workdir} no longer has the checkpoint of step {step}, from which a student learned (it has'
-      f' {", ".join(map(str, known)) or "none"}); raise its config.train.keep_checkpoints next time'
-    )
-  try:
-    return _together(lambda: read(step))
-  except Damaged as error:
-    raise errors.ConfigError(
-      f'the checkpoint of step {step} in {workdir} is damaged ({error}); restore it from a copy'
-    ) from error
-
-
-def _newest_whole(workdir, read):
-  """Reads checkpoints, the newest first, until one is whole.
-
-  Args:
-    workdir: of the run.
-    read: read(step) -> what was read; raises `Damaged`, or not, in all processes.
-
-  Returns:
-    (step, what was read), or None if there is no checkpoint; {step: why} of those passed over.
-  """
-  damaged: dict[int, str] = {}
-  while True:
-    known = agreement.gather(steps(workdir))[0]
-    # Those that a training run has removed in the meantime were no worse than others.
-    damaged = {step: reason for step, reason in damaged.items() if step in known}
-    left = [step for step in known if step not in damaged]
-    if not left:
-      break
-    try:
-      found = left[-1], read(left[-1])
-    except Damaged as error:
-      damaged[left[-1]] = str(error)
-      continue
-    for step, reason in damaged.items():
-      terminal.say(f'The checkpoint of step {step} is damaged ({reason}): passed over.')
-    return found, damaged
-  if damaged:
-    reasons = '; '.join(f'step {step}: {reason}' for step, reason in damaged.items())
-    raise errors.ConfigError(
-      f'none of the checkpoints in {workdir / FOLDER} is whole ({reasons}); put a copy there, or'
-      ' move that folder away to begin anew'
-    )
-  return None, {}
-
-
-def alone(action):
-  """action(), with whatever it raises turned into `Damaged` or `ConfigError`."""
-  try:
-    return action()
-  except (Damaged, errors.ConfigError):
-    raise
-  except Exception as error:
-    if isinstance(error, PermissionError | MemoryError) or _NO_DAMAGE.search(str(_root(error))):
-      raise errors.ConfigError(f'cannot read a checkpoint: {why(error)}') from error
-    raise Damaged(why(error)) from error
-
-
-def _together(action):
-  """The same in all processes: if one of them fails, all raise what that one does."""
-  result = damage = other = None
-  try:
-    result = alone(action)
-  except Damaged as error:
-    damage = str(error)
-  except errors.ConfigError as error:
-    other = str(error)
-  damage, other = agreement.first(damage), agreement.first(other)
-  if other:
-    raise errors.ConfigError(other)
-  if damage:
-    raise Damaged(damage)
-  return result
-
-
-def _restore(folder, arguments):
-  """What Orbax reads, in this process alone: there is no barrier at which others could wait for one
-  that has failed."""
-  for name in arguments:
-    if not (folder / name).exists():
-      raise Damaged(f'it has no {name}')
-  process = jax.process_index()
-  alone = ocp.options.MultiprocessingOptions(
-    primary_host=process, active_processes={process}, barrier_sync_key_prefix=f'alone{process}'
-  )
-  with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
-    return reader.restore(folder, args=ocp.args.Composite(**arguments))
-
-
-def read_record(folder):
-  """The record of a checkpoint's checksums; None if it was written without one.
-
-  Raises:
-    Damaged: there should be one, or it is not what was written.
-  """
-  if not any(folder.iterdir()):
-    raise Damaged('it is empty')
-  items = json.loads((folder / '_CHECKPOINT_METADATA').read_text())['item_handlers']
-  if RECORD not in items and not (folder / RECORD).exists():
-    return None
-  record = _restore(folder, {RECORD: ocp.args.JsonRestore()})[RECORD]
-  digest = record.pop('digest', None)
-  if digest != checksums.of_json(record):
-    raise Damaged('the checksums themselves have changed')
-  return record
-
-
-def _check_same_model(folder, record, target, whole=False):
-  """Raises ConfigError if a checkpoint does not have the leaves of `target`, {path: array}; if
-  `whole`, neither more of them."""
-  if record is None:
-    return
-  saved = {name: described[:2] for name, described in record['leaves'].items()}
-  wanted = {name: checksums.described(leaf) for name, leaf in target.items()}
-  for name in wanted | saved if whole else wanted:
-    if saved.get(name) != wanted.get(name):
-      raise errors.ConfigError(
-        f'the checkpoint {folder} is of another model: {name} is {saved.get(name)} there and'
-        f' {wanted.get(name)} here'
-      )
-
-
-def _verify(folder, record, sums, position=None):
-  """Raises `Damaged` if what was read, {path: [.., .., checksum]}, is not what was written."""
-  if record is None:
-    terminal.say(f'The checkpoint {folder} was written without checksums: it cannot be verified.')
-    return
-  changed = [name for name, found in sums.items() if record['leaves'][name] != found]
-  if changed:
-    more = f' and {len(changed) - 1} more' if len(changed) > 1 else ''
-    raise Damaged(f'{changed[0]}{more} changed on disk')
-  if position is not None and record[DATASET] != checksums.of_json(position):
-    raise Damaged('the position in the data changed on disk')
-
-
-def steps(workdir):
-  """The steps of what looks like checkpoints, the newest last."""
+def list_steps(workdir: epath.Path) -> list[int]:
+  """The steps of all complete checkpoints, in increasing order; they may be corrupt."""
   return sorted(ocp.utils.checkpoint_steps(workdir / FOLDER))
 
 
-def why(error):
-  """An exception in a few words."""
-  error = _root(error)
-  text = ' '.join(str(error).split())
-  if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-    return 'a file of metadata cannot be read'
-  if isinstance(error, OSError) and error.strerror:
-    return error.strerror + (f': {epath.Path(error.filename).name}' if error.filename else '')
-  if system := re.search(r'([^:]+) \[os_error_code', text):
-    return system[1].strip()
-  if status := re.match('([A-Z_]+): ', text):  # TensorStore's; what follows are long paths.
-    return f'an array cannot be read: {status[1].lower().replace("_", " ")}'
-  return (text if len(text) <= 120 else f'{text[:117]}...') or type(error).__name__
+def read_losses(workdir: epath.Path) -> dict[int, float]:
+  """{step: validation loss} of the checkpoints with a valid manifest that holds a loss."""
+  losses = {}
+  for step in list_steps(workdir):
+    with (
+      contextlib.suppress(CorruptCheckpoint, errors.UserError),
+      orbax_internals.classify_exceptions(),
+    ):
+      losses[step] = _read_manifest(workdir / FOLDER / str(step))['loss']
+  # All processes must delete the same checkpoints: process 0 decides. JSON turns keys into strings.
+  losses = processes.gather(losses)[0]
+  return {int(step): loss for step, loss in losses.items() if loss is not None}
 
 
-def _root(error):
-  """What an exception was raised from in the end."""
-  while error.__cause__ is not None:
-    error = error.__cause__
-  return error
+def _newest_valid(
+  workdir: epath.Path, read: Callable[[epath.Path], T]
+) -> tuple[tuple[int, T] | None, list[int]]:
+  """Calls read(folder) for checkpoints from the newest to the oldest until one is valid.
+
+  `read` must raise `CorruptCheckpoint` in all processes or in none. Returns as `restore_state`.
+  """
+  corrupt: dict[int, str] = {}
+  while True:
+    steps = processes.gather(list_steps(workdir))[0]
+    # A training run may have deleted checkpoints while they were being read.
+    corrupt = {step: reason for step, reason in corrupt.items() if step in steps}
+    remaining = [step for step in steps if step not in corrupt]
+    if not remaining:
+      break
+    newest = remaining[-1]
+    try:
+      result = read(workdir / FOLDER / str(newest))
+    except CorruptCheckpoint as error:
+      corrupt[newest] = str(error)
+      continue
+    for step, reason in corrupt.items() if not jax.process_index() else ():
+      logging.warning(f'Checkpoint {step} is corrupt ({reason}); restoring step {newest} instead.')
+    return (newest, result), list(corrupt)
+  if corrupt:
+    reasons = '; '.join(f'step {step}: {reason}' for step, reason in corrupt.items())
+    raise errors.CheckpointError(
+      f'all checkpoints in {workdir / FOLDER} are corrupt ({reasons}); copy a valid one there, or'
+      ' delete the folder to restart from step 0'
+    )
+  return None, []
+
+
+def _restore_step(workdir: epath.Path, step: int, read: Callable[[epath.Path], T]) -> T:
+  """read(folder) of the checkpoint `step`; every failure is a `CheckpointError`."""
+  steps = processes.gather(list_steps(workdir))[0]
+  if step not in steps:
+    raise errors.CheckpointError(
+      f'{workdir} has no checkpoint of step {step} (it has {", ".join(map(str, steps)) or "none"});'
+      ' config.train.keep_checkpoints and config.train.keep_every of that run decide which are kept'
+    )
+  folder = workdir / FOLDER / str(step)
+  try:
+    return read(folder)
+  except CorruptCheckpoint as error:
+    raise errors.CheckpointError(
+      f'checkpoint {folder} is corrupt ({error}); replace it with a copy, or name another step'
+    ) from error
+
+
+def _on_all_processes(action: Callable[[], T]) -> T:
+  """Runs action() in every process. If it fails in one process, all processes raise that error."""
+  problem: tuple[bool, str] | None = None
+  try:
+    with orbax_internals.classify_exceptions():
+      result = action()
+  except (CorruptCheckpoint, errors.UserError) as error:
+    problem = isinstance(error, CorruptCheckpoint), str(error)
+  problems = [tuple(found) for found in processes.gather(problem) if found]
+  if problems:
+    is_corruption, reason = min(problems)  # Other errors take precedence over corruption.
+    raise CorruptCheckpoint(reason) if is_corruption else errors.CheckpointError(reason)
+  return result
+
+
+def _read(
+  folder: epath.Path, items: dict[str, Any], target: PyTree, exact: bool = False
+) -> tuple[dict, Any]:
+  """The manifest of a checkpoint and the restored items, not verified.
+
+  The checkpoint must have the arrays of `target` and, with `exact`, no others.
+  """
+  manifest = _read_manifest(folder)
+  saved = {path: described[:2] for path, described in manifest['leaves'].items()}
+  leaves = checksums.leaves_by_path(target)
+  expected = {path: checksums.shape_and_dtype(leaf) for path, leaf in leaves.items()}
+  for path in expected | saved if exact else expected:
+    if saved.get(path) != expected.get(path):
+      raise errors.CheckpointError(
+        f'checkpoint {folder} belongs to another model: {path} is {saved.get(path)} in the'
+        f' checkpoint and {expected.get(path)} in this model; use the config of that run'
+      )
+  return manifest, _restore_items(folder, items)
+
+
+def _read_manifest(folder: epath.Path) -> dict:
+  """The verified manifest; `CheckpointError` if another version wrote the checkpoint."""
+  if not any(folder.iterdir()):
+    raise CorruptCheckpoint('it is empty')
+  if MANIFEST not in orbax_internals.item_names(folder) and not (folder / MANIFEST).exists():
+    raise errors.CheckpointError(
+      f'checkpoint {folder} was written by an earlier version of farmer_jax; finish the run with'
+      ' that version, or choose another --workdir'
+    )
+  manifest = _restore_items(folder, {MANIFEST: ocp.args.JsonRestore()})[MANIFEST]
+  digest = manifest.pop('digest', None)
+  if digest != checksums.of_json(manifest):
+    raise CorruptCheckpoint('its manifest changed on disk')
+  if manifest['format'] != FORMAT:
+    raise errors.CheckpointError(
+      f'checkpoint {folder} has format {manifest["format"]}, and this version of farmer_jax reads'
+      f' format {FORMAT}; use the version that wrote it, or choose another --workdir'
+    )
+  return manifest
+
+
+def _restore_items(folder: epath.Path, items: dict[str, Any]) -> Any:
+  """Restores items of a checkpoint in this process, without barriers.
+
+  At a barrier, the other processes would wait for a process that has failed.
+  """
+  for name in items:
+    if not (folder / name).exists():
+      raise CorruptCheckpoint(f'it has no {name}')
+  process = jax.process_index()
+  options = ocp.options.MultiprocessingOptions(
+    primary_host=process, active_processes={process}, barrier_sync_key_prefix=f'process{process}'
+  )
+  with ocp.Checkpointer(
+    ocp.CompositeCheckpointHandler(), multiprocessing_options=options
+  ) as reader:
+    return reader.restore(folder, args=ocp.args.Composite(**items))
+
+
+def _verify(manifest: dict, sums: dict[str, list], iterator_state: dict | None = None) -> None:
+  """Raises `CorruptCheckpoint` if restored values differ from the saved ones."""
+  changed = [path for path, found in sums.items() if manifest['leaves'][path] != found]
+  if changed:
+    more = f' and {len(changed) - 1} more' if len(changed) > 1 else ''
+    raise CorruptCheckpoint(f'{changed[0]}{more} changed on disk')
+  if iterator_state is not None and manifest[DATA_ITERATOR] != checksums.of_json(iterator_state):
+    raise CorruptCheckpoint('the state of the data iterator changed on disk')

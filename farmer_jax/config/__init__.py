@@ -1,11 +1,12 @@
-"""Every setting of every job.
+"""The configuration: all keys of all jobs.
 
-Config files start from `defaults()`, an `ml_collections.ConfigDict`, which command-line overrides
-change. `from_config_dict` turns it into the frozen dataclass `Config`; the rest of the package sees
-only dataclasses.
+Configuration files start from `defaults()`, an `ml_collections.ConfigDict`. Command-line overrides
+modify it. `from_config_dict` converts it to the frozen dataclass `Config`. All other packages use
+only the dataclasses.
 """
 
-from farmer_jax.config.checks import check, fidelity_network, step_range
+from farmer_jax.config.checks import check, step_range
+from farmer_jax.config.renames import upgrade
 from farmer_jax.config.schema import (
   defaults,
   describe,
@@ -16,51 +17,7 @@ from farmer_jax.config.schema import (
   to_dict,
   unknown_key,
 )
-from farmer_jax.config.sections import (
-  Compile,
-  Config,
-  Data,
-  Distill,
-  Fidelity,
-  Flow,
-  Guidance,
-  Likelihood,
-  Mesh,
-  Model,
-  Noise,
-  Optimizer,
-  Prior,
-  Profile,
-  Sampling,
-  Train,
-)
-
-__all__ = [
-  'Compile',
-  'Config',
-  'Data',
-  'Distill',
-  'Fidelity',
-  'Flow',
-  'Guidance',
-  'Likelihood',
-  'Mesh',
-  'Model',
-  'Noise',
-  'Optimizer',
-  'Prior',
-  'Profile',
-  'Sampling',
-  'Train',
-  'check',
-  'defaults',
-  'describe',
-  'fidelity_network',
-  'from_config_dict',
-  'get',
-  'leaves',
-  'step_range',
-  'to_config_dict',
-  'to_dict',
-  'unknown_key',
-]
+from farmer_jax.config.sections import Config
+from farmer_jax.config.sections.evaluation import Fidelity, Guidance, Likelihood, Sampling
+from farmer_jax.config.sections.model import Data, Flow, Model, Noise, Prior
+from farmer_jax.config.sections.training import Compile, Distill, Mesh, Optimizer, Profile, Train

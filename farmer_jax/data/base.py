@@ -1,149 +1,167 @@
-"""What every source of images is: a random-access sequence of examples, and how one is split."""
+"""The interface of image sources, and helpers that all sources share."""
 
 import concurrent.futures
 import dataclasses
 import hashlib
 import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
-import tqdm
+from jaxtyping import Int, Int32, Int64, UInt8
 
-from farmer_jax.errors import ConfigError
+from farmer_jax import config, terminal
+from farmer_jax.errors import ConfigError, DataError
 
-SPLITS = ('train', 'valid')
-
-# Sources whose decoded images take less than this are decoded once, into one array.
+# A source whose decoded images take fewer bytes is decoded once, into one array.
 IN_MEMORY_BYTES = 2**30
 
-# Seconds of reading after which a progress bar appears.
+# A progress bar appears after this many seconds of reading.
 _PROGRESS_DELAY = 3.0
 
+Example = dict[str, Any]  # {'image': uint8 [H, W, C], 'label': int32 []}
+Batch = dict[str, np.ndarray]  # {'image': uint8 [B, H, W, C], 'label': int32 [B]}
+Images = UInt8[np.ndarray, 'L H W C']
+Labels = Int32[np.ndarray, 'L']
+Item = TypeVar('Item')
+Result = TypeVar('Result')
 
-class BadExampleError(ConfigError):
-  """An example that cannot be read.
 
-  Attributes:
-    name: the file or record.
-    reason: what is wrong with it, in a few words.
-    advice: what to do about it.
+class BadExampleError(DataError):
+  """A file or record cannot be read.
+
+  Args:
+    name: the name of the example.
+    reason: why it cannot be read.
+    advice: what the user can do.
   """
 
-  def __init__(self, name, reason, advice='remove it or repair it'):
-    super().__init__(name, reason, advice)  # As arguments: pickled between processes.
+  def __init__(self, name: str, reason: str, advice: str = 'remove it or repair it'):
+    super().__init__(name, reason, advice)  # Pickle passes `args` to the constructor.
     self.name, self.reason, self.advice = name, reason, advice
 
-  def __str__(self):
+  def __str__(self) -> str:
     return f'{self.name} cannot be read ({self.reason}); {self.advice}'
 
 
 class Source:
-  """A random-access sequence of examples `{'image': uint8 [H, W, C], 'label': int32 []}`.
+  """A random-access sequence of examples.
 
-  Subclasses define `__len__`, `__getitem__` and `class_names`, which is empty where the names are
-  unknown or labels are not used. `__getitem__` raises BadExampleError for an example that is
-  damaged or gone.
+  Subclasses define `__len__`, `__getitem__` and `class_names`. `class_names` is empty if the names
+  are unknown or labels are not used. Several threads may call `__getitem__` at the same time. It
+  raises BadExampleError for an example that is damaged or missing.
+
+  All examples of a source have the same shape. The modules that read batches (`pipeline`,
+  `prefetching`, `reading`) make no other assumption about the arrays. Other modules assume square
+  images (H = W = `data.image_size`) with C = `data.channels` of 1 or 3 (`images`, `config.Data`,
+  `fits_in_memory` and `cache_in_memory` below) and 256 levels per value (`farmer_jax.noise`).
+  Each image has one label in [0, `data.num_classes`), or the label 0 if there are no classes.
   """
 
   class_names: tuple[str, ...]
 
-  def __len__(self):
+  def __len__(self) -> int:
     raise NotImplementedError
 
-  def __getitem__(self, index):
+  def __getitem__(self, index: int) -> Example:
     raise NotImplementedError
 
-  def name(self, index):
-    """What to call an example in messages; does not read it."""
+  def name(self, index: int) -> str:
+    """Returns the name of an example for messages, without reading the example."""
     return f'example {index}'
 
-  def gather(self, indices):
-    """The examples at `indices` [B], as `{'image': uint8 [B, H, W, C], 'label': int32 [B]}`."""
+  def gather(self, indices: Int[np.ndarray, 'B']) -> Batch:
+    """Returns a batch of the examples at `indices`."""
     return stack([self[int(index)] for index in indices])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource(Source):
-  """Examples that are in memory."""
+  """Examples in memory."""
 
-  images: np.ndarray  # uint8 [N, H, W, C]
-  labels: np.ndarray  # int32 [N]
+  images: Images
+  labels: Labels
   class_names: tuple[str, ...] = ()
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.labels)
 
-  def __getitem__(self, index):
+  def __getitem__(self, index: int) -> Example:
     return {'image': self.images[index], 'label': self.labels[index]}
 
-  def gather(self, indices):
-    """One fancy index instead of a Python loop over the examples."""
+  def gather(self, indices: Int[np.ndarray, 'B']) -> Batch:
     return {'image': self.images[indices], 'label': self.labels[indices]}
 
 
-def stack(examples):
-  """A batch, `{'image': uint8 [B, H, W, C], 'label': int32 [B]}`, of a list of examples."""
+def stack(examples: Sequence[Example]) -> Batch:
+  """Stacks examples into a batch."""
   return {
     'image': np.stack([example['image'] for example in examples]),
     'label': np.array([example['label'] for example in examples], np.int32),
   }
 
 
-def contents(source):
-  """A number that tells the images of a source from others that go by the same name: of all of them
-  where they are in memory, else of a few."""
+def fingerprint(source: Source) -> int:
+  """Returns a checksum of all images of an `ArraySource`, or of 32 images of other sources."""
   if isinstance(source, ArraySource):
     return zlib.crc32(source.images.tobytes())
   chosen = np.unique(np.linspace(0, len(source) - 1, 32).astype(int))
   return zlib.crc32(source.gather(chosen)['image'].tobytes(), len(source))
 
 
-def fits_in_memory(count, data):
-  """Whether `count` decoded images are few enough to be kept as one array."""
+def fits_in_memory(count: int, data: config.Data) -> bool:
+  """Returns whether `count` decoded images take fewer than `IN_MEMORY_BYTES`."""
   return count * data.image_size**2 * data.channels < IN_MEMORY_BYTES
 
 
-def in_memory(source, data, description):
-  """`source` itself, or an `ArraySource` of the same examples where they are small enough."""
+def cache_in_memory(source: Source, data: config.Data, description: str) -> Source:
+  """Reads `source` into an `ArraySource` if it fits in memory. Otherwise returns `source`."""
   if not fits_in_memory(len(source), data):
     return source
-  shape = (data.image_size, data.image_size, data.channels)
-  images = np.empty((len(source), *shape), np.uint8)
+  images = np.empty((len(source), data.image_size, data.image_size, data.channels), np.uint8)
   labels = np.empty(len(source), np.int32)
   examples = parallel_map(source.__getitem__, range(len(source)), data.threads, description)
   for index, example in enumerate(examples):
     images[index], labels[index] = example['image'], example['label']
-  return ArraySource(images, labels, tuple(source.class_names))
+  return ArraySource(images, labels, source.class_names)
 
 
-def parallel_map(function, items, threads, description):
-  """Yields `function(item)` in the order of `items`, computed by `threads` threads.
+def parallel_map(
+  function: Callable[[Item], Result], items: Sequence[Item], threads: int, description: str
+) -> Iterator[Result]:
+  """Yields `function(item)` in the order of `items`, computed in `threads` threads.
 
-  A progress bar shows on a terminal's stderr once it takes long. Items are handed out in blocks, so
-  that a million of them does not mean a million pending results.
+  A progress bar appears after a few seconds.
   """
-  block = 32 * max(1, threads)
-  progress = tqdm.tqdm(
-    total=len(items), desc=description, delay=_PROGRESS_DELAY, disable=None, leave=False
-  )
-  with progress, concurrent.futures.ThreadPoolExecutor(max(1, threads)) as executor:
+  # `executor.map` submits all its items at once. Blocks limit the number of pending results.
+  block = 32 * threads
+  with (
+    concurrent.futures.ThreadPoolExecutor(threads) as executor,
+    terminal.progress_bar(description, 'image', len(items), delay=_PROGRESS_DELAY) as bar,
+  ):
     for start in range(0, len(items), block):
       for result in executor.map(function, items[start : start + block]):
-        progress.update()
+        bar.update()
         yield result
 
 
-def stratified_order(keys, labels):
-  """A fixed order in which every prefix holds the classes in about their overall proportions.
+def check_num_classes(data: config.Data, count: int, where: str) -> None:
+  """Raises ConfigError unless `data.num_classes` is 0 or `count`, the number of classes."""
+  if data.num_classes in (0, count):
+    return
+  classes = {0: 'no classes', 1: '1 class'}.get(count, f'{count} classes')
+  alternative = ' (0 trains without labels)' if count else ''
+  raise ConfigError(
+    f'{where} has {classes}, not {data.num_classes}; set'
+    f' --config.data.num_classes={count}{alternative}'
+  )
 
-  Within a class, examples are ordered by a hash of their key. The order so depends on the names
-  alone: not on the order in which a disk lists them, and hardly on which others there are.
 
-  Args:
-    keys: N distinct strings.
-    labels: integers [N].
+def stratified_order(keys: Sequence[str], labels: Int[np.ndarray, 'L']) -> Int64[np.ndarray, 'L']:
+  """Returns a permutation in which every prefix has about the class proportions of all examples.
 
-  Returns:
-    int64 [N], a permutation of range(N).
+  Examples of one class are sorted by a hash of their keys. Keys are distinct. The order therefore
+  does not depend on the order in which a disk lists files, and changes little when files are added.
   """
   hashes = [hashlib.sha256(key.encode('utf-8', 'surrogateescape')).digest() for key in keys]
   by_hash = np.array(sorted(range(len(keys)), key=hashes.__getitem__), np.int64)
@@ -155,17 +173,13 @@ def stratified_order(keys, labels):
   return by_hash[np.argsort(position, kind='stable')]
 
 
-def part(keys, labels, data, split):
-  """Indices of the examples in `split`, where `data.valid_fraction` of them is held out.
+def split_indices(
+  keys: Sequence[str], labels: Int[np.ndarray, 'L'], data: config.Data, split: str
+) -> Int64[np.ndarray, 'n']:
+  """Returns the indices of the examples of `split`. 'valid' is the fraction `data.valid_fraction`.
 
-  Args:
-    keys: N distinct strings that name the examples.
-    labels: integers [N]; both parts get the classes in about equal proportions.
-    data: config.Data.
-    split: 'train' or 'valid'.
-
-  Returns:
-    int64 [n]. The two splits are disjoint and complete.
+  The splits 'train' and 'valid' are disjoint, together contain all examples, and have about the
+  same class proportions. `keys` are distinct strings that name the examples.
 
   Raises:
     ConfigError: the split would be empty.
@@ -175,25 +189,7 @@ def part(keys, labels, data, split):
   chosen = order[:held_out] if split == 'valid' else order[held_out:]
   if not len(chosen):
     raise ConfigError(
-      f'--config.data.valid_fraction={data.valid_fraction:g} of {len(order)} images leaves none for'
+      f'--config.data.valid_fraction={data.valid_fraction:g} of {len(order)} images leaves none in'
       f' the {split} split; {"raise" if split == "valid" else "lower"} it'
     )
   return chosen
-
-
-def check_classes(data, count, what):
-  """Raises ConfigError unless `data.num_classes` is 0 or the `count` of classes in `what`."""
-  if data.num_classes in (0, count):
-    return
-  classes = {0: 'no classes', 1: '1 class'}.get(count, f'{count} classes')
-  alternative = ' (0 trains without labels)' if count else ''
-  raise ConfigError(
-    f'{what} has {classes}, not {data.num_classes}; set'
-    f' --config.data.num_classes={count}{alternative}'
-  )
-
-
-def label_array(labels, data):
-  """`labels` as int32 [N]; all zero where the configuration trains without labels."""
-  labels = np.asarray(labels, np.int32)
-  return labels if data.num_classes else np.zeros_like(labels)

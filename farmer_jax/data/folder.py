@@ -1,30 +1,36 @@
-"""The user's own images, in a folder.
+"""Reads a folder of image files.
 
-    PATH/cat/1.jpg  PATH/dog/a/2.png           a subfolder a class; deeper folders belong to it
+    PATH/cat/1.jpg  PATH/dog/a/2.png           one subfolder per class, which can have subfolders
     PATH/1.jpg  PATH/2.png                     no classes: num_classes=0
-    PATH/train/…  PATH/valid/…                 each of the above, split by hand
+    PATH/train/…  PATH/valid/…                 either layout, with a validation split
 
-Classes are numbered in the sorted order of their names. With `num_classes=0`, subfolders mean
-nothing. A split by hand is a folder `train` next to one of `valid`, `validation`, `val` and `test`
-(the first of these that exists), with no other folders or images beside them. Elsewhere
-`valid_fraction` is held out, in proportion to the classes, by a hash of each file's name.
+The label of a class is its index in the sorted class names. With `num_classes=0`, the names of
+subfolders are ignored. PATH is divided into splits if it contains `train`, and otherwise only
+folders named `valid`, `validation`, `val` or `test`. The first of these that exists is the
+validation split. If there is none, the fraction `valid_fraction` of each class is held out for
+validation, chosen by a hash of the file names.
 
-Files with the extension of an image are images; other files, and hidden ones, are ignored.
+Files with the extension of an image are read. Other files, and hidden files and folders, are
+ignored.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
 
+from farmer_jax import config
 from farmer_jax.data import base, images
-from farmer_jax.errors import ConfigError
+from farmer_jax.errors import ConfigError, DataError
 
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
+_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 
-# Bad files named in the warning about them.
+# Number of bad files that a warning names.
 _NAMES_SHOWN = 5
 
 _VALID_NAMES = ('valid', 'validation', 'val', 'test')
@@ -32,40 +38,39 @@ _VALID_NAMES = ('valid', 'validation', 'val', 'test')
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource(base.Source):
-  """Image files that are decoded when they are read."""
+  """Image files, decoded on each access."""
 
   paths: tuple[pathlib.Path, ...]
-  labels: np.ndarray  # int32 [N]
+  labels: base.Labels
   class_names: tuple[str, ...]
-  image_size: int
-  channels: int
+  data: config.Data
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.paths)
 
-  def __getitem__(self, index):
-    path = self.paths[index]
+  def __getitem__(self, index: int) -> base.Example:
     try:
-      image = _decode(path, self.image_size, self.channels)
+      return {'image': _decode(self.paths[index], self.data), 'label': self.labels[index]}
     except (OSError, images.BadImageError) as error:
-      raise base.BadExampleError(str(path), _reason(error)) from error
-    return {'image': image, 'label': self.labels[index]}
+      raise base.BadExampleError(self.name(index), _reason(error)) from error
 
-  def name(self, index):
+  def name(self, index: int) -> str:
     return str(self.paths[index])
 
 
-def load(data, split):
-  """The images under `data.path`, all checked.
+def load(data: config.Data, split: str) -> base.Source:
+  """Loads the images under `data.path`.
 
-  Those that take little memory once decoded are decoded now. Of a larger set only the headers are
-  checked here, and files are decoded when they are read.
+  If the decoded images fit in memory, `load` decodes all files. Otherwise `load` checks only their
+  headers, and a file is decoded on each access.
 
   Raises:
-    ConfigError: there is no such folder, it has no images, its classes do not fit
-      `data.num_classes`, or a file is no image while `data.bad_files` is 'stop'.
+    ConfigError: the folder does not exist, the number of its classes is not `data.num_classes`, or
+      a split would be empty.
+    DataError: the folder has no images, its layout is not one of those above, or a file cannot be
+      read and is not skipped (`data.bad_files`).
   """
-  train, valid = _split_folders(_existing(data.path))
+  train, valid = _split_folders(_root(data.path))
   folder = valid if valid and split == 'valid' else train
   names = _image_names(train, warn=split == 'train')
   class_names = _class_names(train, names, data)
@@ -75,174 +80,174 @@ def load(data, split):
   if valid:
     chosen = base.stratified_order(names, labels)
   else:
-    chosen = base.part(names, labels, data, split)
+    chosen = base.split_indices(names, labels, data, split)
   paths = [folder / names[index] for index in chosen]
-  return _checked_source(paths, labels[chosen], class_names, data)
+  return _readable_source(paths, labels[chosen], class_names, data)
 
 
-def _existing(path):
-  """The folder at `path`, as a pathlib.Path."""
+def _root(path: str | None) -> pathlib.Path:
   if not path:
     raise ConfigError('--config.data.source=folder needs --config.data.path=FOLDER')
   root = pathlib.Path(path).expanduser()
-  if not root.exists():
-    raise ConfigError(f'--config.data.path={path} does not exist; set it to a folder of images')
   if not root.is_dir():
-    raise ConfigError(f'--config.data.path={path} is a file; set it to a folder of images')
+    problem = 'is a file' if root.exists() else 'does not exist'
+    raise ConfigError(f'--config.data.path={path} {problem}; set it to a folder of images')
   return root
 
 
-def _split_folders(root):
-  """(training folder, validation folder or None): the user's own split, or `root` itself."""
-  entries = [entry for entry in _scan(root) if not entry.name.startswith('.')]
+def _split_folders(root: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:
+  """Returns the folder of the training images and, if it exists, of the validation images."""
+  entries = _list_folder(root)
   folders = {entry.name for entry in entries if entry.is_dir()}
-  loose = any(_is_image(entry.name) for entry in entries if not entry.is_dir())
-  if loose or 'train' not in folders or not folders <= {'train', *_VALID_NAMES}:
+  has_images = any(_is_image(entry.name) for entry in entries if not entry.is_dir())
+  if has_images or 'train' not in folders or not folders <= {'train', *_VALID_NAMES}:
     return root, None
-  valid = next((root / name for name in _VALID_NAMES if name in folders), None)
-  return root / 'train', valid
+  return root / 'train', next((root / name for name in _VALID_NAMES if name in folders), None)
 
 
-def _image_names(folder, warn):
-  """Paths of the images below `folder`, relative to it, with '/'; ConfigError if there are none."""
-  names, ignored = [], []
+def _image_names(folder: pathlib.Path, warn: bool) -> list[str]:
+  """Returns the paths of the images below `folder`, relative to it, with '/' on every system."""
+  names: list[str] = []
+  ignored: list[str] = []
   pending = ['']
   while pending:
     prefix = pending.pop()
-    for entry in _scan(folder / prefix):
-      if entry.name.startswith('.'):
-        continue
+    for entry in _list_folder(folder / prefix):
       name = prefix + entry.name
-      # Folders behind a link count only as classes: one further down may lead round in circles.
+      # A class folder can be a link. Deeper links are not followed, because they can form cycles.
       if entry.is_dir(follow_symlinks=not prefix):
         pending.append(f'{name}/')
-      elif _is_image(entry.name):
-        names.append(name)
       else:
-        ignored.append(name)
+        (names if _is_image(name) else ignored).append(name)
   if not names:
-    raise ConfigError(
-      f'{folder} has no images (files ending in {", ".join(EXTENSIONS)}), only {len(ignored)} other'
-      ' files; correct --config.data.path'
+    raise DataError(
+      f'{folder} has no images (files ending in {", ".join(_EXTENSIONS)}), only {len(ignored)}'
+      ' other files; correct --config.data.path'
     )
   if ignored and warn:
     logging.warning(
-      '%s: ignored %d files without the extension of an image, such as %s',
-      folder,
-      len(ignored),
-      min(ignored),
+      f'{folder}: ignored {len(ignored)} files without the extension of an image, such as'
+      f' {min(ignored)}'
     )
   return names
 
 
-def _scan(folder):
-  """The entries of a folder; ConfigError where it cannot be listed."""
+def _list_folder(folder: pathlib.Path) -> list[os.DirEntry]:
+  """Returns the entries of a folder that are not hidden."""
   try:
     with os.scandir(folder) as entries:
-      return list(entries)
+      return [entry for entry in entries if not entry.name.startswith('.')]
   except OSError as error:
-    raise ConfigError(
+    raise DataError(
       f'{folder} cannot be listed ({error.strerror}); check its permissions'
     ) from error
 
 
-def _is_image(name):
-  return name.lower().endswith(EXTENSIONS)
+def _is_image(name: str) -> bool:
+  return name.lower().endswith(_EXTENSIONS)
 
 
-def _class_names(folder, names, data):
-  """The classes, in the order of their labels; none where the configuration trains without."""
+def _class_names(folder: pathlib.Path, names: Sequence[str], data: config.Data) -> tuple[str, ...]:
+  """Returns the class names in the order of their labels, or () if labels are not used."""
   if not data.num_classes:
     return ()
   class_names = tuple(sorted({name.partition('/')[0] for name in names if '/' in name}))
-  loose = next((name for name in names if '/' not in name), None)
-  if loose and class_names:
-    raise ConfigError(
-      f'{folder} has class folders and, beside them, images such as {loose}; move those into a'
-      ' class folder, or set --config.data.num_classes=0 to train without labels'
+  without_class = next((name for name in names if '/' not in name), None)
+  if without_class and class_names:
+    raise DataError(
+      f'{folder} has class folders, but also images outside of them, such as {without_class}; move'
+      ' those into a class folder, or set --config.data.num_classes=0 to train without labels'
     )
-  base.check_classes(data, len(class_names), str(folder))
+  base.check_num_classes(data, len(class_names), str(folder))
   return class_names
 
 
-def _labels(folder, names, class_names):
-  """int32 [N]: the class of each image, 0 where there are no classes."""
+def _labels(
+  folder: pathlib.Path, names: Sequence[str], class_names: tuple[str, ...]
+) -> base.Labels:
+  """Returns the class index of each image, or zeros if there are no classes."""
   if not class_names:
     return np.zeros(len(names), np.int32)
   numbers = {name: number for number, name in enumerate(class_names)}
-  unknown = next((name for name in names if name.partition('/')[0] not in numbers), None)
-  if unknown:
-    raise ConfigError(
-      f'{folder / unknown} is in none of the classes of the training images; move or remove it'
+  labels = [numbers.get(name.partition('/')[0], -1) for name in names]
+  if -1 in labels:
+    raise DataError(
+      f'{folder / names[labels.index(-1)]} belongs to none of the classes of the training images;'
+      ' move or remove it'
     )
-  return np.array([numbers[name.partition('/')[0]] for name in names], np.int32)
+  return np.array(labels, np.int32)
 
 
-def _checked_source(paths, labels, class_names, data):
-  """The source of the files at `paths`, less the bad ones if the user has them skipped."""
+def _readable_source(
+  paths: Sequence[pathlib.Path],
+  labels: base.Labels,
+  class_names: tuple[str, ...],
+  data: config.Data,
+) -> base.Source:
+  """Returns a source of the readable files. Skips other files if `data.bad_files` is 'skip'."""
   if not base.fits_in_memory(len(paths), data):
-    kept = [index for index, _ in _good(paths, _check_header, data)]
-    paths = tuple(paths[index] for index in kept)
-    return FolderSource(paths, labels[kept], class_names, data.image_size, data.channels)
-
-  def read(path):
-    return _decode(path, data.image_size, data.channels)
-
+    readable = [index for index, _ in _read_files(paths, _check_header, data)]
+    readable_paths = tuple(paths[index] for index in readable)
+    return FolderSource(readable_paths, labels[readable], class_names, data)
   pixels = np.empty((len(paths), data.image_size, data.image_size, data.channels), np.uint8)
-  kept = []
-  for index, image in _good(paths, read, data):
-    pixels[len(kept)] = image
-    kept.append(index)
-  return base.ArraySource(pixels[: len(kept)], labels[kept], class_names)
+  readable = []
+  for index, image in _read_files(paths, functools.partial(_decode, data=data), data):
+    pixels[len(readable)] = image
+    readable.append(index)
+  return base.ArraySource(pixels[: len(readable)], labels[readable], class_names)
 
 
-def _good(paths, read, data):
-  """Yields (index, `read(path)`) of the good files; a bad one stops, or is skipped and reported."""
+def _read_files(
+  paths: Sequence[pathlib.Path], read: Callable[[pathlib.Path], Any], data: config.Data
+) -> Iterator[tuple[int, Any]]:
+  """Yields (index, `read(path)`) for each readable file.
 
-  def attempt(path):
+  Raises:
+    DataError: a file is bad and `data.bad_files` is 'stop', no file is readable, or a disk fails.
+  """
+
+  def attempt(path: pathlib.Path) -> Any:
+    """Returns `read(path)`, or the exception if the file is not a readable image."""
     try:
-      if not path.is_file() and path.exists():
-        return None, 'it is not a regular file'  # Of a pipe, reading would wait for ever.
-      return read(path), None
+      if not path.is_file() and path.exists():  # Opening a named pipe would block.
+        raise images.BadImageError('it is not a regular file')
+      return read(path)
     except (FileNotFoundError, PermissionError, images.BadImageError) as error:
-      return None, _reason(error)
-    except OSError as error:  # A failing disk is no reason to do without the files on it.
-      raise ConfigError(f'{path} cannot be read: {_reason(error)}') from error
+      return error
+    except OSError as error:  # A run must not skip files because a disk fails.
+      raise DataError(f'{path} cannot be read: {_reason(error)}; check the disk') from error
 
   bad = []
   results = base.parallel_map(attempt, paths, data.threads, 'reading images')
-  for index, (result, problem) in enumerate(results):
-    if problem is None:
+  for index, result in enumerate(results):
+    if not isinstance(result, Exception):
       yield index, result
     elif data.bad_files == 'stop':
-      raise ConfigError(
-        f'{paths[index]} is no image that can be read: {problem}; remove it, or set'
+      raise DataError(
+        f'{paths[index]} is not a readable image: {_reason(result)}; remove it, or set'
         ' --config.data.bad_files=skip to skip such files'
       )
     else:
-      bad.append(f'{paths[index]} ({problem})')
-  if bad:
-    logging.warning(
-      'skipped %d of %d files that are no images that can be read: %s%s',
-      len(bad),
-      len(paths),
-      ', '.join(bad[:_NAMES_SHOWN]),
-      ', …' if len(bad) > _NAMES_SHOWN else '',
-    )
+      bad.append(f'{paths[index]} ({_reason(result)})')
   if len(bad) == len(paths):
-    raise ConfigError(f'none of {len(paths)} files can be read, such as {bad[0]}; replace them')
+    raise DataError(f'none of {len(paths)} files can be read, such as {bad[0]}; replace them')
+  if bad:
+    more = ', …' if len(bad) > _NAMES_SHOWN else ''
+    logging.warning(
+      f'skipped {len(bad)} of {len(paths)} files because they are not readable images:'
+      f' {", ".join(bad[:_NAMES_SHOWN])}{more}'
+    )
 
 
-def _check_header(path):
-  with open(path, 'rb') as stream:
+def _check_header(path: pathlib.Path) -> None:
+  with path.open('rb') as stream:
     images.check_header(stream)
 
 
-def _decode(path, size, channels):
-  with open(path, 'rb') as stream:
-    return images.decode(stream.read(), size, channels)
+def _decode(path: pathlib.Path, data: config.Data) -> images.Pixels:
+  return images.decode(path.read_bytes(), data.image_size, data.channels)
 
 
-def _reason(error):
-  """What went wrong, without the path that Python adds to it."""
+def _reason(error: Exception) -> str:
+  """Returns the error message without the path that Python appends to it."""
   return getattr(error, 'strerror', None) or str(error)

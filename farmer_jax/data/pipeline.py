@@ -1,303 +1,260 @@
-"""Batches of examples: an endless shuffled stream for training, one ordered pass for validation.
+"""Batches: an endless shuffled stream for training, and one ordered pass for evaluation.
 
-Grain shuffles and batches *indices*; a source then hands out a whole batch at once. What a batch
-holds depends on its number, the seed and the source alone: not on threads, workers or processes.
+Grain shuffles and batches indices. A source then reads all examples of a batch in one call. The
+examples of a batch depend only on the index of the batch, the order, the seed and the source. They
+do not depend on threads, workers or processes.
+
+The state of Grain's own iterators depends on the number of workers. The exception is
+`grain.experimental.ElasticIterator`, but that iterator gives process p of P the examples p, p + P,
+… of a batch instead of consecutive examples, and accepts a state that was saved for other data.
 """
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
 from absl import logging
 
-from farmer_jax import config as config_lib
-from farmer_jax.data import bad_examples, base, prefetching
-from farmer_jax.errors import ConfigError
+from farmer_jax import config
+from farmer_jax.data import base, prefetching, reading
+from farmer_jax.errors import ConfigError, DataError
 
-
-def train_iterator(source, data, batch_size, seed, process_index=0, process_count=1):
-  """An endless iterator over shuffled batches, which can be checkpointed.
-
-  Every epoch is a permutation of the source, and different from the others. The last batch of an
-  epoch is filled up from the next one: no example is dropped, and a batch may exceed the source.
-
-  Args:
-    source: base.Source.
-    data: config.Data; how to read, and what to put up with.
-    batch_size: images a batch, over all processes.
-    seed: int, of the order.
-    process_index: number of this process, which gets one of `process_count` consecutive parts of
-      each batch.
-    process_count: number of processes.
-
-  Returns:
-    TrainIterator over `{'image': uint8 [b, H, W, C], 'label': int32 [b]}`, where b is
-    batch_size / process_count.
-
-  Raises:
-    ConfigError: the batch cannot be divided among the processes.
-  """
-  _check_batch(batch_size, process_count, 'train.batch_size')
-  part = _part(batch_size, process_index, process_count)
-  read = bad_examples.Reader(source, data.max_bad_examples)
-
-  def batches(order):
-    return (
-      grain.MapDataset.range(len(source))
-      .seed(_order_seed(seed, order))
-      .shuffle()
-      .repeat(None)
-      .batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
-      .map(lambda indices: read(indices[part]))
-    )
-
-  identity = {'examples': len(source), 'batch_size': batch_size, 'seed': seed}
-  # Gathering from an array is faster than a worker can send it, and each would need a copy of it.
-  workers = 0 if isinstance(source, base.ArraySource) else data.workers
-  return TrainIterator(batches, data, workers, identity)
-
-
-def _order_seed(seed, order):
-  """The seed of Grain's shuffling: the user's, for the first order of the examples."""
-  if not order:
-    return seed % 2**32
-  return int(np.random.SeedSequence((seed % 2**64, order)).generate_state(1)[0])
+# Number of batches that evaluation reads ahead.
+_EVALUATION_PREFETCH = 2
 
 
 class TrainIterator(grain.DatasetIterator):
-  """Iterates over batches; its state is the number of those taken, and what went wrong with them.
+  """An endless iterator over shuffled batches, which can be checkpointed.
 
-  The states of Grain's own iterators depend on the number of workers, and are accepted for any
-  other data. This one resumes with other threads and workers, and refuses what is not its own.
+  Each epoch is another permutation of the source. A batch may contain the end of one epoch and the
+  start of the next: no example is dropped, and a batch may be larger than the source.
 
-  Examples that cannot be read are replaced and worker processes that die are started again, both up
-  to a limit, and reported; waiting for a batch is reported and ends at a limit. A limit ends in a
-  ConfigError. `counts` says how often.
+  The state contains the number of batches taken, `order`, the bad examples, and the number of
+  worker restarts. Bad examples and restarts are logged. The iterator raises DataError if their
+  number exceeds its limit, or if waiting for a batch takes too long. `order` starts at 0. Each call
+  of `change_order` sets it to a new value, and each value is a different shuffle order.
   """
 
-  def __init__(self, batches, data, workers, identity):
-    """Starts nothing yet.
+  def __init__(
+    self,
+    source: base.Source,
+    data: config.Data,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    """Creates the iterator without starting threads or workers.
 
-    Args:
-      batches: batches(order) -> grain.MapDataset of (batch, tuple of `bad_examples.Failure`).
-      data: config.Data.
-      workers: number of worker processes.
-      identity: dict of ints that a state must have in common with this iterator.
+    `batch_size` is the number of images over all processes. Each batch consists of `process_count`
+    consecutive shards. The iterator reads shard `process_index`.
+
+    Raises:
+      ConfigError: the batch cannot be divided among the processes.
     """
     super().__init__()
-    self._batches = batches
-    self._data = data
-    self._workers = workers
-    self._identity = identity
-    self._position = 0
-    self._order = self._newest_order = 0
-    self._ledger = bad_examples.Ledger(data.max_bad_examples)
-    self._restarts = 0
-    self._patience = prefetching.Patience(data.stall_seconds, data.stall_limit_seconds)
-    self._stream = self._open()
+    # Grain calls `close`, which reads these attributes, even if this constructor raises.
+    self._prefetcher: prefetching.Prefetcher[reading.ReadResult] | None = None
+    self._is_closed = False
+    self._source, self._data = source, data
+    self._share = _process_share(batch_size, process_index, process_count, 'train.batch_size')
+    # `set_state` accepts only a state with the same values.
+    self._identity = {'examples': len(source), 'batch_size': batch_size, 'seed': seed}
+    self._position = self.order = self._largest_order = self._restarts = 0
+    self._bad = reading.BadExampleCounter(data.max_bad_examples, 'training')
 
-  def _open(self):
-    """A reader of the batches from the current position on."""
-    remaining = self._batches(self._order)[self._position :]
-    data = self._data
-    if not self._workers:
-      return prefetching.ReadAhead(remaining.__getitem__, data.threads, data.prefetch)
-    options = _read_options(data.threads, data.prefetch)
-    return prefetching.Workers(remaining, options, self._workers, data.stall_seconds)
-
-  def __next__(self):
-    self._assert_not_closed()
+  def __next__(self) -> base.Batch:
     while True:
       try:
-        batch, failures = self._stream.take(self._patience)
+        batch, bad = next(self._open())
         break
       except prefetching.WorkerDiedError as error:
         self._restart(error)
-      except prefetching.StallError:
-        self._stream.kill()
-        raise
-    if failures:
-      self._ledger.note(failures)
+    self._bad.add(bad)
     self._position += 1
     return batch
 
-  def _restart(self, error):
-    """Starts the workers again, at the same position."""
+  def start_prefetch(self) -> None:
+    """Starts to read ahead before the first call of `next`."""
+    self._open().start()
+
+  def close(self) -> None:
+    """Stops threads and workers. The iterator cannot be used afterwards."""
+    self._is_closed = True
+    self._stop()
+    super().close()
+
+  def _open(self) -> prefetching.Prefetcher[reading.ReadResult]:
+    if self._is_closed:
+      raise ValueError('the iterator is closed')
+    if self._prefetcher is None:
+      batches, data = self._batches()[self._position :], self._data
+      # Indexing an array is faster than receiving a batch from a worker, and each worker would need
+      # a copy of the array.
+      if data.workers and not isinstance(self._source, base.ArraySource):
+        self._prefetcher = prefetching.WorkerPrefetcher(batches, data)
+      else:
+        self._prefetcher = prefetching.Prefetcher(
+          batches.__getitem__, data, 'training', data.threads, data.prefetch
+        )
+    return self._prefetcher
+
+  def _stop(self) -> None:
+    if self._prefetcher is not None:
+      self._prefetcher.close()
+      self._prefetcher = None
+
+  def _batches(self) -> grain.MapDataset:
+    """Returns all batches in the current order."""
+    share, seed = self._share, self._identity['seed'] % 2**64
+    if self.order:
+      seed = int(np.random.SeedSequence((seed, self.order)).generate_state(1)[0])
+    read = functools.partial(reading.read_batch, self._source, self._data.max_bad_examples)
+    return (
+      grain.MapDataset.range(len(self._source))
+      .seed(seed % 2**32)
+      .shuffle()
+      .repeat(None)
+      .batch(self._identity['batch_size'], drop_remainder=True, batch_fn=np.asarray)
+      .map(lambda indices: read(indices[share]))
+    )
+
+  def _restart(self, error: prefetching.WorkerDiedError) -> None:
+    self._stop()
     self._restarts += 1
-    self._stream.close()
     limit = self._data.max_worker_restarts
     if self._restarts > limit:
-      raise ConfigError(
-        f'{error}, after {limit} others (--config.data.max_worker_restarts); the log may say why,'
-        ' and --config.data.workers=0 does without'
+      raise DataError(
+        f'{error}, after {limit} restarts (--config.data.max_worker_restarts); see the log for the'
+        ' cause, or set --config.data.workers=0 to read without workers'
       ) from error
     logging.warning(
-      'Reading training data: %s; starting again at batch %d. Restarts: %d of at most %d.',
-      error,
-      self._position,
-      self._restarts,
-      limit,
+      f'{error}; restarting at batch {self._position}. Restarts: {self._restarts} of at most'
+      f' {limit}.'
     )
-    self._stream = self._open()
 
-  @property
-  def bad_examples(self):
-    """Number of different examples that this process found unreadable so far."""
-    return len(self._ledger.bad)
+  def counts(self) -> dict[str, int]:
+    """Counts the faults of this process since the start of the run.
 
-  @property
-  def order(self):
-    """Number of the order in which examples come; 0 before the first `change_order`."""
-    return self._order
-
-  def counts(self):
-    """What went wrong so far in this process, a dict of ints.
-
-    `bad_examples` are different examples, `replaced_examples` the times that another was read in
-    the place of one, in every epoch again, and `worker_restarts` the deaths of worker processes.
+    Returns:
+      `bad_examples`: different examples that could not be read. `replaced_examples`: replacements,
+      one in each epoch for each bad example. `worker_restarts`: restarts after a worker died.
     """
     return {
-      'bad_examples': self.bad_examples,
-      'replaced_examples': self._ledger.replaced,
+      'bad_examples': len(self._bad.indices),
+      'replaced_examples': self._bad.reads,
       'worker_restarts': self._restarts,
     }
 
-  def change_order(self, order=None):
-    """From here on, examples come in another order; the position stays, also within an epoch.
+  def change_order(self) -> None:
+    """Continues at the same position with a new order of the examples.
 
-    Args:
-      order: number of that order; by default one more than the largest that this iterator has had,
-        also in states that it has left since.
+    Sets `order` to one more than the largest value that it has had, including values that
+    `set_state` has replaced.
     """
-    self._order = self._newest_order + 1 if order is None else order
-    self._newest_order = max(self._newest_order, self._order)
-    self._reopen()
+    self._seek(self._position, self._largest_order + 1)
 
-  def get_state(self):
-    """A dict of ints, and of one list of them, that can be written as JSON."""
+  def get_state(self) -> dict[str, Any]:
+    """Returns the state as a dict that can be written as JSON."""
     return {
       'batches': self._position,
-      'order': self._order,
+      'order': self.order,
       **self.counts(),
-      'bad_examples': sorted(self._ledger.bad),
+      'bad_examples': sorted(self._bad.indices),
       **self._identity,
     }
 
-  def set_state(self, state):
-    """Continues after the batches taken when `state` was gotten.
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Continues after the last batch that was taken before `state` was saved.
 
     Raises:
-      ConfigError: the state is that of another stream.
+      ConfigError: the state was saved with another data set size, batch size or seed.
     """
     for name, value in self._identity.items():
       if state.get(name) != value:
         raise ConfigError(
-          f'cannot resume the training data: {name} is {value}, and was {state.get(name)} when the'
-          ' checkpoint was written; restore what it was, or train into another --workdir'
+          f'cannot resume the training data: {name} is {value}, but the checkpoint was written with'
+          f' {state.get(name)}; restore the former value, or train into another --workdir'
         )
-    self._position = state['batches']
-    self._order = state.get('order', 0)
-    self._newest_order = max(self._newest_order, self._order)
-    self._ledger.bad = set(state.get('bad_examples', ()))
-    self._ledger.replaced = state.get('replaced_examples', 0)
+    self._seek(state['batches'], state.get('order', 0))
+    self._bad.indices = set(state.get('bad_examples', ()))
+    self._bad.reads = state.get('replaced_examples', 0)
     self._restarts = max(self._restarts, state.get('worker_restarts', 0))
-    self._reopen()
 
-  def _reopen(self):
-    self._stream.close()
-    self._stream = self._open()
-
-  def start_prefetch(self):
-    """Starts to read batches ahead, before the first is asked for."""
-    self._stream.start()
-
-  def close(self):
-    """Stops threads and workers; the iterator is of no more use."""
-    if not self._closed:
-      self._stream.close()
-    super().close()
+  def _seek(self, position: int, order: int) -> None:
+    self._stop()
+    self._position, self.order = position, order
+    self._largest_order = max(self._largest_order, order)
 
 
-def valid_batches(
-  source,
-  batch_size,
-  limit=None,
-  process_index=0,
-  process_count=1,
-  threads=2,
-  prefetch=2,
-  start=0,
-  data=None,
-):
-  """Yields every example once, in order, in batches of one size.
+def evaluation_batches(
+  source: base.Source,
+  batch_size: int,
+  limit: int | None = None,
+  *,
+  start: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+  data: config.Data | None = None,
+  skip_bad_examples: bool = False,
+) -> Iterator[base.Batch]:
+  """Yields each example from index `start` to `limit` - 1 once, in order, in batches of equal size.
 
-  The last batch is filled up with copies of its last example, which `mask` tells apart.
+  The last batch is padded with copies of the last example. `mask` is False for these copies. See
+  `TrainIterator` for `batch_size`, `process_index` and `process_count`. All processes get the same
+  number of batches.
 
-  Args:
-    source: base.Source.
-    batch_size: images a batch, over all processes.
-    limit: number of examples to stop at, or None.
-    process_index: number of this process, which gets one of `process_count` consecutive parts of
-      each batch; all processes get equally many batches.
-    process_count: number of processes.
-    threads: threads that read images.
-    prefetch: batches read ahead.
-    start: example to start at.
-    data: config.Data, whose limits of bad examples and of waiting hold: examples that cannot be
-      read are reported and left out, as `mask` says. Without it the first of them is an error,
-      and the defaults hold for waiting.
+  With `skip_bad_examples`, up to `data.max_bad_examples` unreadable examples are logged and get the
+  `mask` False. `data` also sets the number of threads and the limits on waiting.
 
   Yields:
-    `{'image': uint8 [b, H, W, C], 'label': int32 [b], 'index': int32 [b], 'mask': bool [b]}`, where
-    b is batch_size / process_count, and index the place of the example in the source. The mask is
-    True for the examples proper.
+    `{'image': uint8 [B, H, W, C], 'label': int32 [B], 'index': int32 [B], 'mask': bool [B]}`, where
+    B is batch_size / process_count, and `index` is the index of the example in the source.
 
   Raises:
     ConfigError: the batch cannot be divided among the processes.
+    DataError: an example cannot be read and `skip_bad_examples` is False, more than
+      `data.max_bad_examples` examples cannot be read, or waiting takes too long.
   """
-  _check_batch(batch_size, process_count, 'train.valid_batch_size')
-  count = len(source) if limit is None else min(limit, len(source))
-  part = _part(batch_size, process_index, process_count)
-  read = bad_examples.Reader(source, data.max_bad_examples) if data else None
+  share = _process_share(batch_size, process_index, process_count, 'train.valid_batch_size')
+  data = data or config.Data()
+  end = len(source) if limit is None else min(limit, len(source))
+  num_batches = -(-max(end - start, 0) // batch_size)
 
-  def gather(batch):
-    indices = start + np.arange(batch * batch_size, (batch + 1) * batch_size)[part]
-    real = np.minimum(indices, count - 1)
-    examples, failures = read(real) if read else (source.gather(real), ())
-    if examples is None:
-      return None, failures
-    bad = np.isin(real, [failure.index for failure in failures])
-    mask = (indices < count) & ~bad
-    return {**examples, 'index': real.astype(np.int32), 'mask': mask}, failures
+  def read(number: int) -> reading.ReadResult:
+    wanted = start + number * batch_size + np.arange(batch_size)[share]
+    indices = np.minimum(wanted, end - 1)
+    if skip_bad_examples:
+      batch, bad = reading.read_batch(source, data.max_bad_examples, indices)
+    else:
+      batch, bad = source.gather(indices), ()
+    mask = (wanted < end) & ~np.isin(indices, [example.index for example in bad])
+    return {**batch, 'index': indices.astype(np.int32), 'mask': mask}, bad
 
-  batches = -(-max(count - start, 0) // batch_size)
-  stream = prefetching.ReadAhead(gather, threads, prefetch, batches)
-  settings = data or config_lib.Data()
-  patience = prefetching.Patience(
-    settings.stall_seconds, settings.stall_limit_seconds, what='validation data'
+  prefetcher = prefetching.Prefetcher(
+    read, data, 'validation', data.threads, _EVALUATION_PREFETCH, num_batches
   )
-  ledger = bad_examples.Ledger(settings.max_bad_examples, 'validation examples')
-  try:
-    for _ in range(batches):
-      batch, failures = stream.take(patience)
-      ledger.note(failures, 'it is left out')
+  counter = reading.BadExampleCounter(data.max_bad_examples, 'validation')
+  with contextlib.closing(prefetcher):
+    for batch, bad in prefetcher:
+      counter.add(bad)
       yield batch
-  finally:
-    stream.close()
 
 
-def _read_options(threads, prefetch):
-  return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+def _process_share(batch_size: int, process_index: int, process_count: int, key: str) -> slice:
+  """Returns the range of the shard of each batch that a process reads.
 
-
-def _part(batch_size, process_index, process_count):
-  """The part of a batch that a process reads."""
-  size = batch_size // process_count
-  return slice(process_index * size, (process_index + 1) * size)
-
-
-def _check_batch(batch_size, process_count, name):
-  """Raises ConfigError for a batch that is empty or cannot be divided among the processes."""
+  Raises:
+    ConfigError: `batch_size`, the value of --config.KEY, is not a positive multiple of
+      `process_count`.
+  """
   if batch_size < 1 or batch_size % process_count:
     raise ConfigError(
-      f'--config.{name} must be a positive multiple of the number of processes, {process_count},'
-      f' not {batch_size}'
+      f'--config.{key}={batch_size} must be a positive multiple of the number of processes,'
+      f' {process_count}'
     )
+  size = batch_size // process_count
+  return slice(process_index * size, (process_index + 1) * size)

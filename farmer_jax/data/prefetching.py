@@ -1,7 +1,14 @@
-"""Reading batches ahead of time in such a way that waiting for one can end.
+"""Threads and worker processes that read batches ahead, with a limit on the waiting time.
 
-`concurrent.futures` and Grain wait for their threads and workers without limit, also when a program
-ends. A read from a file system that hangs never returns, and cannot be interrupted.
+Grain's `ThreadPrefetchIterDataset` and the executors of `concurrent.futures` also read ahead. They
+wait for their threads without limit, even when the program ends. But a read from a network file
+system that hangs never returns and cannot be interrupted. This module uses daemon threads. It logs
+long waits for a batch and raises an error at a limit. The program can end while a thread hangs.
+
+Grain starts the worker processes and sends their batches through shared memory. Grain 0.2.18 does
+not restart a worker that dies. It waits without limit for a worker that hangs or has ended with
+exit code 0, and its public API does not expose the processes. `WorkerPrefetcher` finds them with
+`multiprocessing.active_children`.
 """
 
 import atexit
@@ -9,68 +16,71 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import math
 import multiprocessing
+import multiprocessing.process
 import queue
-import re
 import signal
 import threading
 import time
 import weakref
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import grain
 from absl import logging
 
-from farmer_jax.data import bad_examples
-from farmer_jax.errors import ConfigError
+from farmer_jax import config
+from farmer_jax.data import reading
+from farmer_jax.errors import DataError, UserError
 
-# Seconds between looks at whether worker processes live, while no batch comes.
-_LOOK_SECONDS = 1.0
+# Longest time between two checks while a batch is awaited, seconds.
+_POLL_SECONDS = 1.0
 
-# Seconds between looks for worker processes that are being born. Python takes longer to start.
-_BIRTH_SECONDS = 0.02
-
-# Seconds that threads and worker processes get to end in an orderly way.
+# Longest wait for threads and worker processes to end, seconds.
 _CLOSE_SECONDS = 3.0
 
-# What is open, and all threads.
-_streams: weakref.WeakSet = weakref.WeakSet()
+# Time between two searches for new worker processes, seconds. A process takes longer to start.
+_SEARCH_SECONDS = 0.02
+
+# All prefetchers and threads that still exist.
+_prefetchers: 'weakref.WeakSet[Prefetcher]' = weakref.WeakSet()
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
-
-class WorkerDiedError(RuntimeError):
-  """A worker process has ended by itself; the message says how."""
+Result = TypeVar('Result')
 
 
-class StallError(ConfigError):
-  """Waiting took longer than the limit."""
+class Prefetcher(Generic[Result]):
+  """An iterator over read(0), read(1), …, which are computed in threads."""
 
+  def __init__(
+    self,
+    read: Callable[[int], Result],
+    data: config.Data,
+    split: str,
+    threads: int,
+    depth: int,
+    count: float = math.inf,
+  ):
+    """Creates the iterator without starting threads.
 
-class ReadAhead:
-  """Calls read(0), read(1), … ahead of time in daemon threads; hands the results out in order."""
-
-  def __init__(self, read, threads, depth, count=None):
-    """Sets up.
-
-    Args:
-      read: called with consecutive numbers.
-      threads: number of threads.
-      depth: results kept ready.
-      count: number of calls; None for no end.
+    The iterator yields `count` results and reads `depth` results ahead. `data` sets the limits on
+    waiting. `split` names the data in messages: 'training' or 'validation'.
     """
+    self._read, self._data, self._split = read, data, split
+    self._threads, self._depth, self._count = threads, depth, count
     self._pending: collections.deque[concurrent.futures.Future] = collections.deque()
     self._tasks: queue.SimpleQueue = queue.SimpleQueue()
-    self._read, self._threads, self._depth = read, max(1, threads), max(1, depth)
-    self._count = float('inf') if count is None else count
     self._submitted = 0
-    self.closed = False
-    _streams.add(self)
+    self._closed = False
+    _prefetchers.add(self)
 
-  def start(self):
-    """Starts to read; the first `take` does so too."""
+  def start(self) -> None:
+    """Starts to read ahead before the first call of `next`."""
     if not self._submitted:
       for _ in range(self._threads):
-        # The threads know nothing of this object: they end when it is forgotten.
-        _start_thread(_work, self._tasks, self._read)
+        # The threads hold no reference to this object, so that it is deleted after its last use.
+        _start_thread(_read_tasks, self._tasks, self._read)
       weakref.finalize(self, _stop, self._tasks, self._threads).atexit = False
     while len(self._pending) < self._depth and self._submitted < self._count:
       future: concurrent.futures.Future = concurrent.futures.Future()
@@ -78,15 +88,14 @@ class ReadAhead:
       self._pending.append(future)
       self._submitted += 1
 
-  def take(self, patience):
-    """The next result; raises what `read` raised.
+  def __iter__(self) -> 'Prefetcher[Result]':
+    return self
 
-    Args:
-      patience: a `Patience`.
+  def __next__(self) -> Result:
+    """Waits for the next result. Raises any exception that `read` raised.
 
     Raises:
-      StopIteration: there are no more.
-      StallError: it took too long.
+      DataError: waiting took longer than the limit.
     """
     self.start()
     if not self._pending:
@@ -94,45 +103,158 @@ class ReadAhead:
     future = self._pending.popleft()
     self.start()
     if not future.done():
-      patience.wait(future, self.check)
+      self._wait(future)
     return future.result()
 
-  def check(self):
-    """Raises WorkerDiedError if the next result will never come."""
+  def _wait(self, future: concurrent.futures.Future) -> None:
+    """Waits until `future` is done. Logs long waits."""
+    warning, limit = self._data.stall_warning_seconds, self._data.stall_limit_seconds
+    start, reports = time.monotonic(), 0
+    poll = min(_POLL_SECONDS, warning, limit or _POLL_SECONDS)
+    while concurrent.futures.wait([future], timeout=poll).not_done:
+      self._check()
+      waited = time.monotonic() - start
+      name, seconds = reading.slowest_read()
+      slowest = f'; reading {name} has taken {seconds:.0f} s so far' if name else ''
+      if limit and waited >= limit:
+        self._kill()
+        raise DataError(
+          f'no {self._split} data for {waited:.0f} s'
+          f' (--config.data.stall_limit_seconds={limit:g}){slowest}. A disk, a network or a worker'
+          ' process hangs; repair it and restart the job'
+        )
+      if waited // warning > reports:
+        reports = int(waited // warning)
+        logging.warning(f'Waiting for {self._split} data for {waited:.0f} s{slowest}.')
 
-  def kill(self):
-    """Ends by force what hangs, where that is possible."""
+  def _check(self) -> None:
+    """Raises an exception if no further result can arrive."""
 
-  def close(self):
-    """Gives up what is being read."""
-    if not self.closed:
-      self.closed = True
-      self._close()
+  def _kill(self) -> None:
+    """Ends reads that hang, if possible."""
 
-  def _close(self):
-    self._count = 0
+  def close(self) -> None:
+    """Cancels all pending reads. Each thread ends after its current read."""
+    self._closed, self._count = True, 0
     _stop(self._tasks, self._threads)
 
 
-def _start_thread(function, *args):
+class WorkerDiedError(RuntimeError):
+  """A worker process ended unexpectedly. The message gives the exit code or the signal."""
+
+
+class WorkerPrefetcher(Prefetcher):
+  """An iterator over a Grain data set, which `data.workers` worker processes read."""
+
+  def __init__(self, dataset: grain.MapDataset, data: config.Data):
+    options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
+    self._stream = stream = iter(
+      dataset.to_iter_dataset(options).mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=data.workers),
+        functools.partial(reading.start_reporting, data.stall_warning_seconds),
+      )
+    )
+    self._other_children = frozenset(multiprocessing.active_children())
+    self._children: frozenset[multiprocessing.process.BaseProcess] = frozenset()
+    # One thread waits for Grain, so that the caller can stop waiting.
+    super().__init__(lambda number: next(stream), data, 'training', threads=1, depth=1)
+
+  def start(self) -> None:
+    is_first = not self._submitted
+    super().start()
+    if is_first:
+      _start_thread(self._search_children)
+
+  def _search_children(self) -> None:
+    """Finds the worker processes soon after their start.
+
+    `multiprocessing` does not list a process that has ended. A worker can die before the training
+    loop requests a batch, so the workers must be found earlier.
+    """
+    while not self._closed and not self._find_children():
+      time.sleep(_SEARCH_SECONDS)
+
+  def _find_children(self) -> bool:
+    """Searches for the worker processes. Returns whether all of them have been found."""
+    if len(self._children) < self._data.workers:
+      self._children |= frozenset(multiprocessing.active_children()) - self._other_children
+    return len(self._children) >= self._data.workers
+
+  def __next__(self) -> Any:
+    try:
+      return super().__next__()
+    except (UserError, WorkerDiedError):
+      raise
+    except Exception:
+      # Grain raises RuntimeError if a worker died. If a worker raised an exception, Grain ends the
+      # worker with exit code 0.
+      self._check(expected=(None, 0))
+      raise
+
+  def _check(self, expected: tuple[int | None, ...] = (None,)) -> None:
+    for child in self._children:
+      if child.exitcode not in expected:
+        raise WorkerDiedError(f'worker process {child.pid} ended {_cause(child.exitcode)}')
+
+  def _kill(self) -> None:
+    self._find_children()
+    for child in self._children:
+      child.kill()
+    for child in self._children:
+      child.join(_POLL_SECONDS)
+
+  def close(self) -> None:
+    """Ends the worker processes. Kills workers that do not end within a few seconds."""
+    if self._closed:
+      return
+    super().close()
+    if self._submitted:
+      # Grain detects a dead worker within a second, and fails if it is closed earlier.
+      concurrent.futures.wait(self._pending, _CLOSE_SECONDS)
+    _start_thread(_close_stream, self._stream).join(_CLOSE_SECONDS)
+    self._kill()
+    # At the end of the program, Python could delete these objects after modules that Grain needs.
+    self._pending.clear()
+    del self._stream, self._read
+
+
+def _close_stream(stream: grain.DatasetIterator) -> None:
+  with contextlib.suppress(Exception):  # `close` kills the remaining processes.
+    stream.close()
+
+
+def _cause(exit_code: int | None) -> str:
+  """Describes how a process ended."""
+  if exit_code is None or exit_code >= 0:
+    return f'with exit code {exit_code}'
+  hints = {
+    signal.SIGKILL: ' (the machine may be out of memory)',
+    signal.SIGBUS: ' (/dev/shm may be full)',
+  }
+  number = signal.Signals(-exit_code)
+  return f'by {number.name}{hints.get(number, "")}'
+
+
+def _start_thread(function: Callable[..., object], *args: Any) -> threading.Thread:
+  """Starts a daemon thread. At its end, the program waits a few seconds for the thread."""
   thread = threading.Thread(target=function, args=args, daemon=True)
   _threads.add(thread)
   thread.start()
   return thread
 
 
-def _work(tasks, read):
+def _read_tasks(tasks: queue.SimpleQueue, read: Callable[[int], Any]) -> None:
   while task := tasks.get():
     future, number = task
     try:
       future.set_result(read(number))
     except BaseException as error:
       future.set_exception(error)
-    del future, task  # Or the thread would hold the last result while it waits.
+    del future, task  # Otherwise the last result stays in memory while the thread waits.
 
 
-def _stop(tasks, threads):
-  """Has threads end after what they are reading."""
+def _stop(tasks: queue.SimpleQueue, threads: int) -> None:
+  """Removes all tasks, and makes each thread end after its current task."""
   with contextlib.suppress(queue.Empty):
     while True:
       tasks.get_nowait()
@@ -141,157 +263,14 @@ def _stop(tasks, threads):
 
 
 @atexit.register
-def _end():
-  """Waits for the threads when the program ends, but not for those that hang.
+def _close_all() -> None:
+  """Waits for the threads when the program ends, at most `_CLOSE_SECONDS` if a thread hangs.
 
-  Python kills daemon threads on their return from native code, which brings some libraries down.
+  At the end of the program, Python kills a daemon thread when the thread returns from native code.
+  Some libraries then crash.
   """
-  for stream in list(_streams):
-    stream.close()
+  for prefetcher in list(_prefetchers):
+    prefetcher.close()
   deadline = time.monotonic() + _CLOSE_SECONDS
   for thread in list(_threads):
     thread.join(max(0.0, deadline - time.monotonic()))
-
-
-class Workers(ReadAhead):
-  """The elements of a Grain data set, read by worker processes."""
-
-  def __init__(self, dataset, read_options, count, watch_seconds):
-    """Sets up.
-
-    Args:
-      dataset: grain.MapDataset.
-      read_options: grain.ReadOptions, of each worker.
-      count: number of workers.
-      watch_seconds: a worker says what it is reading whenever that takes longer.
-    """
-    self._stream = iter(
-      dataset.to_iter_dataset(read_options).mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=count),
-        functools.partial(bad_examples.watch, watch_seconds),
-      )
-    )
-    self._workers = count
-    self._others = frozenset(multiprocessing.active_children())
-    self._children: frozenset = frozenset()
-    stream = self._stream
-    super().__init__(lambda number: next(stream), threads=1, depth=1)
-
-  def start(self):
-    starts = not self._submitted
-    super().start()
-    if starts:
-      _start_thread(_find_children, weakref.ref(self))
-
-  def take(self, patience):
-    try:
-      return super().take(patience)
-    except (ConfigError, WorkerDiedError):
-      raise
-    except Exception as error:
-      # After any exception Grain ends the worker, with exit code 0.
-      found = re.search(r'terminated unexpectedly with exit code (-?\d+)', str(error))
-      if found:
-        raise WorkerDiedError(f'a worker process ended {_how(int(found.group(1)))}') from error
-      raise
-
-  def check(self):
-    for child in self._children:
-      if not child.is_alive():
-        raise WorkerDiedError(f'worker process {child.pid} ended {_how(child.exitcode)}')
-
-  def find_children(self):
-    """Looks for the worker processes; returns whether all of them are known."""
-    if len(self._children) < self._workers:
-      self._children |= frozenset(multiprocessing.active_children()) - self._others
-    return len(self._children) >= self._workers
-
-  def kill(self):
-    self.find_children()
-    for child in self._children:
-      child.kill()
-    for child in self._children:
-      child.join(_LOOK_SECONDS)
-
-  def _close(self):
-    """Ends the worker processes, if need be by force."""
-    super()._close()
-    if self._submitted:
-      # Grain sees within a second that a worker is gone. Closed meanwhile, it falls over itself.
-      concurrent.futures.wait(self._pending, _CLOSE_SECONDS)
-    _start_thread(_close_quietly, self._stream).join(_CLOSE_SECONDS)
-    self.kill()
-    # What is left ends with these references, not when modules are already gone.
-    self._pending.clear()
-    self._stream = self._read = None
-
-
-def _find_children(reference):
-  """Finds the worker processes of a `Workers` soon after their birth, by a weak reference to it.
-
-  `multiprocessing` forgets a process that has ended as soon as anyone looks for processes. One that
-  dies while nobody waits for a batch must be known by then.
-  """
-  while (workers := reference()) and not workers.closed and not workers.find_children():
-    del workers
-    time.sleep(_BIRTH_SECONDS)
-
-
-def _close_quietly(stream):
-  with contextlib.suppress(Exception):  # What is left of the processes will be killed.
-    stream.close()
-
-
-def _how(exit_code):
-  """How a process ended, in words."""
-  if exit_code is None or exit_code >= 0:
-    return f'by itself, with exit code {exit_code}'
-  hints = {
-    signal.SIGKILL: ': perhaps for want of memory',
-    signal.SIGBUS: ': perhaps /dev/shm is full',
-  }
-  name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else -exit_code
-  return f'by {name}{hints.get(-exit_code, "")}'
-
-
-class Patience:
-  """How long to wait for a batch, and what to say meanwhile.
-
-  Args:
-    period: seconds after which, and after each of which, waiting is reported.
-    limit: seconds after which it ends with an error; 0: never.
-    what: what is waited for, in messages.
-  """
-
-  def __init__(self, period, limit, what='training data'):
-    self._period, self._limit, self._what = period, limit, what
-
-  def wait(self, future, check):
-    """Returns when the future is done.
-
-    Args:
-      future: a `concurrent.futures.Future`.
-      check: called now and then; raises what ends the waiting.
-
-    Raises:
-      StallError: it took longer than the limit.
-    """
-    start = time.monotonic()
-    reported = 0
-    step = min(_LOOK_SECONDS, self._period, self._limit or _LOOK_SECONDS)
-    while concurrent.futures.wait([future], timeout=step).not_done:
-      check()
-      waited = time.monotonic() - start
-      if self._limit and waited >= self._limit:
-        raise StallError(
-          f'no {self._what} for {waited:.0f} s (--config.data.stall_limit_seconds={self._limit:g})'
-          f'{_culprit()}: a disk, a network or a worker process hangs; mend that and start again'
-        )
-      if waited // self._period > reported:
-        reported = waited // self._period
-        logging.warning('Waiting for %s for %.0f s%s.', self._what, waited, _culprit())
-
-
-def _culprit():
-  slow = bad_examples.longest_read()
-  return f', the last {slow[1]:.0f} s of them for {slow[0]}' if slow else ''

@@ -1,135 +1,120 @@
-"""Data sets of TensorFlow Datasets, read from ArrayRecord files without TensorFlow."""
+"""Reads data sets of TensorFlow Datasets (TFDS) from ArrayRecord files without TensorFlow."""
 
 import dataclasses
-import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 
+from farmer_jax import config
 from farmer_jax.data import base, images
-from farmer_jax.errors import ConfigError
+from farmer_jax.errors import ConfigError, DataError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TfdsSource(base.Source):
-  """Examples of one split of a prepared data set, decoded when they are read."""
+  """Examples of one split of a prepared data set, decoded on each access."""
 
-  dataset: str
-  records: typing.Any  # random-access sequence of dicts, with the images as encoded bytes
-  indices: np.ndarray  # int64 [N], the records that are part of this source
+  data: config.Data
+  records: Sequence[Mapping[str, Any]]  # images are encoded bytes
+  indices: Int64[np.ndarray, 'L']  # indices of the records of this source
   image_key: str
-  label_key: str | None
-  image_size: int
-  channels: int
-  num_classes: int
+  label_key: str | None  # None if labels are not used
   class_names: tuple[str, ...]
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.indices)
 
-  def __getitem__(self, index):
-    record = int(self.indices[index])
+  def __getitem__(self, index: int) -> base.Example:
     try:
-      values = self.records[record]
-      image = images.decode(values[self.image_key], self.image_size, self.channels)
-    except Exception as error:  # The readers of files and records raise almost anything.
+      record = self.records[int(self.indices[index])]
+      image = images.decode(record[self.image_key], self.data.image_size, self.data.channels)
+    except Exception as error:  # The record readers raise almost any type.
       reason = ' '.join(str(error).split()) or type(error).__name__
       raise base.BadExampleError(self.name(index), reason, 'prepare the data set again') from error
-    return {'image': image, 'label': self._label(values, record)}
-
-  def name(self, index):
-    return f'example {int(self.indices[index])} of {self.dataset}'
-
-  def _label(self, record, index):
-    """The label, int32 [], or 0 where labels are not used."""
-    if self.label_key is None:
-      return np.int32(0)
-    label = int(record[self.label_key])
-    if not 0 <= label < self.num_classes:
-      raise ConfigError(
-        f'example {index} of {self.dataset} has the label {label}, outside of the'
-        f' {self.num_classes} classes; set --config.data.num_classes=0 to train without labels'
+    label = int(record[self.label_key]) if self.label_key else 0
+    if self.label_key and not 0 <= label < self.data.num_classes:
+      raise DataError(
+        f'{self.name(index)} has the label {label}, outside of the {self.data.num_classes} classes;'
+        ' set --config.data.num_classes=0 to train without labels'
       )
-    return np.int32(label)
+    return {'image': image, 'label': np.int32(label)}
+
+  def name(self, index: int) -> str:
+    return f'example {int(self.indices[index])} of {self.data.source}'
 
 
-def load(data, split):
-  """A split of the TFDS data set `data.source`: 'train', or for 'valid' `data.valid_split`.
+def load(data: config.Data, split: str) -> base.Source:
+  """Loads a split of the TFDS data set `data.source`.
 
-  Of a data set that has a 'train' split alone, `data.valid_fraction` is held out. Images are
-  resized and cropped as those of a folder are.
+  'train' is the TFDS split 'train', and 'valid' is the TFDS split `data.valid_split`. If the data
+  set has only a 'train' split, the fraction `data.valid_fraction` of it is held out as 'valid'.
 
   Raises:
-    ConfigError: it is unknown, not prepared, or has no such split, image or classes.
+    ConfigError: the data set is unknown or not prepared, or its splits, images or classes do not
+      match `data`.
+    DataError: the data set is prepared in a format without random access, or a record that is
+      cached in memory is unusable.
   """
-  import tensorflow_datasets as tfds  # Slow to import, and of use to this source alone.
+  import tensorflow_datasets as tfds  # Imported here because it is slow.
 
   builder = _prepared_builder(tfds, data)
   features = builder.info.features
   image_key = _image_key(tfds, features, data.source)
   label_key, class_names = _label_key(tfds, features, data)
-  name, held_out = _split_name(sorted(builder.info.splits), data, split)
-  # The bytes are decoded here, not by TFDS: one decoder for all sources, and one that takes CMYK.
+  split_names = sorted(builder.info.splits)
+  name = _split_name(split_names, data, split)
+  # All sources decode images with `images.decode`, which can also decode CMYK.
   decoders = {image_key: tfds.decode.SkipDecoding()}
   try:
     records = builder.as_data_source(name, decoders=decoders)
   except NotImplementedError as error:
-    raise ConfigError(
+    raise DataError(
       f'{data.source} is prepared under {builder.data_dir} as {builder.info.file_format.value},'
       f' which has no random access; delete that folder, then run: {_prepare_command(data)}'
     ) from error
   indices = np.arange(len(records))
-  if held_out:
-    indices = base.part([str(index) for index in indices], np.zeros(len(indices)), data, split)
-  source = TfdsSource(
-    dataset=data.source,
-    records=records,
-    indices=indices,
-    image_key=image_key,
-    label_key=label_key,
-    image_size=data.image_size,
-    channels=data.channels,
-    num_classes=data.num_classes,
-    class_names=class_names,
-  )
-  return base.in_memory(source, data, f'reading {data.source} {name}')
+  if split_names == ['train']:
+    indices = base.split_indices(list(map(str, indices)), np.zeros_like(indices), data, split)
+  source = TfdsSource(data, records, indices, image_key, label_key, class_names)
+  return base.cache_in_memory(source, data, f'reading {data.source} {name}')
 
 
-def _prepared_builder(tfds, data):
-  """The TFDS builder of `data.source`; ConfigError if it is unknown or not prepared."""
+def _prepared_builder(tfds: Any, data: config.Data) -> Any:
+  """Returns the TFDS builder of `data.source`. Raises ConfigError unless it is prepared."""
   try:
     builder = tfds.builder(data.source, data_dir=data.path)
   except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
     summary = str(error).strip().splitlines()[0].rstrip('.')
     raise ConfigError(
-      f'--config.data.source={data.source} is none of digits, fashion_mnist, folder, synthetic, and'
-      f' no data set of TFDS ({summary}); correct the name, or the data_dir in --config.data.path'
+      f'--config.data.source={data.source} is not digits, fashion_mnist, folder, synthetic or a'
+      f' data set of TFDS ({summary}); correct the name, or the data_dir in --config.data.path'
     ) from error
   if builder.is_prepared():
     return builder
-  place = 'its data_dir'
-  if data.source == 'fashion_mnist':
-    place = 'a folder with the four IDX .gz files'
+  is_fashion_mnist = data.source == 'fashion_mnist'
+  place = 'a folder with the four IDX .gz files' if is_fashion_mnist else 'its data_dir'
   raise ConfigError(
     f'TFDS data set {data.source} is not prepared under {builder.data_dir}; set --config.data.path'
     f' to {place}, or run once, with TensorFlow installed: {_prepare_command(data)}'
   )
 
 
-def _prepare_command(data):
-  """The shell command that downloads and prepares the data set in a format with random access."""
+def _prepare_command(data: config.Data) -> str:
+  """Returns the shell command that prepares the data set in a format with random access."""
   folder = f', data_dir={data.path!r}' if data.path else ''
   call = f"tfds.builder('{data.source}', file_format='array_record'{folder}).download_and_prepare()"
   return f'python -c "import tensorflow_datasets as tfds; {call}"'
 
 
-def _image_key(tfds, features, name):
-  """The feature that holds the images: 'image', or the only one."""
-  keys = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
-  key = 'image' if 'image' in keys else keys[0] if len(keys) == 1 else None
+def _image_key(tfds: Any, features: Mapping[str, Any], name: str) -> str:
+  """Returns the name of the image feature: 'image', or the only image feature."""
+  key, keys = _find_feature(features, tfds.features.Image, 'image')
   if key is None:
     raise ConfigError(
-      f'TFDS data set {name} has {", ".join(keys) or "no image features"} where one image feature'
-      ' is needed; choose another --config.data.source'
+      f'TFDS data set {name} must have one image feature, but it has'
+      f' {", ".join(keys) or "no image features"}; choose another --config.data.source'
     )
   if features[key].np_dtype not in (np.uint8, np.uint16):
     raise ConfigError(
@@ -139,41 +124,42 @@ def _image_key(tfds, features, name):
   return key
 
 
-def _label_key(tfds, features, data):
-  """The feature that holds the classes ('label', or the only one) and their names; or None, ()."""
+def _label_key(
+  tfds: Any, features: Mapping[str, Any], data: config.Data
+) -> tuple[str | None, tuple[str, ...]]:
+  """Returns the class feature and its class names, or (None, ()) if labels are not used.
+
+  The class feature is 'label', or the only class feature.
+  """
   if not data.num_classes:
     return None, ()
-  keys = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
-  key = 'label' if 'label' in keys else keys[0] if len(keys) == 1 else None
-  count = features[key].num_classes if key else 0
-  base.check_classes(data, count or 0, f'TFDS data set {data.source}')
-  return key, tuple(features[key].names)
+  key, _ = _find_feature(features, tfds.features.ClassLabel, 'label')
+  names = tuple(features[key].names) if key and features[key].num_classes else ()
+  base.check_num_classes(data, len(names), f'TFDS data set {data.source}')
+  return key, names
 
 
-def _split_name(names, data, split):
-  """The TFDS split to read, and whether a part of it is to be held out.
+def _find_feature(
+  features: Mapping[str, Any], kind: type, preferred: str
+) -> tuple[str | None, list[str]]:
+  """Returns the preferred or only feature of a kind, or None, and all features of that kind."""
+  keys = [key for key, feature in features.items() if isinstance(feature, kind)]
+  return preferred if preferred in keys else keys[0] if len(keys) == 1 else None, keys
 
-  Args:
-    names: the splits that exist.
-    data: config.Data.
-    split: 'train' or 'valid'.
 
-  Returns:
-    (name, held_out): str and bool.
-  """
+def _split_name(names: Sequence[str], data: config.Data, split: str) -> str:
+  """Returns the name of the TFDS split to read: 'train' if it is the only split."""
   if 'train' not in names:
     raise ConfigError(
-      f'TFDS data set {data.source} has no split called train (it has {", ".join(names)}); choose'
+      f'TFDS data set {data.source} has no train split (it has {", ".join(names)}); choose'
       ' another --config.data.source'
     )
   others = [name for name in names if name != 'train']
-  if not others:
-    return 'train', True
-  if split == 'train':
-    return 'train', False
+  if split == 'train' or not others:
+    return 'train'
   if data.valid_split not in others:
     raise ConfigError(
       f'--config.data.valid_split={data.valid_split} is not a validation split of {data.source};'
       f' set it to {" or ".join(others)}'
     )
-  return data.valid_split, False
+  return data.valid_split

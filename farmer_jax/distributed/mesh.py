@@ -1,179 +1,172 @@
-"""Where arrays live: the mesh of devices, and how parameters and batches are split over it."""
+"""The device mesh, and how parameters and batches are sharded over it."""
 
 import contextlib
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
-from farmer_jax import terminal
+from farmer_jax import config as config_lib
 from farmer_jax.errors import ConfigError
 
 AXES = ('data', 'fsdp', 'tensor')
 
 
 class Mesh:
-  """The devices of all processes, as the axes `data`, `fsdp` and `tensor`.
+  """The devices of all processes as a mesh with the axes `data`, `fsdp` and `tensor`.
 
-  Batches are split over `data` and `fsdp`. Parameters, and what the optimizer keeps of them, are
-  split as `config.Mesh` says, over `fsdp` and `tensor` by default.
+  Batches are sharded over `data` and `fsdp`. Parameters and the optimizer state are sharded by the
+  rules of `config.Mesh`, by default over `fsdp` and `tensor`.
 
-  Args:
-    settings: `config.Mesh`.
-    devices: all by default.
+  Attributes:
+    mesh: the `jax.sharding.Mesh`.
+    batch_shards: the number of parts of a batch.
+    replicated: the sharding of arrays that every device holds completely.
+    sharded: the sharding of batches, along their first axis.
 
   Raises:
-    ConfigError: the axes do not fit the devices.
+    ConfigError: the axis sizes do not fit the number of devices, or a rule names an unknown axis.
   """
 
-  def __init__(self, settings, devices=None):
-    devices = jax.devices() if devices is None else devices
-    given = [settings.data, settings.fsdp, settings.tensor]
-    # Where another axis takes what is left, nothing is left for data.
-    sizes = [1 if not given[0] and 0 in given[1:] else given[0], *given[1:]]
-    known = math.prod(size for size in sizes if size)
-    sizes = [size or max(1, len(devices) // known) for size in sizes]
-    if math.prod(sizes) != len(devices):
-      named = zip(AXES, given, strict=True)
-      raise ConfigError(
-        f'{", ".join(f"config.mesh.{axis}={size}" for axis, size in named)} do not multiply to the'
-        f' {len(devices)} devices; 0 takes the rest'
-      )
+  def __init__(self, mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = None):
+    devices = jax.devices() if devices is None else devices  # of all processes
+    sizes = _axis_sizes(mesh, len(devices))
     types = (AxisType.Auto,) * len(AXES)
-    self.mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
-    self.batch_parts = sizes[0] * sizes[1]
-    # A group is the devices that share parameters between them, and the images that these have.
+    self.mesh = jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    self.batch_shards = sizes[0] * sizes[1]
+    # A group is the set of devices that share one copy of the parameters; its members are the
+    # devices in it.
     self._rules: list[tuple[str, Any]] = [
-      ('batch', ('data', 'fsdp')),
-      ('group', ('data',)),
-      ('members', ('tensor', 'fsdp')),
+      *(('batch', ('data', 'fsdp')), ('group', ('data',)), ('members', ('tensor', 'fsdp'))),
+      *((name, _parse_rule(name, getattr(mesh, name))) for name in ('embed', 'hidden', 'outputs')),
     ]
-    split_by = {'embed': settings.embed, 'hidden': settings.hidden, 'outputs': settings.outputs}
-    for name, rule in split_by.items():
-      names = tuple(filter(None, rule.split(',')))
-      self._check_rule(name, names)
-      self._rules.append((name, names or None))
-    self.whole = NamedSharding(self.mesh, PartitionSpec())
-    self.split = NamedSharding(self.mesh, PartitionSpec(('data', 'fsdp')))
+    self.replicated = NamedSharding(self.mesh, PartitionSpec())
+    self.sharded = NamedSharding(self.mesh, PartitionSpec(('data', 'fsdp')))
 
   @contextlib.contextmanager
-  def __call__(self):
-    """Context in which functions are traced: their constraints hold on this mesh."""
+  def activate(self) -> Iterator[None]:
+    """Context in which traced functions resolve their sharding constraints on this mesh."""
     with jax.set_mesh(self.mesh), nn.logical_axis_rules(self._rules):
       yield
 
-  def shardings(self, tree):
-    """How the arrays of a tree are split, by the logical names in their boxes; without a box, or
-    where an axis cannot be divided evenly, they are not.
+  def shardings(self, tree: PyTree) -> PyTree:
+    """The `NamedSharding` of each array of a tree, by the logical axis names in its box.
 
-    Args:
-      tree: of shapes and dtypes, some in boxes.
-
-    Returns:
-      The same tree without boxes, of shardings.
+    Arrays without an `nn.Partitioned` box are replicated, and so are axes that cannot be divided
+    evenly. The result has no boxes.
     """
     specs = nn.logical_to_mesh(nn.get_partition_spec(tree), self._rules)
-    whole, total = 0, 0
+    uneven, total = 0, 0
 
-    def sharding(spec, leaf):
-      nonlocal whole, total
-      named = zip(spec, leaf.shape[: len(spec)], strict=True)
-      even = [axis if size % self._parts(axis) == 0 else None for axis, size in named]
+    def sharding(spec: PartitionSpec, leaf: Any) -> NamedSharding:
+      nonlocal uneven, total
+      axes = zip(spec, leaf.shape[: len(spec)], strict=True)
+      even = [axis if size % self._num_shards(axis) == 0 else None for axis, size in axes]
       total += leaf.size
-      whole += leaf.size * (even != list(spec))
+      uneven += leaf.size * (even != list(spec))
       return NamedSharding(self.mesh, PartitionSpec(*even))
 
-    def is_spec(node):
-      return isinstance(node, PartitionSpec)
-
-    found = jax.tree.map(sharding, specs, unboxed(tree), is_leaf=is_spec)
-    if whole > total / 20:
-      terminal.say(
-        f'{whole / total:.0%} of the state cannot be split over all axes of the mesh'
-        f' {dict(self.mesh.shape)}: its sizes are not multiples of theirs.'
+    shardings = jax.tree.map(
+      sharding, specs, unboxed(tree), is_leaf=lambda node: isinstance(node, PartitionSpec)
+    )
+    if uneven > total / 20:
+      logging.info(
+        f'{uneven / total:.0%} of the training state is not sharded over all axes of the mesh'
+        f' {dict(self.mesh.shape)}: array sizes are not multiples of the axis sizes.'
       )
-    return found
+    return shardings
 
-  def abstract(self, tree):
-    """Describes the arrays of a tree of shapes, some in boxes, where `shardings` puts them."""
+  def abstract(self, tree: PyTree) -> PyTree:
+    """`jax.ShapeDtypeStruct` for each array of a tree of shapes, with its sharding."""
+    return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      unboxed(tree),
+      self.shardings(tree),
+    )
 
-    def describe(leaf, sharding):
-      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(describe, unboxed(tree), self.shardings(tree))
-
-  def place(self, tree):
-    """Arrays that every process has whole, put where `shardings` says; the boxes are left out."""
+  def place(self, tree: PyTree) -> PyTree:
+    """Shards arrays that every process holds completely; removes their boxes."""
     return jax.device_put(unboxed(tree), self.shardings(tree))
 
-  def share(self):
-    """Which of how many consecutive parts of each batch this process reads: (index, count).
+  def process_share(self) -> tuple[int, int]:
+    """The part of each batch that this process reads: (index, number of parts).
 
-    Processes between which only parameters are split read the same part.
-
-    Raises:
-      ConfigError: this process's devices want a part that is not in one piece.
+    Processes that differ only along the axis `tensor` read the same part.
     """
-    count = self.batch_parts
-    slices = self.split.addressable_devices_indices_map((count,)).values()
+    count = self.batch_shards
+    slices = self.sharded.addressable_devices_indices_map((count,)).values()
     rows = sorted({row for part in slices if part for row in range(*part[0].indices(count))})
     size = len(rows)
-    if rows != list(range(rows[0], rows[0] + size)) or rows[0] % size:
+    if rows[-1] - rows[0] >= size or rows[0] % size:  # not adjacent, or not a part of equal parts
       raise ConfigError(
-        'on this mesh the devices of a process want parts of a batch that do not lie together; make'
-        " config.mesh.tensor divide a process's devices, or be a multiple of them"
+        f'config.mesh.tensor={self.mesh.shape["tensor"]} must divide the number of devices of a'
+        f' process, {jax.local_device_count()}, or be a multiple of it'
       )
     return rows[0] // size, count // size
 
-  def batch(self, arrays):
-    """Global arrays of which this process has a part, NumPy, split along their leading axis."""
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(self.split, a), arrays)
+  def global_batch(self, arrays: PyTree) -> PyTree:
+    """Global arrays, sharded along their first axis, from this process's part (NumPy)."""
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(self.sharded, a), arrays)
 
-  def batch_size(self, wanted):
-    """The smallest batch of at least `wanted` that can be split."""
-    return -(-wanted // self.batch_parts) * self.batch_parts
+  def round_up(self, batch_size: int) -> int:
+    """The smallest size of at least `batch_size` that can be sharded evenly."""
+    return -(-batch_size // self.batch_shards) * self.batch_shards
 
-  def _parts(self, axis):
-    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+  def _num_shards(self, axes: None | str | tuple[str, ...]) -> int:
+    names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(self.mesh.shape[name] for name in names)
 
-  def _check_rule(self, name, axes):
-    unknown = set(axes) - set(AXES)
-    if unknown or len(set(axes)) < len(axes):
-      raise ConfigError(
-        f'config.mesh.{name}={",".join(axes)!r} must be of {", ".join(AXES)}, each at most once'
-      )
+
+def _axis_sizes(mesh: config_lib.Mesh, num_devices: int) -> tuple[int, ...]:
+  """The sizes of the axes; a size of 0 takes the remaining devices."""
+  given = [mesh.data, mesh.fsdp, mesh.tensor]
+  # The default data=0 takes no devices where another axis takes the remaining ones.
+  sizes = [1 if not given[0] and 0 in given[1:] else given[0], *given[1:]]
+  known = math.prod(size for size in sizes if size)
+  sizes = [size or max(1, num_devices // known) for size in sizes]
+  if math.prod(sizes) != num_devices:
+    keys = ', '.join(f'config.mesh.{a}={n}' for a, n in zip(AXES, given, strict=True))
+    raise ConfigError(
+      f'the product of {keys} is not the number of devices, {num_devices}; 0 takes the remaining'
+      ' devices'
+    )
+  return tuple(sizes)
 
 
-def unboxed(tree):
-  """The tree without boxes. Flax's own function would also put constraints on what was in them."""
+def _parse_rule(name: str, rule: str) -> tuple[str, ...] | None:
+  """The mesh axes of config.mesh.<name>, a string such as 'fsdp,tensor'; None if empty."""
+  axes = tuple(filter(None, rule.split(',')))
+  if set(axes) - set(AXES) or len(set(axes)) < len(axes):
+    raise ConfigError(
+      f'config.mesh.{name}={rule!r} must name axes of {", ".join(AXES)}, each at most once'
+    )
+  return axes or None
 
-  def is_box(node):
-    return isinstance(node, nn.meta.AxisMetadata)
 
-  return jax.tree.map(lambda node: node.value if is_box(node) else node, tree, is_leaf=is_box)
+def unboxed(tree: PyTree) -> PyTree:
+  """The tree without boxes; unlike `nn.unbox`, it adds no sharding constraints."""
+  return jax.tree.map(
+    lambda node: getattr(node, 'value', node) if isinstance(node, nn.meta.AxisMetadata) else node,
+    tree,
+    is_leaf=lambda node: isinstance(node, nn.meta.AxisMetadata),
+  )
 
 
-class LocalDevices:
-  """This process's devices, which share batches between them and hold everything else each."""
+class LocalDevices(Mesh):
+  """The devices of this process: batches are sharded over them, other arrays are replicated."""
 
-  def __init__(self):
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ('data',), devices=devices, axis_types=(AxisType.Auto,))
-    self._whole = NamedSharding(mesh, PartitionSpec())
-    self._split = NamedSharding(mesh, PartitionSpec('data'))
-    self.count = len(devices)
+  def __init__(self) -> None:
+    super().__init__(config_lib.Mesh(), jax.local_devices())
 
-  def batch_size(self, wanted):
-    """The smallest batch of at least `wanted` that the devices can share."""
-    return -(-wanted // self.count) * self.count
-
-  def replicate(self, tree):
+  def replicate(self, tree: PyTree) -> PyTree:
     """Copies arrays to each device."""
-    return jax.device_put(tree, self._whole)
+    return jax.device_put(tree, self.replicated)
 
-  def split(self, tree):
-    """Spreads arrays over the devices along their leading axis."""
-    return jax.device_put(tree, self._split)
+  def shard(self, tree: PyTree) -> PyTree:
+    """Shards arrays along their first axis."""
+    return jax.device_put(tree, self.sharded)

@@ -1,91 +1,96 @@
-"""Being told to leave: SIGTERM, which clusters send some time before they take a machine away."""
+"""Preemption: clusters send SIGTERM some time before they take a machine away."""
 
 import contextlib
 import ctypes
 import os
 import signal
-import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 import jax
+from absl import logging
 from jax.experimental import multihost_utils
 
-# EX_TEMPFAIL of sysexits.h: all is saved that can be; the same command, started again, goes on.
-START_AGAIN = 75
+# EX_TEMPFAIL of sysexits.h: the progress is saved, and running the same command again resumes.
+EXIT_CODE = 75
 
-# Seconds within which one notice may come twice, to the process and to its group.
-_DOUBLED = 1.0
+# A cluster may send one notice twice, to the process and to its process group. A SIGTERM within
+# this many seconds of the first one is ignored.
+_DUPLICATE_SECONDS = 1.0
 
 
 class Preempted(Exception):
-  """The job has saved what it did and is to be started again; main exits with `START_AGAIN`."""
+  """The job has saved its progress and must be started again; main exits with `EXIT_CODE`."""
 
 
-class Notice:
-  """Notices SIGTERM in a job that has something to save first. The second one ends it at once.
+class PreemptionListener:
+  """Context in which SIGTERM requests a stop after the current step.
 
-  Use as a context: outside of it signals do what they did before.
+  A second SIGTERM exits at once. After the context, the previous signal handler is active again.
   """
 
-  def __init__(self):
-    self._signals, self._first = 0, 0.0
-    self._forward = None
+  def __init__(self) -> None:
+    self._num_signals, self._first_time = 0, 0.0
+    self._jax_handler: Callable[[int], None] | None = None
 
-  def __enter__(self):
-    # Only a main thread may handle signals; a job in another one, as in a notebook, goes without.
-    if threading.current_thread() is threading.main_thread():
-      # In several processes JAX has a handler in C, of which Python knows nothing: what it notices
-      # it makes all of them agree on. It must go on hearing.
-      if jax.process_count() > 1:
-        self._forward = _c_handler()
-      self._before = signal.signal(signal.SIGTERM, self._notice)
+  def __enter__(self) -> 'PreemptionListener':
+    # In several processes, JAX has installed a signal handler written in C, through which all
+    # processes agree on the step after which they stop. Python does not know that handler, so
+    # `_on_signal` calls it.
+    if jax.process_count() > 1 and threading.current_thread() is threading.main_thread():
+      self._jax_handler = _c_handler()
+    self._previous = _set_handler(self._on_signal)
     return self
 
-  def __exit__(self, *exception):
-    if threading.current_thread() is threading.main_thread():
-      signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+  def __exit__(self, *exception: object) -> None:
+    _set_handler(self._previous)
 
-  def _notice(self, number, frame):
+  def _on_signal(self, number: int, frame: FrameType | None) -> None:
     del frame
-    self._signals += 1
-    if self._signals > 1:
-      if time.monotonic() - self._first > _DOUBLED:
+    self._num_signals += 1
+    if self._num_signals > 1:
+      if time.monotonic() - self._first_time > _DUPLICATE_SECONDS:
         os._exit(128 + number)
       return
-    self._first = time.monotonic()
-    print('SIGTERM: saving, then leaving; once more leaves at once.', file=sys.stderr, flush=True)
-    if self._forward:
-      self._forward(number)
+    self._first_time = time.monotonic()
+    logging.warning('SIGTERM: saving a checkpoint, then exiting. Another SIGTERM exits at once.')
+    if self._jax_handler:
+      self._jax_handler(number)
 
-  def reached(self, step):
-    """Whether to save and leave after `step`: in all processes after the same one, once one of them
-    was told. To be called after each step."""
+  def should_stop(self, step: int) -> bool:
+    """Whether to save and exit after `step`. Must be called after each step.
+
+    All processes get True after the same step, once any of them has received SIGTERM.
+    """
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
-    return self._signals > 0
+    return self._num_signals > 0
 
 
 @contextlib.contextmanager
-def leave_at_once():
-  """Context of a job that has nothing to save: SIGTERM ends it, to be started again."""
-
-  def leave(number, frame):
-    del number, frame
-    os._exit(START_AGAIN)
-
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
-  before = signal.signal(signal.SIGTERM, leave)
+def exit_on_sigterm() -> Iterator[None]:
+  """Context of a job without unsaved progress: SIGTERM exits at once with `EXIT_CODE`."""
+  previous = _set_handler(lambda number, frame: os._exit(EXIT_CODE))
   try:
     yield
   finally:
-    signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    _set_handler(previous)
 
 
-def _c_handler():
-  """The handler of SIGTERM that C code has set, as a function, or None."""
+def _set_handler(handler: Any) -> Any:
+  """Sets the handler of SIGTERM; returns the previous one, None if Python does not know it."""
+  # Python allows signal handlers in the main thread only. A job in another thread, for example in a
+  # notebook, does not listen.
+  if threading.current_thread() is threading.main_thread():
+    return signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+  return None
+
+
+def _c_handler() -> Callable[[int], None] | None:
+  """The SIGTERM handler that C code has installed, as a function; None if there is none."""
   set_handler = ctypes.CDLL(None).signal
   set_handler.restype, set_handler.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
   address = set_handler(signal.SIGTERM, None)

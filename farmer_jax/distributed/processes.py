@@ -1,55 +1,79 @@
-"""Several processes that run one job together."""
+"""The processes of one job: how they connect, exchange values and wait for each other."""
+
+import json
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-from farmer_jax.distributed import agreement
-from farmer_jax.errors import ConfigError
+from farmer_jax.errors import ConfigError, ProcessError, UserError
+
+T = TypeVar('T')
 
 
-def start(coordinator=None, num_processes=None, process_id=None):
-  """Joins this process to the others of its job; to be called before any other use of JAX.
+def start(
+  coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+  """Connects this process to the other processes of the job; must precede any other use of JAX.
 
-  Without arguments the environment says who they are: JAX knows TPU pods, SLURM, Open MPI and
-  Kubernetes.
-
-  Args:
-    coordinator: host:port of the first process.
-    num_processes: of the job.
-    process_id: of this one, from 0.
+  `coordinator` is host:port of process 0. Without arguments, JAX reads them from the environment of
+  TPU pods, SLURM, Open MPI or Kubernetes.
 
   Raises:
-    ConfigError: the arguments are incomplete or wrong, or the environment says nothing.
+    ConfigError: the arguments are incomplete or out of range.
+    ProcessError: the processes cannot connect.
   """
-  given = (coordinator, num_processes, process_id)
-  explicit = any(value is not None for value in given)
-  if explicit and any(value is None for value in given):
-    raise ConfigError('--coordinator, --num_processes and --process_id go together; give all three')
-  if explicit and not 0 <= process_id < num_processes:
-    raise ConfigError(f'--process_id={process_id} must be from 0 to {num_processes - 1}')
+  if (coordinator, num_processes, process_id) != (None, None, None):
+    if coordinator is None or num_processes is None or process_id is None:
+      raise ConfigError('give all three of --coordinator, --num_processes and --process_id')
+    if not 0 <= process_id < num_processes:
+      raise ConfigError(f'--process_id={process_id} must be from 0 to {num_processes - 1}')
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id)
   except (RuntimeError, ValueError) as error:
     reason = ' '.join(str(error).split())
-    raise ConfigError(f'cannot join the other processes: {reason}') from error
+    raise ProcessError(
+      f'cannot connect to the other processes ({reason}); check --coordinator, --num_processes and'
+      ' --process_id, or the environment of the cluster'
+    ) from error
 
 
-def by_first(action):
-  """Runs action() in the first process alone; if that ends in a ConfigError, all processes do."""
+def gather(value: T) -> list[T]:
+  """Gathers one value from each process, in the order of the processes.
+
+  `multihost_utils.process_allgather` takes arrays of equal shapes only; this function takes any
+  value that JSON can represent. All processes must call it.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.int32(data.size)).reshape(-1)
+  padded = np.pad(data, (0, lengths.max() - data.size))
+  rows = multihost_utils.process_allgather(padded)
+  return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
+def on_process_zero(action: Callable[[], object]) -> None:
+  """Runs action() in process 0 while the other processes wait.
+
+  If action() raises a `UserError`, the other processes raise `ProcessError`.
+  """
   error = None
   if not jax.process_index():
     try:
       action()
-    except ConfigError as raised:
+    except UserError as raised:
       error = raised
-  failed = agreement.first(error and str(error))
+  failed = any(gather(error is not None))
   if error:
     raise error
   if failed:
-    raise ConfigError('the first process has stopped; its message says why')
+    raise ProcessError('process 0 failed; its message names the cause')
 
 
-def wait_for_all(what):
-  """Returns once all processes have come here; `what` tells places apart."""
+def barrier(name: str) -> None:
+  """Waits until all processes have called barrier(name)."""
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(what)
+    multihost_utils.sync_global_devices(name)

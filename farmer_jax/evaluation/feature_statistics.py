@@ -1,151 +1,94 @@
-"""How close a set of images is to another, by the features of a network that looks at both."""
+"""Statistics of the features of a set of images, and distances between two sets.
+
+Axes: B batch, n images, k of these images, D features, S spatial features.
+"""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
-import jax
 import numpy as np
+from etils import epath
+from jaxtyping import Array, Float
 
-from farmer_jax import terminal
-from farmer_jax.distributed import mesh
-from farmer_jax.ops import frechet, sample_quality
+from farmer_jax.errors import DataError
+from farmer_jax.evaluation import image_sets
+from farmer_jax.ops import sample_quality
 
 
 @flax.struct.dataclass
 class Outputs:
-  """What a network makes of images."""
+  """Outputs of a feature network. Only Inception has spatial features, which keep positions."""
 
-  pool: jax.Array  # [B, D], the features that distances are between
-  logits: jax.Array  # [B, classes]
-  spatial: jax.Array | None = None  # [B, S], features that keep places, where there are some
+  pool: Float[Array, 'B D']
+  logits: Float[Array, 'B classes']
+  spatial: Float[Array, 'B S'] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-  """What is kept of a set of images. Fréchet distances need no more than moments; a reference that
-  somebody else computed may have nothing else."""
+  """Moments of the features of a set of images, pool features of k images, logits of all images.
 
-  pool: frechet.Moments
-  spatial: frechet.Moments | None = None
-  features: np.ndarray | None = None  # float32 [k, D], pool features of k of the images
-  logits: np.ndarray | None = None  # float32 [n, classes], of all of them
-
-
-class Extractor:
-  """Runs images through a network, spread over the devices of this process.
-
-  Args:
-    network: network(params, uint8 [B, H, W, C]) -> `Outputs`.
-    params: its parameters.
-    batch_size: images treated together.
+  The Fréchet distance needs only `pool`; published reference statistics often have nothing else.
   """
 
-  def __init__(self, network, params, batch_size):
-    self._devices = mesh.LocalDevices()
-    self._params = self._devices.replicate(params)
-    self._apply = jax.jit(network)
-    self._size = self._devices.batch_size(batch_size)
-
-  def __call__(self, gather, count, kept, what, with_logits=True):
-    """The `Statistics` of a set of images; their features are never in memory all at once.
-
-    Args:
-      gather: gather(indices) -> uint8 [n, H, W, C].
-      count: how many images there are.
-      kept: of how many, evenly spread, the features are kept.
-      what: the images are, in words.
-      with_logits: keep the logits, of all.
-    """
-    moments: dict[str, frechet.Moments] = {}
-    features, logits = [], []
-    keep = np.zeros(count, bool)
-    keep[np.linspace(0, count - 1, min(kept, count)).astype(int)] = True
-    pending: tuple | None = None
-
-    def note(indices, outputs):
-      outputs = jax.tree.map(lambda a: a[: len(indices)], jax.device_get(outputs))
-      for name in ('pool', 'spatial'):
-        values = getattr(outputs, name)
-        if values is not None:
-          batch = frechet.Moments.of(values)
-          moments[name] = moments[name] + batch if name in moments else batch
-      features.append(outputs.pool[keep[indices]])
-      if with_logits:
-        logits.append(outputs.logits)
-      bar.update(len(indices))
-
-    with terminal.progress(f'looking at {what}', 'image', count) as bar:
-      for start in range(0, count, self._size):
-        indices = np.arange(start, min(start + self._size, count))
-        # The last batch is filled up, so that nothing compiles anew.
-        images = gather(np.resize(indices, self._size))
-        outputs = self._apply(self._params, self._devices.split(images))
-        if pending:  # meanwhile the devices work
-          note(*pending)
-        pending = indices, outputs
-      assert pending, 'there is at least one image'
-      note(*pending)
-    return Statistics(
-      pool=moments['pool'],
-      spatial=moments.get('spatial'),
-      features=np.concatenate(features),
-      logits=np.concatenate(logits) if with_logits else None,
-    )
+  pool: sample_quality.Moments
+  spatial: sample_quality.Moments | None = None
+  features: Float[np.ndarray, 'k D'] | None = None
+  logits: Float[np.ndarray, 'n classes'] | None = None
 
 
-def compare(generated, reference, neighbours=3):
-  """All figures that two `Statistics` admit, a dict: see `ops.frechet` and `ops.fidelity`.
+def compare(generated: Statistics, reference: Statistics, neighbors: int = 3) -> dict[str, float]:
+  """Compares generated with real images, with k = `neighbors` for precision and recall.
 
-  `fid` and `sfid` are Fréchet distances of pool and of spatial features; the Inception Score is of
-  the generated images alone; `precision` and `recall` are by `neighbours` nearest neighbours.
+  Returns:
+    `fid` and, with spatial features, `sfid`: Fréchet distances of pool and of spatial features.
+    `inception_score` and `inception_score_std` of the generated images, if their logits are there.
+    `kid`, `kid_std`, `precision` and `recall`, if both sets have features.
   """
-  figures = {'fid': frechet_distance(generated.pool, reference.pool)}
+  metrics = {'fid': sample_quality.frechet_distance(generated.pool, reference.pool)}
   if generated.spatial is not None and reference.spatial is not None:
-    figures['sfid'] = frechet_distance(generated.spatial, reference.spatial)
+    metrics['sfid'] = sample_quality.frechet_distance(generated.spatial, reference.spatial)
   if generated.logits is not None:
-    score, spread = sample_quality.inception_score(generated.logits)
-    figures |= {'inception_score': score, 'inception_score_std': spread}
+    score, std = sample_quality.inception_score(generated.logits)
+    metrics |= {'inception_score': score, 'inception_score_std': std}
   if generated.features is not None and reference.features is not None:
-    sizes = len(generated.features), len(reference.features)
-    distance, spread = sample_quality.kernel_distance(
-      generated.features, reference.features, subset_size=min(1000, *sizes)
-    )
-    precision, recall = sample_quality.precision_recall(
-      reference.features, generated.features, neighbours
-    )
-    figures |= {'kid': distance, 'kid_std': spread, 'precision': precision, 'recall': recall}
-  return figures
+    samples, real = generated.features, reference.features
+    size = min(1000, len(samples), len(real))
+    distance, std = sample_quality.kernel_distance(samples, real, subset_size=size)
+    precision, recall = sample_quality.precision_recall(real, samples, neighbors)
+    metrics |= {'kid': distance, 'kid_std': std, 'precision': precision, 'recall': recall}
+  return metrics
 
 
-def frechet_distance(a, b):
-  """Fréchet distance of two `frechet.Moments`."""
-  return frechet.frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-
-
-def save(file, statistics):
-  """Writes `Statistics` as an npz, whose mu, sigma, mu_s and sigma_s other tools read too."""
-  arrays = {'count': statistics.pool.count}
+def save(path: epath.Path, statistics: Statistics) -> None:
+  """Writes statistics as an npz file. Other tools can read its mu, sigma, mu_s and sigma_s."""
+  arrays: dict[str, Any] = {'count': statistics.pool.count}
   for suffix, moments in (('', statistics.pool), ('_s', statistics.spatial)):
     if moments is not None:
       arrays |= {f'mu{suffix}': moments.mean, f'sigma{suffix}': moments.covariance}
-  arrays |= {
-    name: getattr(statistics, name)
-    for name in ('features', 'logits')
-    if getattr(statistics, name) is not None
-  }
-  np.savez(file, **arrays)
+  optional = {'features': statistics.features, 'logits': statistics.logits}
+  image_sets.save_npz(path, arrays | {n: a for n, a in optional.items() if a is not None})
 
 
-def load(arrays):
-  """`Statistics` from what `save` wrote, or from anything else with `mu` and `sigma`, such as
-  ADM's reference batches: a mapping of arrays."""
-  count = int(arrays['count']) if 'count' in arrays else 2
+def load(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> Statistics:
+  """Reads statistics from the arrays of an npz file, whose path error messages name.
 
-  def moments(suffix):
-    if f'mu{suffix}' not in arrays:
-      return None
-    mean, covariance = (np.asarray(arrays[n + suffix], np.float64) for n in ('mu', 'sigma'))
-    return frechet.Moments(count, mean, covariance * (count - 1))
+  The arrays are those of `save`, or any with `mu` and `sigma`, such as the reference batches of ADM
+  (github.com/openai/guided-diffusion).
 
-  optional = {name: arrays[name] for name in ('features', 'logits') if name in arrays}
-  return Statistics(moments(''), moments('_s'), **optional)
+  Raises:
+    DataError: the file is damaged or lacks an array.
+  """
+  try:
+    count = int(arrays['count']) if 'count' in arrays else 2
+
+    def moments(suffix: str) -> sample_quality.Moments:
+      mean, covariance = (np.asarray(arrays[n + suffix], np.float64) for n in ('mu', 'sigma'))
+      return sample_quality.Moments(count, mean, covariance * (count - 1))
+
+    optional = {name: arrays[name] for name in ('features', 'logits') if name in arrays}
+    return Statistics(moments(''), moments('_s') if 'mu_s' in arrays else None, **optional)
+  except (*image_sets.NPZ_ERRORS, KeyError) as error:
+    raise DataError(f'cannot read the statistics in {path}: {error}') from error

@@ -1,82 +1,121 @@
-"""Pictures that a run leaves behind."""
+"""Grids of images, and plots, as arrays and PNG files."""
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from etils import epath
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-# Small images are enlarged to about this many pixels a side, so that people can see them.
+# Small images are enlarged by an integer factor to about this height, in pixels.
 _CELL_PIXELS = 56
+_GAP = 4  # pixels between images
+
+Picture = UInt8[np.ndarray, 'height width 3']
 
 
-def sample_grid(images, row_names=(), column_names=()):  # uint8 [rows, columns, H, W, C]
-  """Lays out images in rows, with names before rows and above columns; uint8 [height, width, 3]."""
+def sample_grid(
+  images: UInt8[np.ndarray, 'rows columns H W C'],
+  row_names: Sequence[str] = (),
+  column_names: Sequence[str] = (),
+) -> Picture:
+  """Draws a grid of images, with names on the left of rows and above columns."""
   rows, columns, height, width, _ = images.shape
   scale = max(1, _CELL_PIXELS // height)
   images = images.repeat(scale, axis=2).repeat(scale, axis=3)
-  gap = 4
-  cell_height, cell_width = height * scale + gap, width * scale + gap
+  height, width = height * scale, width * scale
   font = ImageFont.load_default(size=14)
-  margin = gap + max((int(font.getlength(name)) + 2 * gap for name in row_names), default=0)
-  header = 22 if column_names else gap
-  canvas = Image.new('RGB', (margin + columns * cell_width, header + rows * cell_height), 'white')
+  margin = _GAP + max((int(font.getlength(name)) + 2 * _GAP for name in row_names), default=0)
+  header = 22 if column_names else _GAP
+  size = margin + columns * (width + _GAP), header + rows * (height + _GAP)
+  canvas = Image.new('RGB', size, 'white')
   draw = ImageDraw.Draw(canvas)
-  for column, name in enumerate(column_names):
-    middle = margin + column * cell_width + width * scale // 2
-    draw.text((middle, header // 2), name, fill='black', font=font, anchor='mm')
+  lefts = [margin + column * (width + _GAP) for column in range(columns)]
+  for left, name in zip(lefts, column_names, strict=False):
+    draw.text((left + width // 2, header // 2), name, fill='black', font=font, anchor='mm')
   for row in range(rows):
-    top = header + row * cell_height
+    top = header + row * (height + _GAP)
     if row_names:
-      middle = top + height * scale // 2
-      draw.text((gap, middle), row_names[row], fill='black', font=font, anchor='lm')
-    for column in range(columns):
-      image = Image.fromarray(as_rgb(images[row, column]))
-      canvas.paste(image, (margin + column * cell_width, top))
+      draw.text((_GAP, top + height // 2), row_names[row], fill='black', font=font, anchor='lm')
+    for image, left in zip(images[row], lefts, strict=True):
+      canvas.paste(Image.fromarray(as_rgb(image)), (left, top))
   return np.asarray(canvas)
 
 
-def as_rgb(image):  # uint8 [H, W, C]
-  """[H, W, 3], whether grey or in colours."""
+def as_rgb(image: UInt8[np.ndarray, 'H W C']) -> UInt8[np.ndarray, 'H W 3']:
+  """Repeats a gray image in three channels; an RGB image is returned as it is."""
   return image if image.shape[-1] == 3 else image.repeat(3, axis=-1)
 
 
-def save_png(path, image):  # uint8 [H, W, 3]
-  """Writes a picture, to any path that etils knows; the folder is made."""
+def save_png(path: epath.Path, image: Picture) -> None:
+  """Writes a PNG file. Missing folders are created."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('wb') as file:
     Image.fromarray(image).save(file, format='png')
 
 
-def training_curves(path, records, title):
-  """Draws the loss of training and validation, and its terms, from the records of metrics.jsonl."""
-  # Imported late: matplotlib takes a second to load, and only the end of a run needs it.
-  import matplotlib
+@contextlib.contextmanager
+def plot(
+  rows: int, columns: int, size: tuple[float, float], **options: Any
+) -> Iterator[tuple[Any, Any]]:
+  """Yields a matplotlib figure and its array of axes [rows, columns]; closes the figure at the end.
+
+  The size is in inches. The options are those of `matplotlib.pyplot.subplots`.
+  """
+  import matplotlib  # Imported here because it takes a second, and most programs draw no plots.
 
   matplotlib.use('Agg')
   from matplotlib import pyplot
 
+  figure, axes = pyplot.subplots(
+    rows, columns, figsize=size, squeeze=False, layout='constrained', **options
+  )
+  try:
+    yield figure, axes
+  finally:
+    pyplot.close(figure)
+
+
+def to_array(figure: Any) -> Picture:
+  """Renders a matplotlib figure."""
+  stream = io.BytesIO()
+  figure.savefig(stream, format='png', dpi=100)
+  return np.asarray(Image.open(stream).convert('RGB'))
+
+
+def training_curves(path: epath.Path, records: Sequence[dict[str, Any]], title: str) -> None:
+  """Plots the losses in records of metrics.jsonl, and the terms of the training loss, as a PNG."""
   name = 'bits_per_dim' if any('bits_per_dim' in r for r in records) else 'loss'
-  figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout='constrained')
-  for split, style in (('train', '-'), ('valid', 'o-')):
+  is_likelihood = any('log_det' in r for r in records)
+  unit = 'nats/dim' if is_likelihood else 'mean squared error'
+  blocks = sorted({term for r in records for term in r if term.startswith('loss_block_')})
+  terms = ['nll_informative', 'nll_redundant', 'log_det'] if is_likelihood else blocks
+
+  def draw(panel: Any, split: str, name: str, style: str, label: str) -> None:
     points = [(r['step'], r[name]) for r in records if r['split'] == split and name in r]
     if points:
-      left.plot(*zip(*points, strict=True), style, label=split)
-  values = [r[name] for r in records if r['split'] == 'train' and np.isfinite(r.get(name, np.nan))]
-  if values:
-    # The first steps are far above the rest and would hide it.
-    low, high = min(values), np.quantile(values, 0.9)
-    left.set_ylim(low - 0.1 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)
-  likelihood = any('log_det' in r for r in records)
-  unit = 'nats/dim' if likelihood else 'mean squared error'
-  left.set(xlabel='step', ylabel='bits/dim' if name == 'bits_per_dim' else f'loss, {unit}')
-  left.legend()
-  terms = {term for r in records for term in r if term.startswith('loss_block_')}
-  for term in ('nll_informative', 'nll_redundant', 'log_det') if likelihood else sorted(terms):
-    points = [(r['step'], r[term]) for r in records if r['split'] == 'train' and term in r]
-    if points:
-      right.plot(*zip(*points, strict=True), label=term)
-  right.set(xlabel='step', ylabel=f'terms of the loss, {unit}')
-  right.legend()
-  figure.suptitle(title)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('wb') as file:
-    figure.savefig(file, format='png', dpi=100)
-  pyplot.close(figure)
+      panel.plot(*zip(*points, strict=True), style, label=label)
+
+  with plot(1, 2, size=(11, 4)) as (figure, axes):
+    left, right = axes[0]
+    draw(left, 'train', name, '-', 'train')
+    draw(left, 'valid', name, 'o-', 'valid')
+    values = [
+      r[name] for r in records if r['split'] == 'train' and np.isfinite(r.get(name, np.nan))
+    ]
+    if values:
+      # Without a limit, the high losses of the first steps would hide the rest of the curve.
+      low, high = min(values), np.quantile(values, 0.9)
+      left.set_ylim(low - 0.1 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)
+    left.set(xlabel='step', ylabel='bits/dim' if name == 'bits_per_dim' else f'loss, {unit}')
+    for term in terms:
+      draw(right, 'train', term, '-', term)
+    right.set(xlabel='step', ylabel=f'terms of the loss, {unit}')
+    for panel in (left, right):
+      if panel.lines:
+        panel.legend()
+    figure.suptitle(title)
+    save_png(path, to_array(figure))

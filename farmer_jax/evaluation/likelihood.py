@@ -1,146 +1,157 @@
-"""The likelihood of images, one by one and averaged.
+"""The likelihood of images: of each image, and the mean of a split.
 
-The noise of an image is its own (`losses.evaluation_images`): but for rounding, no figure
-depends on how images are batched or spread over devices.
+The noise of an image depends on the seed and on the index of the image only
+(`noise.evaluation_images`). Results therefore do not depend on batches or devices, except for
+rounding.
+
+Axes: B batch, N tokens, T flow blocks, C classes.
 """
 
 import functools
 import math
+from collections.abc import Iterable
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
 
+from farmer_jax import config as config_lib
 from farmer_jax import losses
+from farmer_jax import noise as noise_lib
+from farmer_jax.nn import farmer
 from farmer_jax.ops import bits
 
-
-@flax.struct.dataclass
-class Scores:
-  """Negative log-likelihoods, an entry an image. Leading axes [draws, B] until they are averaged.
-
-  `terms` add up to `loss`, nats/dim each: those of `losses.nll_terms` and, where the class is
-  unknown, `nll_class`. Given the class after the fact, with its exact posterior, the others are
-  averages, and `nll_class`, log C minus the posterior's entropy, is what is left.
-  """
-
-  loss: jax.Array  # [B], nats/dim
-  terms: dict[str, jax.Array]  # [B] each, nats/dim
-  log_dets: jax.Array  # [B, T], the part of each block in the term log_det, nats/dim
-  tokens: jax.Array  # [B, N], of the informative channels of each token in raster order, nats
-  log_classes: jax.Array | None  # [B, C], log p(x | c), nats; where the class is unknown
+Params = dict[str, Any]
+Scores = dict[str, Array]
+Labels = Int[Array, 'B']
+Values = Float[Array, 'B H W C']
 
 
 class Scorer:
-  """Scores images, each under `draws` draws of the noise.
+  """Computes the likelihood of each image, averaged over noise draws.
 
-  Args:
-    model: a `farmer.Farmer`.
-    config: `config.Config`; its noise says what the density is of.
-    draws: noise draws an image.
-    condition: 'label' (given the class), 'none' (under the model's "no class") or 'marginal' (the
-      class unknown, all equally likely: log mean_c p(x | c)).
-    seed: of the noise.
+  The section `noise` of the configuration defines the density. Its condition is 'label' (the class
+  of the image), 'none' (the model's "no class") or 'marginal' (class unknown, all classes equally
+  likely: log mean_c p(x | c)).
   """
 
-  def __init__(self, model, config, draws=1, condition='label', seed=0):
-    self._model, self._noise = model, config.noise
+  def __init__(
+    self,
+    model: farmer.Farmer,
+    config: config_lib.Config,
+    draws: int = 1,
+    condition: str = 'label',
+    seed: int = 0,
+  ) -> None:
+    self._model, self._noise = model, noise_lib.build(config.noise)
     self._draws, self._condition, self._seed = draws, condition, seed
 
-  def __call__(self, params, images, labels, indices):  # uint8 [B, H, W, C], int [B], int [B]
-    """Returns a dict of arrays [B, ...].
+  def __call__(
+    self, params: Params, images: UInt8[Array, 'B H W C'], labels: Labels, indices: Int[Array, 'B']
+  ) -> Scores:
+    """Scores a batch of images, whose indices in their data source select the noise.
 
-    `loss`, `terms…`, `log_dets` and `tokens` as in `Scores`, averaged over the draws; of several
-    draws of uniform dequantisation `loss_importance` too, the negative logarithm of the average
-    density, nats/dim, whose bits/dim are a bound that is never looser (arXiv 1509.00519); with the
-    class unknown `predicted`, the class of the highest likelihood.
+    Can be compiled with `jax.jit`.
+
+    Returns:
+      Means over the draws:
+        `loss` [B]: negative log-likelihood, nats/dim.
+        Terms [B] that add up to the loss: those of `losses.nll_terms` and, where the class is
+          unknown, `nll_class`. In that case the other terms are means over the posterior of the
+          class, and `nll_class` is log C minus the entropy of the posterior.
+        `log_dets` [B, T]: terms of the flow blocks in `log_det`, nats/dim.
+        `tokens` [B, N]: informative channels of each token in raster order, nats.
+      `loss_importance` [B], for several draws of uniform dequantization: negative logarithm of the
+        mean density, nats/dim. Its bits/dim are a bound that is at least as tight
+        (arXiv 1509.00519).
+      `predicted` [B], where the class is unknown: the class of the highest likelihood.
     """
 
-    def one_draw(draw):
-      values = losses.evaluation_images(images, indices, self._noise, self._seed, draw)
-      return self._density(params, values, labels)
+    def one_draw(draw: Int[Array, '']) -> Scores:
+      values = noise_lib.evaluation_images(self._noise, images, indices, self._seed, draw)
+      return self._score(params, values, labels)
 
-    scores = jax.lax.map(one_draw, jnp.arange(self._draws))
-    dims = images[0].size
-    mean = jax.tree.map(lambda a: a.mean(0), scores)
-    found = {'loss': mean.loss, **mean.terms, 'log_dets': mean.log_dets, 'tokens': mean.tokens}
-    if self._noise.kind == 'uniform' and self._draws > 1:
-      found['loss_importance'] = -_log_mean_exp(-scores.loss * dims) / dims
-    if scores.log_classes is not None:
-      # Bytes have one probability under each class; an average of noised images has none.
-      uniform = self._noise.kind == 'uniform'
-      joint = _log_mean_exp(scores.log_classes) if uniform else mean.log_classes
-      found['predicted'] = joint.argmax(-1)
-    return found
+    scores = jax.lax.map(one_draw, jnp.arange(self._draws))  # leading axis: draws
+    log_classes = scores.pop('log_classes', None)
+    result = {name: values.mean(0) for name, values in scores.items()}
+    dims, discrete = images[0].size, self._noise.has_bits_per_dim
+    if discrete and self._draws > 1:
+      result['loss_importance'] = -_log_mean_exp(-scores['loss'] * dims) / dims
+    if log_classes is not None:
+      # The mean density over draws is the probability of a discrete image. Noisy images are
+      # different images, whose log-densities are averaged.
+      joint = _log_mean_exp(log_classes) if discrete else log_classes.mean(0)
+      result['predicted'] = joint.argmax(-1)
+    return result
 
-  def _density(self, params, images, labels):
-    """The `Scores` of real-valued images."""
-    dims, classes = images[0].size, self._model.num_classes
-    if self._condition == 'marginal' and classes:
-      return _marginal(self._by_class(params, images), dims)
+  def _score(self, params: Params, images: Values, labels: Labels) -> Scores:
+    """The scores of one draw and, where the class is unknown, log p(x | c), nats [B, C]."""
+    dims, num_classes = images[0].size, self._model.num_classes
+    if self._condition == 'marginal' and num_classes:
+      return _marginalize(self._densities_by_class(params, images), dims)
     if self._condition != 'label':
-      labels = jnp.full_like(labels, classes)
-    density = self._model.apply({'params': params}, images, labels)
-    terms = losses.nll_terms(density, dims)
-    loss = terms.pop('loss')
-    return Scores(loss, terms, -density.log_dets.T / dims, -density.tokens, None)
+      labels = jnp.full_like(labels, num_classes)
+    density: Any = self._model.apply({'params': params}, images, labels)
+    tokens, log_dets = -density.tokens, -density.log_dets.T / dims
+    return {**losses.nll_terms(density, dims), 'tokens': tokens, 'log_dets': log_dets}
 
-  def _by_class(self, params, images):
-    """The `LogDensity` under each class, leading axis C."""
+  def _densities_by_class(self, params: Params, images: Values) -> farmer.LogDensity:
+    """Log-densities given each class, with a leading axis C."""
     model, variables = self._model, {'params': params}
     labels = jnp.zeros(len(images), jnp.int32)
-    if model.settings.flow.class_conditional:
-      given = functools.partial(model.apply, variables, images)
-    else:
-      encoded = model.apply(variables, images, labels, method='encode')
-      given = functools.partial(model.apply, variables, *encoded, method='log_density')
-    return jax.lax.map(lambda c: given(labels + c), jnp.arange(model.num_classes))
+    if model.config.flow.class_conditional:
+      log_density = functools.partial(model.apply, variables, images)
+    else:  # All classes share one pass through the flow.
+      latents = model.apply(variables, images, labels, method='encode')
+      log_density = functools.partial(model.apply, variables, *latents, method='log_density')
+    return jax.lax.map(lambda c: log_density(labels + c), jnp.arange(model.num_classes))
 
 
-def _marginal(densities, dims):  # a LogDensity with a leading axis C
-  """The `Scores` of images whose class is unknown."""
+def _marginalize(densities: farmer.LogDensity, dims: int) -> Scores:
+  """Scores of images whose class is unknown, from log-densities with a leading axis C."""
   log_classes = jax.vmap(lambda density: density.total)(densities)  # [C, B]
   posterior = jax.nn.softmax(log_classes, axis=0)
 
-  def average(values):  # [C, B, ...] -> [B, ...]
+  def average(values: Float[Array, 'C B ...']) -> Float[Array, 'B ...']:
     weights = posterior.reshape(*posterior.shape, *(1,) * (values.ndim - 2))
-    # A class that is impossible may have infinite terms.
+    # The terms of a class with probability 0 can be infinite.
     return jnp.where(weights > 0, weights * values, 0).sum(0)
 
   terms = jax.vmap(functools.partial(losses.nll_terms, dims=dims))(densities)
-  del terms['loss']
-  terms = jax.tree.map(average, terms)
   entropy = jax.scipy.special.entr(posterior).sum(0)
-  terms['nll_class'] = (math.log(len(log_classes)) - entropy) / dims
-  return Scores(
-    loss=-_log_mean_exp(log_classes) / dims,
-    terms=terms,
-    log_dets=-average(densities.log_dets.swapaxes(1, 2)) / dims,
-    tokens=-average(densities.tokens),
-    log_classes=log_classes.T,
-  )
+  return {
+    **jax.tree.map(average, terms),
+    'loss': -_log_mean_exp(log_classes) / dims,
+    'nll_class': (math.log(len(log_classes)) - entropy) / dims,
+    'log_dets': -average(densities.log_dets.swapaxes(1, 2)) / dims,
+    'tokens': -average(densities.tokens),
+    'log_classes': log_classes.T,
+  }
 
 
-def _log_mean_exp(values):  # [k, ...]
+def _log_mean_exp(values: Float[Array, 'k ...']) -> Float[Array, '...']:
   return jax.nn.logsumexp(values, axis=0) - math.log(len(values))
 
 
 class LikelihoodEvaluator:
-  """Mean negative log-likelihood of a split, conditional on the true labels, one draw an image:
-  what training validates with. Gaussian noise has its final standard deviation."""
+  """Computes the mean negative log-likelihood of a split: the validation of training.
 
-  def __init__(self, model, config):
-    self._config = config
-    self._sums = jax.jit(
-      functools.partial(_masked_sums, score=Scorer(model, config, seed=config.seed))
-    )
+  The density is given the label of each image, with one noise draw per image.
+  """
 
-  def __call__(self, params, batches):
-    """Evaluates `params` on (image, label, index, mask) batches; returns a dict of floats,
-    nats/dim.
+  def __init__(self, model: farmer.Farmer, config: config_lib.Config) -> None:
+    self._noise = noise_lib.build(config.noise)
+    scorer = Scorer(model, config, seed=config.seed)
+    self._sums = jax.jit(functools.partial(_masked_sums, scorer=scorer))
 
-    Under uniform dequantisation `bits_per_dim` is among them; under Gaussian noise it has no
-    meaning, and `noise_std` says which density this is.
+  def __call__(self, params: Params, batches: Iterable[dict[str, Array]]) -> dict[str, float]:
+    """Evaluates the model on batches of `data.pipeline.evaluation_batches`.
+
+    Returns:
+      Means over the images, nats/dim: `loss`, `nll_informative`, `nll_redundant` and `log_det`.
+      Under uniform dequantization also `bits_per_dim`; under Gaussian noise `noise_std`, the
+      standard deviation at which the density is evaluated.
     """
     total: dict[str, float] = {}
     for batch in batches:
@@ -148,17 +159,15 @@ class LikelihoodEvaluator:
       total = {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}
     count = total.pop('count')
     means = {name: value / count for name, value in total.items()}
-    if self._config.noise.kind == 'uniform':
-      means['bits_per_dim'] = bits.bits_per_dim(means['loss'])
-    else:
-      means['noise_std'] = self._config.noise.std_end
-    return means
+    if self._noise.has_bits_per_dim:
+      return means | {'bits_per_dim': bits.bits_per_dim(means['loss'])}
+    return means | {'noise_std': self._noise.noise.std_end}
 
 
-def _masked_sums(params, batch, *, score):
-  """Sums over the real examples of a batch of each term in nats/dim, and their `count`."""
-  found = score(params, batch['image'], batch['label'], batch['index'])
-  # Padding must not turn a sum into nan, so it is cut out rather than multiplied by zero.
+def _masked_sums(params: Params, batch: dict[str, Array], *, scorer: Scorer) -> Scores:
+  """Sums of each term over the images of a batch, without padding, and their `count`."""
+  scores = scorer(params, batch['image'], batch['label'], batch['index'])
+  # A sum of products with the mask would be nan if padding is nan.
   mask = batch['mask'].astype(bool)
   names = ('loss', 'nll_informative', 'nll_redundant', 'log_det')
-  return {name: jnp.where(mask, found[name], 0).sum() for name in names} | {'count': mask.sum()}
+  return {name: jnp.where(mask, scores[name], 0).sum() for name in names} | {'count': mask.sum()}

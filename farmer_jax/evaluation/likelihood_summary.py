@@ -1,35 +1,59 @@
-"""What the scores of many images come to. NumPy, float64: the sums are exact, in any order."""
+"""Statistics, tables and figures of the likelihoods of many images.
+
+Statistics are NumPy, float64, and sums do not depend on the order.
+
+`Rows` are the results of `scoring.Scoring.score`: arrays with one row for each image.
+"""
 
 import csv
 import io
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
+from jaxtyping import Float, Int, UInt8
 from sklearn import metrics
 
+from farmer_jax.data import base
+from farmer_jax.evaluation import figures
+from farmer_jax.evaluation.figures import Picture
 from farmer_jax.ops import bits
 
 TERMS = ('nll_informative', 'nll_redundant', 'log_det', 'nll_class')
 
+# Rows and columns of the images with the highest, and of those with the lowest likelihood.
+_EXTREME_ROWS, _EXTREME_COLUMNS = 2, 8
+_MAX_CLASSES = 20  # in one figure
 
-def summarise(rows, class_names=()):
-  """Means and standard errors of the scores of a split.
+Rows = dict[str, np.ndarray]
+Indices = Int[np.ndarray, 'n']
+Values = Float[np.ndarray, 'n']
 
-  A value that is not finite makes means null; `nonfinite_images` names the images, and
-  `mean_of_finite` is the mean of `loss` over the others.
 
-  Args:
-    rows: dict of arrays, an entry an image, as `likelihood.Scorer` gives them; `bits_per_dim` too
-      where it has a meaning; `index` and `label`.
-    class_names: of the labels; without them there are no figures by class.
+class Detection(NamedTuple):
+  """Out-of-distribution detection by one score of the images of two data sets.
 
-  Returns:
-    A dict for JSON.
+  `auroc` is the probability that an image of the model's data set has a higher score than an
+  out-of-distribution image.
   """
-  values = {n: rows[n] for n in ('bits_per_dim', 'bits_per_dim_importance', 'loss') if n in rows}
+
+  auroc: float
+  scores: Values
+  ood_scores: Values
+
+
+def summarize(rows: Rows, class_names: Sequence[str] = ()) -> dict[str, Any]:
+  """Means and standard errors over the images of a split, JSON-serializable.
+
+  A mean over values that are not all finite is None. In that case `nonfinite_images` lists the
+  images, and `mean_of_finite` is the mean of `loss` over the other images. Without names of the
+  classes there are no means by class.
+  """
+  values = _select(rows, ('bits_per_dim', 'bits_per_dim_importance', 'loss'))
   finite = np.isfinite(rows['loss'])
-  summary = {
+  summary: dict[str, Any] = {
     'count': len(rows['loss']),
     'nonfinite_images': rows['index'][~finite].tolist(),
     **{name: _mean_and_error(array) for name, array in values.items()},
@@ -42,69 +66,63 @@ def summarise(rows, class_names=()):
   if 'predicted' in rows and class_names:
     summary['accuracy'] = _mean(rows['predicted'] == rows['label'])
   if class_names:
-    by_class = {}
-    for label in np.unique(rows['label']):
-      chosen = rows['label'] == label
-      means = {name: _mean(array[chosen]) for name, array in values.items()}
-      by_class[class_names[label]] = {'count': int(chosen.sum()), **means}
-    summary['classes'] = by_class
+    masks = {class_names[label]: rows['label'] == label for label in np.unique(rows['label'])}
+    summary['classes'] = {
+      name: {'count': int(mask.sum()), **{key: _mean(values[key][mask]) for key in values}}
+      for name, mask in masks.items()
+    }
   return summary
 
 
-def separation(rows, other, dims):
-  """How well likelihoods tell one data set from another.
+def detect_ood(rows: Rows, ood_rows: Rows, dims: int) -> dict[str, Detection]:
+  """Out-of-distribution detection by likelihood, from two data sets with `png_bits`.
 
-  Args:
-    rows: scores of images of the model's data, as for `summarise`, with `png_bits`.
-    other: the same of other data.
-    dims: pixels and channels of an image.
+  Images have `dims` = H·W·C dimensions.
 
   Returns:
-    For each score its AUROC, the probability that an image of the model's data scores above one
-    of the other data; and both sets of scores: {name: (auroc, scores, other scores)}. `log_density`
-    is log p(x) in bits an image; `complexity_corrected` adds the length of the image as a PNG:
-    what is simple is likely under any model (Serrà et al. 2020, arXiv 1909.11480).
+    Results by the name of the score. `log_density` is log p(x), bits/image. `complexity_corrected`
+    adds the length of the image as a PNG, because simple images have high likelihoods under any
+    model (Serrà et al. 2020, arXiv 1909.11480).
   """
+  pair = rows, ood_rows
+  nats_per_dim = [np.asarray(r.get('loss_importance', r['loss']), np.float64) for r in pair]
+  log_density = [-loss * dims / math.log(2) for loss in nats_per_dim]
+  corrected = [
+    bits_per_image + r['png_bits'] for bits_per_image, r in zip(log_density, pair, strict=True)
+  ]
+  in_distribution = np.repeat([1, 0], [len(loss) for loss in nats_per_dim])
+  detections = {}
+  for name, scores in {'log_density': log_density, 'complexity_corrected': corrected}.items():
+    values = np.concatenate(scores)
+    # Scores that are not finite rank lowest.
+    ranked = np.where(np.isfinite(values), values, -np.finfo(float).max)
+    detections[name] = Detection(float(metrics.roc_auc_score(in_distribution, ranked)), *scores)
+  return detections
 
-  def log_density(rows):
-    return -np.asarray(rows.get('loss_importance', rows['loss']), np.float64) * dims / math.log(2)
 
-  pairs = {'log_density': (log_density(rows), log_density(other))}
-  pairs['complexity_corrected'] = tuple(log_density(r) + r['png_bits'] for r in (rows, other))
-  truth = np.repeat([1, 0], [len(rows['loss']), len(other['loss'])])
-  found = {}
-  for name, scores in pairs.items():
-    # What is not finite counts as the least likely.
-    together = np.concatenate(scores)
-    ranked = np.where(np.isfinite(together), together, -np.finfo(float).max)
-    found[name] = (float(metrics.roc_auc_score(truth, ranked)), *scores)
-  return found
-
-
-def png_bits(image):  # uint8 [H, W, C]
-  """The length of an image as an optimised PNG, bits."""
+def png_bits(image: UInt8[np.ndarray, 'H W C']) -> int:
+  """The length of an image as an optimized PNG, in bits."""
   stream = io.BytesIO()
-  PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
-    stream, 'png', optimize=True
-  )
+  gray = image.shape[-1] == 1
+  PIL.Image.fromarray(image[..., 0] if gray else image).save(stream, 'png', optimize=True)
   return 8 * stream.tell()
 
 
-def with_bits(rows):
-  """The rows of uniformly dequantised images with their bits/dim, importance-weighted too if they
-  are of several draws."""
-  names = {'loss': 'bits_per_dim', 'loss_importance': 'bits_per_dim_importance'}
-  named = {names[n]: array for n, array in rows.items() if n in names}
-  return rows | {n: bits.bits_per_dim(np.asarray(a, np.float64)) for n, a in named.items()}
+def with_bits(rows: Rows) -> Rows:
+  """Adds bits/dim to the rows of uniformly dequantized images."""
+  losses = _select(rows, ('loss', 'loss_importance'))
+  return rows | {
+    name.replace('loss', 'bits_per_dim'): bits.bits_per_dim(loss.astype(np.float64))
+    for name, loss in losses.items()
+  }
 
 
-def to_csv(rows):
-  """A text with one line an image and its figures; blocks of the flow have columns of their own."""
-  columns = {n: rows[n] for n in ('index', 'label', 'predicted') if n in rows}
-  figures = ('bits_per_dim', 'bits_per_dim_importance', 'loss', *TERMS)
-  columns |= {n: rows[n] for n in figures if n in rows}
+def to_csv(rows: Rows) -> str:
+  """A table in CSV format with one line for each image and one column for each flow block."""
+  columns = _select(rows, ('index', 'label', 'predicted'))
+  columns |= _select(rows, ('bits_per_dim', 'bits_per_dim_importance', 'loss', *TERMS))
   columns |= {f'log_det_block_{t}': block for t, block in enumerate(rows['log_dets'].T)}
-  columns |= {n: rows[n] for n in ('png_bits',) if n in rows}
+  columns |= _select(rows, ('png_bits',))
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
   writer.writerow(columns)
@@ -112,14 +130,139 @@ def to_csv(rows):
   return text.getvalue()
 
 
-def _mean(values):
-  """The mean, rounded once; None where a value is not finite, for JSON has no name for that."""
+def to_text(report: dict[str, Any]) -> str:
+  """The main results of a likelihood report, for the terminal."""
+  lines, count = [], report['count']
+  for name, value in (
+    ('Negative log-likelihood', report.get('bits_per_dim', report['loss'])),
+    ('Importance-weighted bound', report.get('bits_per_dim_importance')),
+  ):
+    if value and value['mean'] is not None:
+      error = '' if value['standard_error'] is None else f' ± {value["standard_error"]:.4f}'
+      lines.append(f'{name} ({count} images): {value["mean"]:.4f}{error} {report["unit"]}')
+  if nonfinite := report['nonfinite_images']:
+    shown = ', '.join(map(str, nonfinite[:20])) + (', …' if len(nonfinite) > 20 else '')
+    lines.append(f'Images with a likelihood that is not finite: {len(nonfinite)} (indices {shown})')
+  if 'accuracy' in report:
+    lines.append(f'Classification accuracy: {report["accuracy"]:.4f}')
+  change = report.get('change_by_dtype')
+  if change and change['images']:
+    lines.append(
+      f'Change by bfloat16 ({change["images"]} images): mean {change["mean_nats_per_dim"]:+.2e}'
+      f' nats/dim, largest {change["largest_nats_per_dim"]:.2e} nats/dim'
+    )
+  ood = report.get('ood', {'auroc': {}})
+  for name, auroc in ood['auroc'].items():
+    lines.append(f'Out-of-distribution detection, {ood["source"]}, {name}: AUROC {auroc:.4f}')
+  return '\n'.join(lines)
+
+
+def draw_figures(
+  rows: Rows, source: base.Source, class_names: Sequence[str], unit: str
+) -> dict[str, Picture]:
+  """Draws `classes`, `extremes` and `tokens` of one data source, from the rows of its scores."""
+  values = np.asarray(rows.get('bits_per_dim', rows['loss']), np.float64)
+  return {
+    'classes': _draw_classes(values, rows['label'], class_names, unit),
+    'extremes': _draw_extremes(values, rows['index'], source, unit),
+    'tokens': _draw_tokens(rows['tokens']),
+  }
+
+
+def draw_detections(detections: dict[str, Detection], names: tuple[str, str]) -> Picture:
+  """Draws histograms of the scores of two data sets, which have names; one panel for each score."""
+  labels = {
+    'log_density': 'log₂ p(x), bits/image',
+    'complexity_corrected': 'log₂ p(x) + PNG length, bits/image',
+  }
+  with figures.plot(1, len(detections), size=(11, 3.6)) as (figure, axes):
+    for panel, (name, detection) in zip(axes[0], detections.items(), strict=True):
+      scores = detection.scores, detection.ood_scores
+      # Outliers would make the rest of the histogram narrow.
+      low, high = _quantiles(np.concatenate(scores), 0.005)
+      edges = np.linspace(low, high, 80)
+      for values, label in zip(scores, names, strict=True):
+        panel.hist(np.clip(values, low, high), edges, density=True, alpha=0.6, label=label)
+      panel.set(title=f'AUROC {detection.auroc:.3f}', xlabel=labels[name], yticks=[])
+      panel.legend()
+    figure.suptitle('Out-of-distribution detection')
+    return figures.to_array(figure)
+
+
+def _draw_classes(
+  values: Values, labels: Indices, class_names: Sequence[str], unit: str
+) -> Picture:
+  """One histogram for each class, the class with the lowest mean first."""
+  groups = {'all': values}
+  if class_names:
+    means = {c: np.nanmean(values[labels == c]) for c in np.unique(labels)}
+    order = sorted(means, key=lambda c: means[c])
+    if len(order) > _MAX_CLASSES:
+      order = order[: _MAX_CLASSES // 2] + order[-_MAX_CLASSES // 2 :]
+    groups |= {class_names[c]: values[labels == c] for c in order}
+  low, high = _quantiles(values, 0.001)
+  edges = np.linspace(low, high, 60)
+  size = 6.5, 0.9 + 0.5 * len(groups)
+  with figures.plot(len(groups), 1, size=size, sharex=True) as (figure, axes):
+    for panel, (name, group) in zip(axes[:, 0], groups.items(), strict=True):
+      panel.hist(group, edges, color='C0' if name == 'all' else 'C1')
+      panel.axvline(np.nanmean(group), color='black', linewidth=1)
+      panel.set_ylabel(name, rotation=0, ha='right', va='center')
+      panel.set_yticks([])
+      panel.spines[['top', 'right', 'left']].set_visible(False)
+    axes[-1, 0].set_xlabel(f'negative log-likelihood, {unit} (vertical line: mean)')
+    return figures.to_array(figure)
+
+
+def _draw_extremes(values: Values, indices: Indices, source: base.Source, unit: str) -> Picture:
+  """The images with the highest and with the lowest likelihoods."""
+  order = np.argsort(values, kind='stable')  # nan last
+  rows = _EXTREME_ROWS if len(order) >= 2 * _EXTREME_ROWS else 1
+  count = rows * max(1, min(_EXTREME_COLUMNS, len(order) // (2 * rows)))
+  ends = {'highest': order[:count], 'lowest': order[::-1][:count]}
+  images = source.gather(indices[np.concatenate(list(ends.values()))])['image']
+  names = []
+  for name, selected in ends.items():
+    low, high = np.sort(values[selected])[[0, -1]]
+    names += [f'{name} likelihood', f'{low:.2f} to {high:.2f} {unit}'][:rows]
+  return figures.sample_grid(images.reshape(2 * rows, -1, *images.shape[1:]), names)
+
+
+def _draw_tokens(tokens: Float[np.ndarray, 'n N']) -> Picture:
+  """The mean negative log-likelihood of each token, as an image and along the sequence."""
+  mean = np.nanmean(tokens, axis=0)
+  low, high = np.nanquantile(tokens, (0.1, 0.9), axis=0)
+  side = int(len(mean) ** 0.5)
+  with figures.plot(1, 2, size=(11, 4), width_ratios=(1, 1.8)) as (figure, axes):
+    left, right = axes[0]
+    shown = left.imshow(mean.reshape(side, side), cmap='viridis')
+    figure.colorbar(shown, ax=left, label='informative channels, nats/token')
+    left.set(title='mean over images', xticks=[], yticks=[])
+    position = np.arange(1, len(mean) + 1)
+    right.fill_between(position, low, high, alpha=0.3, label='10 % to 90 % of images')
+    right.plot(position, mean, label='mean')
+    right.set(xlabel='token, raster order', ylabel='negative log-likelihood, nats')
+    right.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    return figures.to_array(figure)
+
+
+def _quantiles(values: Values, fraction: float) -> tuple[float, float]:
+  """The quantiles `fraction` and 1 - `fraction` of the finite values."""
+  finite = values[np.isfinite(values)]
+  return tuple(np.quantile(finite, (fraction, 1 - fraction))) if len(finite) else (0.0, 1.0)
+
+
+def _select(rows: Rows, names: Sequence[str]) -> Rows:
+  return {name: rows[name] for name in names if name in rows}
+
+
+def _mean(values: np.ndarray) -> float | None:
+  """The exactly rounded mean. None if a value is not finite, because JSON has no nan."""
   values = np.asarray(values, np.float64)
   return math.fsum(values) / len(values) if np.isfinite(values).all() else None
 
 
-def _mean_and_error(values):
-  """Mean and standard error."""
+def _mean_and_error(values: np.ndarray) -> dict[str, float | None]:
   mean, count = _mean(values), len(values)
   if mean is None or count < 2:
     return {'mean': mean, 'standard_error': None}

@@ -1,58 +1,62 @@
-"""How well a student reconstructs held-out images from their latents."""
+"""The error with which a student reconstructs held-out images from their latents."""
 
-import functools
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
+from farmer_jax import config as config_lib
 from farmer_jax import losses
+from farmer_jax import noise as noise_lib
+from farmer_jax.nn import student
 from farmer_jax.ops import dequantize
+
+Params = dict[str, Any]
 
 
 class ReconstructionEvaluator:
-  """Errors of a student on a split, without noise on its input.
+  """Computes the errors of a student on a split, without noise on the student's input.
 
-  Images are as the teacher is evaluated on them: `losses.evaluation_images`.
+  The parameters of the teacher are constant. The images have the same noise as in the evaluation of
+  the teacher.
   """
 
-  def __init__(self, model, config, teacher):
-    self._teacher = teacher
-    self._sums = jax.jit(functools.partial(_masked_sums, model=model, config=config))
+  def __init__(
+    self, model: student.StudentFarmer, config: config_lib.Config, teacher: Params
+  ) -> None:
+    self._model, self._config, self._teacher = model, config, teacher
+    self._sums = jax.jit(self._masked_sums)
 
-  def __call__(self, params, batches):
-    """Evaluates `params` on (image, label, index, mask) batches; returns a dict of floats.
+  def __call__(self, params: Params, batches: Iterable[dict[str, Array]]) -> dict[str, float]:
+    """Evaluates the student on batches of `data.pipeline.evaluation_batches`.
 
-    `loss` is what training minimises, the mean over blocks of `loss_block_t`; `rmse` is the root
-    mean square error of the images, in [-1, 1], and `psnr` the same in dB.
+    Returns:
+      `loss_block_t`, the mean squared error of the output of each flow block; `loss`, their mean,
+      which training minimizes; `rmse`, the root mean squared error of images in [-1, 1]; and
+      `psnr`, the same error in dB.
     """
     sums, count = [], 0
     for batch in batches:
-      found = jax.device_get(self._sums(params, self._teacher, batch))
-      sums.append(np.asarray(found[0], np.float64))
-      count += int(found[1])
+      errors, images = jax.device_get(self._sums(params, self._teacher, batch))
+      sums.append(np.asarray(errors, np.float64))
+      count += int(images)
     errors = np.sum(sums, axis=0) / count
     rmse = math.sqrt(errors[0])
-    return {
-      'loss': float(errors.mean()),
-      **{f'loss_block_{t}': float(error) for t, error in enumerate(errors)},
-      'rmse': rmse,
-      'psnr': dequantize.psnr(rmse),
-    }
+    blocks = {f'loss_block_{t}': float(error) for t, error in enumerate(errors)}
+    return {'loss': float(errors.mean()), **blocks, 'rmse': rmse, 'psnr': dequantize.psnr(rmse)}
 
-
-def _masked_sums(params, teacher, batch, *, model, config):
-  """Sums over the real examples of a batch of the errors of each block, [T], and their count."""
-  images = losses.evaluation_images(batch['image'], batch['index'], config.noise, config.seed)
-  errors = losses.student_errors(
-    params,
-    teacher,
-    images,
-    batch['label'],
-    0.0,
-    model=model,
-    objective=config.distill.objective,
-  )
-  mask = batch['mask'].astype(bool)
-  return jnp.where(mask, errors, 0).sum(1), mask.sum()
+  def _masked_sums(
+    self, params: Params, teacher: Params, batch: dict[str, Array]
+  ) -> tuple[Float[Array, 'T'], Int[Array, '']]:
+    """Sums of the errors of each block over a batch, without padding; the number of images."""
+    config, labels = self._config, batch['label']
+    noise = noise_lib.build(config.noise)
+    images = noise_lib.evaluation_images(noise, batch['image'], batch['index'], config.seed)
+    settings: dict[str, Any] = dict(model=self._model, objective=config.distill.objective)
+    errors = losses.student_errors(params, teacher, images, labels, 0.0, **settings)
+    mask = batch['mask'].astype(bool)
+    return jnp.where(mask, errors, 0).sum(1), mask.sum()

@@ -1,102 +1,123 @@
-"""Pictures of what the controls of sampling do, and of the path from latents to images."""
+"""Figures of samples: sweeps over sampling settings, and the path from latents to images.
+
+All functions draw one row with a name for each label, with the same random numbers along the row.
+"""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 
+from farmer_jax import noise as noise_lib
 from farmer_jax import sampling
+from farmer_jax.config import Config
 from farmer_jax.evaluation import figures
-from farmer_jax.ops import dequantize
+from farmer_jax.evaluation.figures import Picture
+from farmer_jax.nn.farmer import Farmer
 
 GUIDANCE_SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 REDUNDANT_VARIANCES = (0.0, 0.2, 0.4, 0.8, 1.0, 1.2, 1.5, 2.0, 4.0)
 
+Params = dict[str, Any]
+Labels = Sequence[int]
+Names = Sequence[str]
+Sizes = Sequence[int] | None  # of the inverse of each flow block, as for `sampling.Sampler`
+Images = UInt8[np.ndarray, 'B H W C']
+Values = Float[Array, 'B H W C']
 
-def guidance(model, config, params, labels, names, chunks=None):
-  """A row a label, a column a guidance scale; the same noise along a row.
 
-  Args:
-    model: a `farmer.Farmer`.
-    config: `config.Config`; its guidance is used, with other scales.
-    params: the model's parameters.
-    labels: int [rows].
-    names: of the rows.
-    chunks: see `sampling.Sampler`.
+def guidance_sweep(
+  model: Farmer, config: Config, params: Params, labels: Labels, names: Names, chunk_sizes: Sizes
+) -> Picture:
+  """Draws one column for each guidance scale in `GUIDANCE_SCALES`."""
+  guidance = config.sampling.guidance
+  method = 'resample' if guidance.method == 'none' else guidance.method
+  # The compiled program includes guidance only if the configured scale is not 0.
+  guidance = dataclasses.replace(guidance, method=method, scale=1.0)
+  sampler = sampling.Sampler(model, _with_sampling(config, guidance=guidance), chunk_sizes)
+  columns = {f'w = {scale:g}': dict(scales=(scale, scale)) for scale in GUIDANCE_SCALES}
+  return _sweep(sampler, params, labels, names, columns)
 
-  Returns:
-    uint8 picture [H, W, 3].
+
+def redundant_variance_sweep(
+  model: Farmer, config: Config, params: Params, labels: Labels, names: Names, chunk_sizes: Sizes
+) -> Picture:
+  """Draws one column for each factor on the variance of the redundant channels.
+
+  The informative channels are the same along a row.
   """
-  settings = config.sampling.guidance
-  method = 'resample' if settings.method == 'none' else settings.method
-  settings = dataclasses.replace(settings, method=method, scale=1.0)
-  sampler = sampling.Sampler(model, _with_sampling(config, guidance=settings), chunks)
-  columns = [dict(scales=(scale, scale)) for scale in GUIDANCE_SCALES]
-  titles = [f'w = {scale:g}' for scale in GUIDANCE_SCALES]
-  return _sweep(sampler, params, labels, names, columns, titles)
+  sampler = sampling.Sampler(model, config, chunk_sizes)
+  columns = {f'x {factor:g}': dict(variance=factor) for factor in REDUNDANT_VARIANCES}
+  return _sweep(sampler, params, labels, names, columns)
 
 
-def redundant(model, config, params, labels, names, chunks=None):
-  """A row a label, a column a factor on the variance of the redundant channels; the same
-  informative tokens along a row. Arguments as for `guidance`."""
-  columns = [dict(variance=factor) for factor in REDUNDANT_VARIANCES]
-  titles = [f'x {factor:g}' for factor in REDUNDANT_VARIANCES]
-  sampler = sampling.Sampler(model, config, chunks)
-  return _sweep(sampler, params, labels, names, columns, titles)
+def inversion_path(
+  model: Farmer, config: Config, params: Params, labels: Labels, names: Names
+) -> Picture:
+  """Draws the tokens between the flow blocks: latents z^T on the left, the image z⁰ on the right.
 
-
-def path(model, config, params, labels, names):
-  """A row a sample, a column a stage: latents z^T on the left, z^(T - 1) … z⁰, the image, on the
-  right. Stages before the image are stretched to the range of grey levels. Arguments as above."""
-  labels = np.asarray(labels, np.int32)
+  All tokens but those of the image are rescaled to the range of gray levels.
+  """
   z = sampling.Sampler(model, config).latents(params, labels, np.arange(len(labels)))
 
   @jax.jit
-  def undo(z, block):
-    return model.apply({'params': params}, z, labels, block, method='decode_block')[0]
+  def invert_block(z: Float[Array, 'B N d'], block: int) -> Float[Array, 'B N d']:
+    arguments = z, jnp.asarray(labels, jnp.int32), block
+    return model.apply({'params': params}, *arguments, method='invert_block')[0]
 
-  stages = [model.last_stage(z)]
-  remaining = range(config.model.flow.blocks, -1, -1)  # blocks still to be undone, at each stage
-  for block in remaining[1:]:
-    stages.append(undo(stages[-1], block))
-  pictures = []
-  for blocks, stage in zip(remaining, stages, strict=True):
-    # Each block turns the order of the tokens round.
-    image = np.asarray(model.to_images(stage[:, ::-1] if blocks % 2 else stage))
-    picture = _stretched(image) if blocks else dequantize.quantize(image, config.noise.kind)
-    pictures.append(np.asarray(picture))
-  return figures.sample_grid(np.stack(pictures, 1), names, [f'z^{blocks}' for blocks in remaining])
+  tokens = model.final_flow_output(z)
+  columns = {}
+  for block in range(config.model.flow.blocks, -1, -1):  # number of blocks not yet inverted
+    # Each block reverses the order of the tokens.
+    values = model.tokens_to_images(tokens[:, ::-1] if block % 2 else tokens)
+    columns[f'z^{block}'] = _rescale(values) if block else _quantize(config, values)
+    if block:
+      tokens = invert_block(tokens, block - 1)
+  return figures.sample_grid(np.stack(list(columns.values()), 1), names, list(columns))
 
 
-def student(model, config, params, labels, names):
-  """A row a sample: the exact inverse, the student's, and the difference (grey: none). Arguments as
-  above."""
-  labels = np.asarray(labels, np.int32)
-  exact, guessed = (
+def student_comparison(
+  model: Farmer, config: Config, params: Params, labels: Labels, names: Names
+) -> Picture:
+  """Draws images of the exact inverse, of the student's inverse, and their difference.
+
+  Gray means no difference.
+  """
+  exact, student = (
     sampling.Sampler(model, _with_sampling(config, inverse=inverse, denoise=False))
     for inverse in ('sequential', 'student')
   )
   z = exact.latents(params, labels, np.arange(len(labels)))
-  drawn = [sampler.images(params, z, labels) for sampler in (exact, guessed)]
-  difference = dequantize.quantize(drawn[1].values - drawn[0].values, config.noise.kind)
-  pictures = np.stack([drawn[0].images, drawn[1].images, difference], 1)
+  samples = [sampler.images(params, z, labels) for sampler in (exact, student)]
+  difference = _quantize(config, samples[1].values - samples[0].values)
+  pictures = np.stack([samples[0].images, samples[1].images, difference], 1)
   return figures.sample_grid(pictures, names, ('exact', 'student', 'diff.'))
 
 
-def _sweep(sampler, params, labels, names, columns, titles):
+def _sweep(
+  sampler: sampling.Sampler, params: Params, labels: Labels, names: Names, columns: dict[str, Any]
+) -> Picture:
+  """Draws one column for each set of arguments of `Sampler.latents`, by title."""
   numbers = np.arange(len(labels))
-  images = [
-    sampler.images(params, sampler.latents(params, labels, numbers, **column), labels).images
-    for column in columns
-  ]
-  return figures.sample_grid(np.stack(jax.device_get(images), 1), names, titles)
+  latents = [sampler.latents(params, labels, numbers, **options) for options in columns.values()]
+  images = [jax.device_get(sampler.images(params, z, labels).images) for z in latents]
+  return figures.sample_grid(np.stack(images, 1), names, list(columns))
 
 
-def _with_sampling(config, **changes):
+def _with_sampling(config: Config, **changes: Any) -> Config:
   return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **changes))
 
 
-def _stretched(images):
-  """The middle 98 % of each image's values on the range of grey levels."""
-  low, high = np.quantile(images, (0.01, 0.99), axis=(1, 2, 3), keepdims=True)
-  return (np.clip((images - low) / (high - low + 1e-9), 0, 1) * 255).astype(np.uint8)
+def _quantize(config: Config, values: Values) -> Images:
+  return np.asarray(noise_lib.build(config.noise).quantize(values))
+
+
+def _rescale(images: Values) -> Images:
+  """Maps the middle 98 % of the values of each image to the range of gray levels."""
+  values = np.asarray(images)
+  low, high = np.quantile(values, (0.01, 0.99), axis=(1, 2, 3), keepdims=True)
+  return (np.clip((values - low) / (high - low + 1e-9), 0, 1) * 255).astype(np.uint8)

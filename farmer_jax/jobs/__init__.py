@@ -1,36 +1,42 @@
-"""What a user can ask for: one module a job, each with `run(config, workdir)`."""
+"""The jobs of the command line: one module per job, each with `run(config, workdir)`."""
 
 import contextlib
 import importlib
 
 import jax
 
+from farmer_jax import config as config_lib
 from farmer_jax.distributed import preemption, processes
 from farmer_jax.xla import host
 
-_TRAIN = ('pretrain', 'distill')
 
+def run(config: config_lib.Config, workdir: str) -> None:
+  """Prepares this process and runs the job `config.job` in a workdir, a path or a URL.
 
-def run(config, workdir):
-  """Prepares this process and runs the job that `config` names."""
-  host.keep_memory()  # before the first computation
-  asked = {'likelihood': config.likelihood.dtype, 'sample': config.sampling.dtype}
-  asked['fidelity'] = asked['sample']
-  if 'float64' in (config.model.dtype, asked.get(config.job)):
+  Raises:
+    UserError: The job cannot run; the message says what to change.
+    preemption.Preempted: The job saved its progress after SIGTERM and must be started again.
+  """
+  # Allocator settings apply only to memory that is allocated later.
+  host.keep_freed_memory()
+  job_dtypes = {
+    'likelihood': config.likelihood.dtype,
+    'sample': config.sampling.dtype,
+    'fidelity': config.sampling.dtype,
+  }
+  if 'float64' in (config.model.dtype, job_dtypes.get(config.job)):
     jax.config.update('jax_enable_x64', True)
-  # Products of float32 arrays in float32: accelerators would round the factors to fewer bits, and
-  # the inverse of the flow would undo something else. bfloat16 models are not affected.
-  jax.config.update('jax_default_matmul_precision', 'highest')
-  job = importlib.import_module(f'farmer_jax.jobs.{config.job}')
-  # Training has something to save first. It listens itself, as does JAX for several processes.
-  listens = config.job in _TRAIN and jax.process_count() > 1
+  module = importlib.import_module(f'farmer_jax.jobs.{config.job}')
+  # JAX handles SIGTERM in jobs of several processes. Training relies on that handler to write a
+  # checkpoint at the same step in all processes.
+  keep_jax_handler = config.job in ('pretrain', 'distill') and jax.process_count() > 1
   preempted = None
   try:
-    with contextlib.nullcontext() if listens else preemption.leave_at_once():
-      job.run(config, workdir)
-  except preemption.Preempted as notice:
-    preempted = notice
-  # The first process may have more to do than the others, which would give it up if they ended.
-  processes.wait_for_all('end')
+    with contextlib.nullcontext() if keep_jax_handler else preemption.exit_on_sigterm():
+      module.run(config, workdir)
+  except preemption.Preempted as error:
+    preempted = error
+  # A process that exits makes JAX terminate the others, and process 0 may still be writing results.
+  processes.barrier('end')
   if preempted:
     raise preempted

@@ -1,73 +1,91 @@
-"""`--job=distill`: teaches a student to undo the flow of a trained run in one pass a block."""
+"""`--job=distill`: trains a student to invert the flow of a trained run in one pass per block."""
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from farmer_jax import api, losses, sampling, terminal
+from farmer_jax import config as config_lib
+from farmer_jax import losses, sampling, terminal
+from farmer_jax import teacher as teacher_lib
 from farmer_jax.evaluation import figures, reconstruction, sampling_figures
-from farmer_jax.jobs import training
-from farmer_jax.nn import farmer
+from farmer_jax.jobs import training_hooks, training_run
+from farmer_jax.nn import farmer, student
+from farmer_jax.training import loop
 from farmer_jax.workdir import layout
 
 
-def run(config, workdir):
-  """Distils, validates, draws samples by the student; prints how close and how fast it is."""
+def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
+  """Distills, validates and draws samples. Prints the accuracy and the speed of the student."""
   config = dataclasses.replace(
     config,
     teacher=str(layout.absolute(config.teacher)),
     sampling=dataclasses.replace(config.sampling, inverse='student'),
   )
-  data = training.load_data(config)
-  mesh = training.make_mesh(config)
-  model = farmer.build(config)
-  teacher, record = api.load_teacher(config, workdir, model)
-  teacher = mesh.place(farmer.with_names(teacher, model))
-  workdir = training.claim(config, workdir, data)
+  resources = training_run.Resources.load(config)
+  model = student.build(config)
+  teacher, record = teacher_lib.load_teacher(config, workdir)
+  teacher = resources.mesh.place(farmer.box_params(teacher, model))
+  workdir = training_run.claim(config, workdir, resources)
   if not jax.process_index():
-    api.keep_teacher(workdir, record)
-  settings = config.distill
+    teacher_lib.save_teacher_record(workdir, record)
 
-  def complete(params):
+  def sampling_params(params: dict[str, Any]) -> dict[str, Any]:
     return teacher | {'student': params['student']}
 
-  state, valid, examples = training.train(
-    config,
-    workdir,
-    data,
-    mesh,
-    model=model,
-    evaluator=reconstruction.ReconstructionEvaluator(model, config, teacher),
-    complete=complete,
-    init_params=functools.partial(losses.init_student, model=model, objective=settings.objective),
-    loss_fn=functools.partial(losses.distillation_loss, model=model, config=config),
-    constants={'teacher': teacher},
-  )
-  params = complete(state.best_params)
-  _report(config, workdir, model, params, valid, examples, data.train.class_names)
-
-
-def _report(config, workdir, model, params, valid, examples, class_names):
-  """The closing lines, and a picture of what the student makes of drawn latents."""
-  if valid:
-    terminal.tell(
-      f'Held-out reconstruction ({examples} images): {valid["psnr"]:.2f} dB, root mean square error'
-      f' {valid["rmse"]:.4f} (pixels in [-1, 1])'
+  evaluator = reconstruction.ReconstructionEvaluator(model, config, teacher)
+  validation = training_hooks.validation_hook(config, resources.valid, resources.mesh, evaluator)
+  with training_run.running(config, workdir, resources) as iterator:
+    state = loop.train(
+      config,
+      workdir,
+      resources.mesh,
+      init_params=functools.partial(
+        losses.init_student, model=model, objective=config.distill.objective
+      ),
+      loss_fn=functools.partial(losses.distillation_loss, model=model, config=config),
+      iterator=iterator,
+      validation=validation,
+      hooks=[
+        training_hooks.sample_hook(
+          config, workdir, resources.mesh, resources.train.class_names, model, sampling_params
+        )
+      ],
+      frozen=(teacher,),
     )
-  labels = sampling.grid_labels(config)
-  batch = np.resize(labels[:, 0], config.sampling.batch_size)
+  if validation.metrics:
+    terminal.print_result(
+      f'Held-out reconstruction ({resources.num_validated(config)} images):'
+      f' {validation.metrics["psnr"]:.2f} dB, root mean square error'
+      f' {validation.metrics["rmse"]:.4f} (pixels in [-1, 1])'
+    )
+  params = sampling_params(state.evaluation_params)
+  _compare_with_exact_inverse(config, workdir, model, params, resources.train.class_names)
+
+
+def _compare_with_exact_inverse(
+  config: config_lib.Config,
+  workdir: epath.Path,
+  model: student.StudentFarmer,
+  params: dict[str, Any],
+  class_names: tuple[str, ...],
+) -> None:
+  """Prints the accuracy and the speed of the student on sampled latents, and saves a figure."""
+  labels = sampling.grid_labels(config)[:, 0]
+  batch = np.resize(labels, config.sampling.batch_size)
   z = sampling.Sampler(model, config).latents(params, batch, np.arange(len(batch)))
   found = sampling.compare_student(model, config, params, jax.block_until_ready(z), batch)
-  terminal.tell(
-    f'Samples against the exact inverse: {found["psnr"]:.2f} dB; {found["ms_per_image"]:.2f} ms an'
-    f' image in place of {found["sequential_ms_per_image"]:.2f} ({found["speedup"]:.1f} times'
+  terminal.print_result(
+    f'Samples compared with the exact inverse: {found["psnr"]:.2f} dB; {found["ms_per_image"]:.2f}'
+    f' ms per image instead of {found["sequential_ms_per_image"]:.2f} ({found["speedup"]:.1f} times'
     f' faster), in batches of {len(batch)}'
   )
-  names = [class_names[label] for label in labels[:, 0]] if class_names else ()
+  names = [class_names[label] for label in labels] if class_names else ()
+  picture = sampling_figures.student_comparison(model, config, params, labels.tolist(), names)
   path = workdir / 'figures' / 'student.png'
-  picture = sampling_figures.student(model, config, params, labels[:, 0], names)
   if not jax.process_index():
     figures.save_png(path, picture)
-  terminal.tell(f'Exact, student, difference: {path}')
+  terminal.print_result(f'Figure of the exact inverse, the student and their difference: {path}')

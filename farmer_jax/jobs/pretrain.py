@@ -1,58 +1,67 @@
-"""`--job=pretrain`: trains flow and prior together, end to end."""
+"""`--job=pretrain`: trains the flow and the prior jointly."""
 
 import functools
+from typing import Any
 
 import jax
+from etils import epath
 
+from farmer_jax import config as config_lib
 from farmer_jax import losses, terminal
+from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.evaluation import likelihood
-from farmer_jax.jobs import training
+from farmer_jax.jobs import training_hooks, training_run
 from farmer_jax.nn import farmer
-from farmer_jax.training import divergence, optimizer
+from farmer_jax.training import divergence, loop
 
 
-def objective(config, model):
-  """What is trained, and what training minimises: as `training.loop.train` takes them, a dict."""
-  noise_std = optimizer.noise_std_schedule(config.noise, config.train.steps)
-  return {
-    'init_params': functools.partial(farmer.init_named_params, model=model),
-    'loss_fn': functools.partial(losses.nll_loss, model=model, config=config, noise_std=noise_std),
-  }
+def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
+  """Trains, validates and draws samples. Prints the results and their paths."""
+  resources = training_run.Resources.load(config)
+  workdir = training_run.claim(config, workdir, resources)
+  model = farmer.build(config)
+  evaluator = likelihood.LikelihoodEvaluator(model, config)
+  validation = training_hooks.validation_hook(config, resources.valid, resources.mesh, evaluator)
+  with training_run.running(config, workdir, resources) as iterator:
+    loop.train(
+      config,
+      workdir,
+      resources.mesh,
+      init_params=functools.partial(farmer.init_boxed_params, model=model),
+      loss_fn=functools.partial(losses.nll_loss, model=model, config=config),
+      iterator=iterator,
+      validation=validation,
+      hooks=[
+        training_hooks.sample_hook(
+          config, workdir, resources.mesh, resources.train.class_names, model
+        )
+      ],
+      diagnose=_diagnosis(config, model, resources.mesh),
+    )
+  _report(validation.metrics, resources.num_validated(config))
 
 
-def diagnosis(config, model, mesh):
-  """diagnose(params, batch, step), as `training.loop.train` takes it."""
-  noise_std = optimizer.noise_std_schedule(config.noise, config.train.steps)
-  extremes = jax.jit(
-    functools.partial(losses.nll_extremes, model=model, config=config, noise_std=noise_std),
-    out_shardings=mesh.whole,
+def _diagnosis(
+  config: config_lib.Config, model: farmer.Farmer, mesh: mesh_lib.Mesh
+) -> divergence.Diagnose:
+  """Returns the function `diagnose` of `divergence.DivergenceMonitor`."""
+  diagnostics = jax.jit(
+    functools.partial(losses.nll_diagnostics, model=model, config=config),
+    out_shardings=mesh.replicated,
   )
 
-  def diagnose(params, batch, step):
-    found = jax.device_get(extremes(params, batch, step - 1))
-    return divergence.summary(found)
+  def diagnose(params: Any, batch: Any, step: int) -> tuple[str, dict[str, Any]]:
+    return divergence.summarize(jax.device_get(diagnostics(params, batch, step - 1)))
 
   return diagnose
 
 
-def run(config, workdir):
-  """Trains, validates and draws samples; prints where the results lie."""
-  data = training.load_data(config)
-  mesh = training.make_mesh(config)
-  workdir = training.claim(config, workdir, data)
-  model = farmer.build(config)
-  _, valid, examples = training.train(
-    config,
-    workdir,
-    data,
-    mesh,
-    model=model,
-    evaluator=likelihood.LikelihoodEvaluator(model, config),
-    diagnose=diagnosis(config, model, mesh),
-    **objective(config, model),
-  )
-  if 'bits_per_dim' in valid:
-    terminal.tell(f'Held-out likelihood ({examples} images): {valid["bits_per_dim"]:.3f} bits/dim')
-  elif valid:
-    figure = f'{valid["loss"]:.3f} nats/dim (density at noise σ = {valid["noise_std"]:g})'
-    terminal.tell(f'Held-out likelihood ({examples} images): {figure}')
+def _report(metrics: dict[str, float], count: int) -> None:
+  """Prints the held-out likelihood."""
+  if 'bits_per_dim' in metrics:
+    figure = f'{metrics["bits_per_dim"]:.3f} bits/dim'
+  elif metrics:
+    figure = f'{metrics["loss"]:.3f} nats/dim (density at noise σ = {metrics["noise_std"]:g})'
+  else:
+    return
+  terminal.print_result(f'Held-out likelihood ({count} images): {figure}')

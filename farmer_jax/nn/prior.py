@@ -1,45 +1,64 @@
-"""The autoregressive prior over latent tokens and its mixture heads."""
+"""The autoregressive prior over latent tokens and its mixture heads.
 
+Axis letters in addition to `ops.arrays`: d_I informative and d_R redundant channels of a token.
+"""
+
+import typing
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
 
-from farmer_jax.nn import transformer
+from farmer_jax import config
+from farmer_jax.nn import attention, layers, transformer
 from farmer_jax.ops import mixture
+from farmer_jax.ops.arrays import Labels, PerImage, PerToken, Tokens
+
+
+@typing.runtime_checkable
+class Draws(typing.Protocol):
+  """Interface by which `sample` draws the channels of tokens. See `sampling.GuidedDraws`."""
+
+  def token(self, mixtures: mixture.Mixture, i: Any) -> Float[Array, 'B d_I']:
+    """Draws the informative channels of token i from mixtures [S, B, ...]."""
+
+  def shared(self, mixtures: mixture.Mixture, num_tokens: int) -> Float[Array, 'B N d_R']:
+    """Draws the redundant channels of all tokens from shared mixtures [S, B, ...]."""
+
+  def normal(self, num_tokens: int, channels: int) -> Float[Array, 'B N c']:
+    """Draws from a normal distribution."""
 
 
 class MixtureHead(nn.Module):
-  """One linear layer from hidden states to K diagonal Gaussians over d channels."""
+  """One linear layer from hidden states to mixtures of K diagonal Gaussians over d channels."""
 
-  components: int  # K
-  channels: int  # d
+  components: int
+  channels: int
   scale_floor: float
   dtype: jnp.dtype
-  weights_stay: bool = False  # on many devices, see `transformer.Readout`
+  shard_outputs: bool = False  # see `layers.OutputProjection`
 
   @nn.compact
-  def __call__(self, hidden):  # [..., width]
-    """Returns a `Mixture` with the leading axes of `hidden`, float32 at least."""
+  def __call__(self, hidden: Float[Array, '*lead width']) -> mixture.Mixture:
+    """Returns mixtures with the leading axes of `hidden`, float32 or float64."""
     k, d = self.components, self.channels
 
-    def spread_bias(key, shape, dtype):
-      """Components start apart, so that they have something to divide between them."""
+    def bias_init(key: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+      """Gives different means to several components, so that the components can specialize."""
       means = 0.5 * jax.random.normal(key, (k * d,), dtype) if k > 1 else jnp.zeros((d,), dtype)
       log_scales = jnp.full((k * d,), -1.0 if k > 1 else 0.0, dtype)
       return jnp.concatenate([jnp.zeros((k,), dtype), means, log_scales]).reshape(shape)
 
-    small = nn.initializers.truncated_normal(0.1)  # of an input of unit length
-    head = transformer.Readout(
+    out = layers.OutputProjection(
       k * (1 + 2 * d),
       self.dtype,
-      kernel_init=small,
-      bias_init=spread_bias,
-      weights_stay=self.weights_stay,
+      kernel_init=nn.initializers.truncated_normal(0.1),  # hidden states have unit length
+      bias_init=bias_init,
+      shard_outputs=self.shard_outputs,
       name='out',
-    )
-    out = head(hidden)
+    )(hidden)
     logits, means, log_scales = jnp.split(out, [k, k * (1 + d)], axis=-1)
     means = means.reshape(*means.shape[:-1], k, d)
     log_scales = log_scales.reshape(means.shape)
@@ -49,142 +68,123 @@ class MixtureHead(nn.Module):
 
 
 class Prior(nn.Module):
-  """p(z | c), factorised into informative tokens, one by one, and redundant tokens, all at once.
+  """p(z | c) as a product of the informative and the redundant channels (arXiv 2510.23588).
 
-  The first `informative_channels` of each token form the sequence z^I that the transformer reads,
-  after `condition_copies` copies of the class embedding. The state before token i gives that
-  token's mixture; the state after the last token gives the one mixture shared by the redundant
-  channels z^R of all tokens.
+  A transformer reads M copies of the class embedding and then the informative channels of the
+  tokens. The output at the position before token i gives the mixture for the informative channels
+  of token i. The output at the last token gives one mixture for all tokens' redundant channels.
   """
 
-  tokens: int  # N
-  channels: int  # d
-  layers: int
-  width: int
-  head_dim: int
-  mlp_ratio: float
-  num_classes: int  # class num_classes means "no class"
-  condition_copies: int  # M
-  components: int  # K_I
-  informative_channels: int  # d_I
-  redundant: str  # 'mixture' or 'normal'
-  redundant_components: int  # K_R
-  scale_floor: float
-  dtype: jnp.dtype
-  remat: str = 'none'
-  unroll: int = 1
+  prior: config.Prior
+  stack_config: transformer.StackConfig
+  num_tokens: int
+  channels: int
+  num_classes: int  # label num_classes means "no class"
 
-  def setup(self):
-    float_dtype = transformer.param_dtype(self.dtype)
-    small = nn.initializers.normal(0.02)
-    self.class_embedding = transformer.class_embedding(
-      self.num_classes, self.width, self.dtype, small
-    )
+  def setup(self) -> None:
+    prior, stack = self.prior, self.stack_config
+    init = nn.initializers.normal(0.02)
+    self.class_embedding = layers.class_embedding(self.num_classes, stack.width, stack.dtype, init)
     self.positions = self.param(
       'positions',
-      transformer.named(small, None, 'embed'),
-      (self.condition_copies + self.tokens, self.width),
-      float_dtype,
+      layers.logical_axes(init, None, 'embed'),
+      (prior.condition_copies + self.num_tokens, stack.width),
+      layers.param_dtype(stack.dtype),
     )
-    self.in_proj = transformer.dense(self.width, self.dtype, axes=(None, 'embed'))
-    self.transformer = transformer.Transformer(
-      layers=self.layers,
-      width=self.width,
-      head_dim=self.head_dim,
-      mlp_ratio=self.mlp_ratio,
-      dtype=self.dtype,
-      remat=self.remat,
-      unroll=self.unroll,
-    )
-    head: dict[str, Any] = dict(scale_floor=self.scale_floor, dtype=self.dtype)
-    self.informative_head = MixtureHead(self.components, self.informative_channels, **head)
+    self.in_proj = layers.dense(stack.width, stack.dtype, axes=(None, 'embed'))
+    self.transformer = transformer.Transformer(stack)
+    informative = self.informative_channels
+    head: dict[str, Any] = dict(scale_floor=prior.scale_floor, dtype=stack.dtype)
+    self.informative_head = MixtureHead(prior.components, informative, **head)
     if self._has_redundant_mixture:
-      redundant_channels = self.channels - self.informative_channels
       self.redundant_head = MixtureHead(
-        self.redundant_components, redundant_channels, weights_stay=True, **head
+        prior.redundant_components, self.channels - informative, shard_outputs=True, **head
       )
 
   @property
-  def _has_redundant_mixture(self):
-    return self.redundant == 'mixture' and self.informative_channels < self.channels
+  def informative_channels(self) -> int:
+    """Number of informative channels d_I."""
+    return self.prior.num_informative_channels(self.channels)
 
-  def __call__(self, z, labels):  # [B, N, d], int [B]
-    """Log-densities, nats: of the informative channels of each token [B, N], and of the redundant
-    channels of all together [B]."""
+  @property
+  def _has_redundant_mixture(self) -> bool:
+    return self.prior.has_redundant_mixture(self.channels)
+
+  def __call__(self, z: Tokens, labels: Labels) -> tuple[PerToken, PerImage]:
+    """Returns log-densities in nats: per token (informative) and per image (redundant channels)."""
     informative, redundant = jnp.split(z, [self.informative_channels], axis=-1)
     token_mixtures, shared_mixture = self.mixtures(informative, labels)
     log_informative = mixture.log_prob(token_mixtures, informative)
-    if shared_mixture is not None:
-      return log_informative, mixture.shared_log_prob(shared_mixture, redundant).sum(-1)
-    return log_informative, mixture.standard_normal_log_prob(redundant).sum(-1)
+    if shared_mixture is None:
+      return log_informative, mixture.standard_normal_log_prob(redundant).sum(-1)
+    return log_informative, mixture.shared_log_prob(shared_mixture, redundant).sum(-1)
 
-  def mixtures(self, informative, labels):  # [B, N, d_I], int [B]
-    """The N mixtures of the informative tokens [B, N, ...] and the shared one [B, ...], or None."""
-    m = self.condition_copies
-    # The last token is read only for the sake of the redundant ones.
-    read = informative if self._has_redundant_mixture else informative[:, :-1]
+  def mixtures(
+    self, informative: Float[Array, 'B N d_I'], labels: Labels
+  ) -> tuple[mixture.Mixture, mixture.Mixture | None]:
+    """Returns mixtures [B, N, ...] of informative and [B, ...] (or None) of redundant channels."""
+    copies, width = self.prior.condition_copies, self.stack_config.width
+    # Only the redundant channels depend on the last token.
+    inputs = informative if self._has_redundant_mixture else informative[:, :-1]
     condition = self.class_embedding(labels)[:, None]
-    condition = jnp.broadcast_to(condition, (len(informative), m, self.width))
-    hidden = jnp.concatenate([condition, self.in_proj(read)], axis=1)
-    hidden = self.transformer(hidden + self.positions[: hidden.shape[1]].astype(self.dtype))
-    token_mixtures = self.informative_head(hidden[:, m - 1 : m - 1 + self.tokens])
+    condition = jnp.broadcast_to(condition, (len(informative), copies, width))
+    hidden = jnp.concatenate([condition, self.in_proj(inputs)], axis=1)
+    positions = self.positions[: hidden.shape[1]].astype(self.stack_config.dtype)
+    hidden = self.transformer(hidden + positions)
+    token_mixtures = self.informative_head(hidden[:, copies - 1 : copies - 1 + self.num_tokens])
     shared = self.redundant_head(hidden[:, -1]) if self._has_redundant_mixture else None
     return token_mixtures, shared
 
-  def sample(self, labels, draws):  # int [S, B]
-    """Draws z [B, N, d], one informative token after the other, the redundant ones at the end.
+  def sample(self, labels: Int[Array, 'S B'], draws: Draws) -> Tokens:
+    """Draws latents: the informative channels token by token, then all redundant channels.
 
-    Args:
-      labels: the classes; or, for guidance, a second row of them (S = 2). All rows read the same
-        tokens and run as one batch.
-      draws: how tokens are drawn, see `sampling.Draws`: token(mixture [S, B, ...], i) -> [B, d_I],
-        shared(mixture [S, B, ...], N) -> [B, N, d_R] and normal(N, d_R) -> [B, N, d_R].
+    Guidance needs two streams of labels: the classes and "no class". All streams read the drawn
+    tokens and run as one batch.
     """
-    m, streams = self.condition_copies, labels.shape
+    copies, (num_streams, batch) = self.prior.condition_copies, labels.shape
     labels = labels.reshape(-1)
-    positions = self.positions.astype(self.dtype)
-    layers = self.transformer.unstacked()
-    cache = self.transformer.init_cache(len(labels), m)
-    condition = self.class_embedding(labels)[:, None] + positions[:m]
-    hidden, cache = self.transformer.extend(condition, layers, cache)
+    positions = self.positions.astype(self.stack_config.dtype)
+    layer_params = self.transformer.layer_params()
+    empty = self.transformer.init_cache(len(labels), copies)
+    condition = self.class_embedding(labels)[:, None] + positions[:copies]
+    hidden, cache = self.transformer.extend(condition, layer_params, empty)
 
-    def by_stream(parameters):  # [S·B, ...]
-      return jax.tree.map(lambda a: a.reshape(*streams, *a.shape[1:]), parameters)
+    def split_streams(mixtures: PyTree) -> PyTree:  # [S·B, ...] -> [S, B, ...]
+      return jax.tree.map(lambda a: a.reshape(num_streams, batch, *a.shape[1:]), mixtures)
 
-    def next_token(carry, i):
+    def next_token(carry: Any, i: Array) -> tuple[Any, Array]:
       hidden, cache = carry
-      token = draws.token(by_stream(self.informative_head(hidden)), i)
-      embedded = jnp.tile(self.in_proj(token), (streams[0], 1)) + positions[m + i]
-      hidden, cache = self.transformer.extend(embedded[:, None], layers, cache, m + i)
+      token = draws.token(split_streams(self.informative_head(hidden)), i)
+      embedded = jnp.tile(self.in_proj(token), (num_streams, 1)) + positions[copies + i]
+      hidden, cache = self.transformer.extend(embedded[:, None], layer_params, cache, copies + i)
       return (hidden[:, 0], cache), token
 
-    hidden, informative = transformer.scan_tokens(
-      next_token, hidden[:, -1], cache, jnp.arange(self.tokens)
+    hidden, informative = attention.scan_with_cache(
+      next_token, hidden[:, -1], cache, jnp.arange(self.num_tokens)
     )
     informative = informative.swapaxes(0, 1)
     if self._has_redundant_mixture:
-      redundant = draws.shared(by_stream(self.redundant_head(hidden)), self.tokens)
+      redundant = draws.shared(split_streams(self.redundant_head(hidden)), self.num_tokens)
     else:
-      redundant = draws.normal(self.tokens, self.channels - self.informative_channels)
+      redundant = draws.normal(self.num_tokens, self.channels - self.informative_channels)
     return jnp.concatenate([informative, redundant.astype(informative.dtype)], axis=-1)
 
 
 class NormalPrior(nn.Module):
-  """Independent standard normals in place of the autoregressive prior: with it the flow is
-  TARFlow."""
+  """Independent standard normals. A flow with this prior is a TARFlow (arXiv 2412.06329)."""
 
-  tokens: int
+  num_tokens: int
   channels: int
   dtype: jnp.dtype
 
-  def __call__(self, z, labels):  # [B, N, d], int [B]
-    """Log-densities as `Prior.__call__` gives them; every channel counts as informative."""
+  def __call__(self, z: Tokens, labels: Labels) -> tuple[PerToken, PerImage]:
+    """Returns log-densities like `Prior.__call__`. All channels are informative."""
     del labels
     log_prob = mixture.standard_normal_log_prob(z)
     return log_prob, jnp.zeros_like(log_prob[:, 0])
 
-  def sample(self, labels, draws):  # int [S, B]
-    """Draws z [B, N, d]."""
+  def sample(self, labels: Int[Array, 'S B'], draws: Draws) -> Tokens:
+    """Draws latents."""
     del labels
-    z = draws.normal(self.tokens, self.channels)
-    return z.astype(transformer.param_dtype(self.dtype))
+    z = draws.normal(self.num_tokens, self.channels)
+    return z.astype(layers.param_dtype(self.dtype))

@@ -1,31 +1,34 @@
-"""The elementwise affine step that every flow block applies, and its exact inverse."""
+"""The elementwise affine map of a flow block, and its exact inverse."""
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from farmer_jax.ops.arrays import PerImage, Tokens
+
+Vectors = Float[Array, '*lead d']
 
 
-def affine_forward(x, shift, log_scale):  # each [B, N, d]
-  """Normalises tokens: z = (x - shift) / exp(log_scale).
-
-  Returns:
-    z [B, N, d] and log|det dz/dx| [B], in nats.
-  """
+def affine_forward(x: Tokens, shift: Tokens, log_scale: Tokens) -> tuple[Tokens, PerImage]:
+  """Returns z = (x - shift) / exp(log_scale), and log|det dz/dx| in nats."""
   z = (x - shift) * jnp.exp(-log_scale)
   return z, -log_scale.sum((-2, -1))
 
 
-def affine_inverse(z, shift, log_scale):  # each [..., d]
-  """Undoes `affine_forward`: x = z · exp(log_scale) + shift."""
+def affine_inverse(z: Vectors, shift: Vectors, log_scale: Vectors) -> Vectors:
+  """Returns x = z · exp(log_scale) + shift, the inverse of `affine_forward`."""
   return z * jnp.exp(log_scale) + shift
 
 
-def bounded(log_scale, most):
-  """`log_scale` where it is negative; what is above 0 approaches `most` (0: no bound).
+def bound_log_scale(log_scale: Float[Array, '*shape'], upper: float) -> Float[Array, '*shape']:
+  """Applies a smooth upper bound. An `upper` of 0 means no bound.
 
-  Of the two directions only the inverse multiplies by exp(log_scale), T blocks in a row: with a
-  bound of b a latent grows by no more than e^(T b) and cannot overflow while T b stays below 80 or
-  so. Narrow densities, whose log-scales are negative, stay free. Twice continuously differentiable,
-  and 0 stays 0.
+  Negative values stay unchanged. Positive values approach `upper`. The function is twice
+  continuously differentiable and maps 0 to 0.
+
+  Only the inverse multiplies by exp(log_scale), in T blocks in sequence. With the bound b, a
+  latent grows at most by e^(T b), which does not overflow float32 while T b is below about 80.
+  Negative log-scales mean narrow densities and need no bound.
   """
-  if not most:
+  if not upper:
     return log_scale
-  return jnp.where(log_scale > 0, most * jnp.tanh(log_scale / most), log_scale)
+  return jnp.where(log_scale > 0, upper * jnp.tanh(log_scale / upper), log_scale)

@@ -1,17 +1,21 @@
 """Units of likelihood."""
 
 import math
+from typing import TypeVar
 
-# Under uniform dequantisation one grey level is 2/256 wide on the scale [-1, 1]: a density there is
-# 128 times a density per grey level.
+import numpy as np
+from jaxtyping import Array
+
+# Under uniform dequantization, a gray level has a width of 2/256 in [-1, 1]. A density per unit
+# length is therefore 128 = 2^7 times the density per gray level.
 LOG2_LEVELS_PER_UNIT = 7.0
 
+Nats = TypeVar('Nats', float, Array, np.ndarray)
 
-def bits_per_dim(nats_per_dim):
-  """Bits per dimension of the discrete image, from nats/dim of uniformly dequantised data in [-1,
-  1].
 
-  Only meaningful for uniform dequantisation: the density of Gaussian-noised data is not a code
-  length.
+def bits_per_dim(nats_per_dim: Nats) -> Nats:
+  """Converts nats/dim of uniformly dequantized images in [-1, 1] to bits/dim of discrete images.
+
+  The result bounds a code length only under uniform dequantization, not under Gaussian noise.
   """
   return nats_per_dim / math.log(2) + LOG2_LEVELS_PER_UNIT

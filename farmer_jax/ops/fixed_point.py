@@ -1,51 +1,59 @@
-"""Solving x = f(x) for a batch, where f is strictly triangular."""
+"""Jacobi iteration for strictly triangular systems x = f(x).
 
-from typing import Any
+Axis letters: B batch, n tokens, d channels of a token.
+"""
+
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from farmer_jax.ops.arrays import PerImage
 
 
 @flax.struct.dataclass
 class Solution:
-  """What `solve` found."""
+  """State and result of the iteration."""
 
-  x: jax.Array  # [B, n, d]
-  aux: Any  # what `update` carries along
-  residual: jax.Array  # [B], the largest change of the last round, relative to 1 + |x|; 0: exact
-  rounds: jax.Array  # int [B], rounds that changed the example
+  x: Float[Array, 'B n d']
+  aux: PyTree  # second output of `update`
+  residual: PerImage  # largest change in the last round, relative to 1 + |x|; 0: exact
+  rounds: Int[Array, 'B']  # rounds that updated the example
 
 
-def solve(update, x, aux, tolerance, rounds=None):  # x [B, n, d]
-  """Jacobi iteration: x, aux ← update(x, aux), all n tokens at once, until nothing changes.
+def solve(
+  update: Callable[[Array, PyTree], tuple[Array, PyTree]],
+  x: Float[Array, 'B n d'],
+  aux: PyTree,
+  tolerance: float,
+  max_rounds: int | None = None,
+) -> Solution:
+  """Iterates x, aux = update(x, aux) until x changes by no more than the tolerance.
 
-  Token i of the new x must depend on tokens of x before i alone. Then round k makes token k exact,
-  and n rounds everything; usually far fewer leave changes within `tolerance`. An example that has
-  converged stays as it is: its result does not depend on the rest of the batch.
+  Token i of the new x may depend only on the tokens of x before i. Token k is then exact after
+  round k, and all n tokens are exact after n rounds. Usually, far fewer rounds suffice. An example
+  that has converged no longer changes, so its result does not depend on the other examples.
 
-  Args:
-    update: x, aux -> x, aux.
-    x: starting point.
-    aux: arrays that rounds may leave results in; they must not matter for x.
-    tolerance: largest change of an entry, relative to 1 + |x|, that counts as none.
-    rounds: most rounds; None: as many as it takes.
+  `update` may write to the arrays `aux`, but the new x must not depend on their values. The
+  tolerance limits the change of each entry relative to 1 + |x|. By default, `max_rounds` is n.
   """
   batch, n = x.shape[:2]
-  most = n if rounds is None else min(n, rounds)
-  if n == 1:  # exact at once
+  limit = n if max_rounds is None else min(n, max_rounds)
+  if n == 1:  # exact after one round
     x, aux = update(x, aux)
     return Solution(x, aux, jnp.zeros(batch, x.dtype), jnp.ones(batch, jnp.int32))
 
-  def active(solution):
-    # What is not finite will not become so.
+  def active(solution: Solution) -> Bool[Array, 'B']:
+    # Values that are not finite cannot become finite.
     return (solution.residual > tolerance) & jnp.isfinite(solution.x).all((1, 2))
 
-  def go_on(carry):
+  def should_continue(carry: tuple[Solution, Array]) -> Bool[Array, '']:
     solution, count = carry
-    return (count < most) & ((count == 0) | active(solution).any())
+    return (count < limit) & ((count == 0) | active(solution).any())
 
-  def iterate(carry):
+  def iterate(carry: tuple[Solution, Array]) -> tuple[Solution, Array]:
     old, count = carry
     changing = (count == 0) | active(old)
     new, aux = update(old.x, old.aux)
@@ -59,7 +67,7 @@ def solve(update, x, aux, tolerance, rounds=None):  # x [B, n, d]
     return solution, count + 1
 
   start = Solution(x, aux, jnp.full(batch, jnp.inf, x.dtype), jnp.zeros(batch, jnp.int32))
-  found = jax.lax.while_loop(go_on, iterate, (start, 0))[0]
-  # After n rounds the result is exact, whatever the last one changed.
-  residual = jnp.where(found.rounds < n, found.residual, 0)
-  return Solution(found.x, found.aux, residual, found.rounds)
+  solution = jax.lax.while_loop(should_continue, iterate, (start, jnp.int32(0)))[0]
+  # After n rounds the result is exact, even if the last round changed it.
+  residual = jnp.where(solution.rounds < n, solution.residual, 0)
+  return Solution(solution.x, solution.aux, residual, solution.rounds)

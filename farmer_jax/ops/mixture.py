@@ -1,8 +1,7 @@
 """Diagonal Gaussian mixtures: densities and samples.
 
-A mixture over d channels is three arrays whose leading axes ([B, N] for one mixture a token, [B]
-for one an image) are shared. All arithmetic happens in the dtype of those arrays, which the heads
-make at least float32.
+The arithmetic uses the dtype of the mixture, which is float32 or float64.
+`lead` are any leading axes: [B, N] for one mixture per token, [B] for one mixture per image.
 """
 
 import math
@@ -10,36 +9,39 @@ import math
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from farmer_jax.ops import random
+from farmer_jax.ops.arrays import PerToken, Scalar, Tokens
 
 LOG_2PI = math.log(2 * math.pi)
 
 
 @flax.struct.dataclass
 class Mixture:
-  """A batch of diagonal Gaussian mixtures with K components over d channels."""
+  """A batch of diagonal Gaussian mixtures."""
 
-  logits: jax.Array  # [..., K], unnormalised log-weights
-  means: jax.Array  # [..., K, d]
-  log_scales: jax.Array  # [..., K, d], logarithms of standard deviations
+  logits: Float[Array, '*lead K']  # unnormalized log-weights
+  means: Float[Array, '*lead K d']
+  log_scales: Float[Array, '*lead K d']  # logarithms of standard deviations
 
 
-def log_prob(mixture, z):  # z [..., d]
-  """Log-density of `z` under a mixture of its own; nats, [...]."""
+def log_prob(mixture: Mixture, z: Float[Array, '*lead d']) -> Float[Array, '*lead']:
+  """Returns the log-density of each point under its own mixture, in nats."""
   components = _normal_log_prob(z[..., None, :], mixture.means, mixture.log_scales)  # [..., K]
   return jax.nn.logsumexp(jax.nn.log_softmax(mixture.logits) + components, axis=-1)
 
 
-def shared_log_prob(mixture, z):  # mixture [B, K, d], z [B, N, d]
-  """Log-density of N tokens under the one mixture of their image; nats, [B, N].
+def shared_log_prob(mixture: Mixture, z: Tokens) -> PerToken:
+  """Returns the log-density of N tokens under one mixture [B, K, d] per image, in nats.
 
-  The direct form would need [B, N, K, d] numbers. Expanding (z - mean)² / scale² turns it into two
-  matrix products, whose terms cancel: in float32 the log-density of a component that lies `spread`
-  away from the centre errs by about 2e-7 · (spread / scale)² nats a channel. That of each token's
-  likeliest component is therefore computed anew, directly, at the cost of [B, N, d] numbers. The
-  errors of the others matter only to tokens that several components explain about equally well, and
-  for those the centre is chosen near the narrow components.
+  The direct form needs arrays [B, N, K, d]. Expanding (z - mean)² / scale² gives two matrix
+  products instead, but their terms cancel. In float32, the log-density of a component at distance D
+  from the center has an error of about 2e-7 · (D / scale)² nats per channel. For the most likely
+  component of each token, the log-density is therefore recomputed in the direct form, which needs
+  [B, N, d] numbers. The errors of the other components matter only for tokens that several
+  components explain about equally well. The center is chosen close to the narrow components, whose
+  errors are the largest.
   """
   log_weights = jax.nn.log_softmax(mixture.logits)[:, None]  # [B, 1, K]
   components = log_weights + _expanded_log_probs(mixture, z)  # [B, N, K]
@@ -49,19 +51,19 @@ def shared_log_prob(mixture, z):  # mixture [B, K, d], z [B, N, d]
   )  # [B, N, d]
   exact = jnp.take_along_axis(log_weights, likeliest, axis=-1)[..., 0]
   exact += _normal_log_prob(z, means, log_scales)
-  picked = likeliest == jnp.arange(components.shape[-1])
-  return jax.nn.logsumexp(jnp.where(picked, exact[..., None], components), axis=-1)
+  is_likeliest = likeliest == jnp.arange(components.shape[-1])
+  return jax.nn.logsumexp(jnp.where(is_likeliest, exact[..., None], components), axis=-1)
 
 
-def _expanded_log_probs(mixture, z):  # mixture [B, K, d], z [B, N, d]
-  """Log-densities of tokens under each component, [B, N, K], by matrix products.
+def _expanded_log_probs(mixture: Mixture, z: Tokens) -> Float[Array, 'B N K']:
+  """Computes log-densities of tokens under each component, by matrix products.
 
-  Tokens and means are first centred, channel by channel, on the mean of the means weighted by
-  their precisions: the sum over components of the squares that cancel is then the least.
+  In each channel, tokens and means are first centered on the average of the means, weighted by
+  precision. This center minimizes the sum over components of the squares that cancel.
   """
   weights = jax.nn.softmax(-2 * mixture.log_scales, axis=-2)
-  centre = jax.lax.stop_gradient((weights * mixture.means).sum(-2, keepdims=True))  # [B, 1, d]
-  z, means = z - centre, mixture.means - centre
+  center = jax.lax.stop_gradient((weights * mixture.means).sum(-2, keepdims=True))  # [B, 1, d]
+  z, means = z - center, mixture.means - center
   precision = jnp.exp(-2 * mixture.log_scales)  # [B, K, d]
   highest = jax.lax.Precision.HIGHEST
   quadratic = jnp.einsum('bnd,bkd->bnk', z**2, precision, precision=highest)
@@ -70,33 +72,39 @@ def _expanded_log_probs(mixture, z):  # mixture [B, K, d], z [B, N, d]
   return cross - 0.5 * quadratic - constant[:, None]
 
 
-def sharpened(mixture, logits, scales):
-  """The mixture with its logits and its components' standard deviations multiplied; 0 scales make
-  points of the components, from which one may only sample."""
-  return Mixture(mixture.logits * logits, mixture.means, mixture.log_scales + jnp.log(scales))
+def sharpen(mixture: Mixture, logit_factor: float, scale_factor: Scalar) -> Mixture:
+  """Multiplies the logits and the standard deviations by factors.
+
+  With a `scale_factor` of 0, the components are points. The result has samples but no density.
+  """
+  return Mixture(
+    mixture.logits * logit_factor, mixture.means, mixture.log_scales + jnp.log(scale_factor)
+  )
 
 
-def sample(key, mixture, shape=()):
-  """Draws from each mixture; returns [..., *shape, d] for a mixture with leading axes [...]."""
+def sample(
+  key: PRNGKeyArray, mixture: Mixture, shape: tuple[int, ...] = ()
+) -> Float[Array, '... d']:
+  """Draws points [*lead, *shape, d], with `shape` points from each mixture."""
   key_component, key_noise = jax.random.split(key)
   lead, d = mixture.logits.shape[:-1], mixture.means.shape[-1]
   draws = math.prod(shape)
-  component = random.categorical(key_component, mixture.logits, (draws,))  # [..., draws]
+  component = random.categorical(key_component, mixture.logits, (draws,))  # [*lead, draws]
 
-  def pick(parameters):
-    return jnp.take_along_axis(parameters, component[..., None], axis=-2)
+  def select(a: Float[Array, '*lead K d']) -> Float[Array, '*lead draws d']:
+    return jnp.take_along_axis(a, component[..., None], axis=-2)
 
   noise = jax.random.normal(key_noise, (*lead, draws, d), mixture.means.dtype)
-  z = pick(mixture.means) + jnp.exp(pick(mixture.log_scales)) * noise
+  z = select(mixture.means) + jnp.exp(select(mixture.log_scales)) * noise
   return z.reshape(*lead, *shape, d)
 
 
-def standard_normal_log_prob(z):
-  """Log-density under independent standard normals; nats, summed over the last axis."""
+def standard_normal_log_prob(z: Float[Array, '*lead d']) -> Float[Array, '*lead']:
+  """Returns log-densities under standard normals in nats, summed over the last axis."""
   return -0.5 * (z**2 + LOG_2PI).sum(-1)
 
 
-def _normal_log_prob(z, mean, log_scale):  # [..., d] each, which broadcast
-  """Log-density under independent normals; nats, summed over the last axis."""
+def _normal_log_prob(z: Array, mean: Array, log_scale: Array) -> Array:
+  """Returns log-densities under normals in nats, summed over the last axis. Inputs broadcast."""
   scaled = (z - mean) * jnp.exp(-log_scale)
   return -(0.5 * scaled**2 + log_scale).sum(-1) - 0.5 * z.shape[-1] * LOG_2PI

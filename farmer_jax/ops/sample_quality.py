@@ -1,35 +1,95 @@
-"""How close two sets of images are, and how varied one is, from their features and logits.
+"""Distances between two sets of images and diversity of one set, from features and logits.
 
-With their defaults these are torch-fidelity's KID, Inception Score, precision and recall, to the
-same random subsets.
+With default arguments, the functions compute the KID, Inception Score, precision and recall of
+torch-fidelity, with the same random subsets. Axes: n and m images, D features.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
-# Points beside the neighbours whose distances are computed to choose the neighbours among them.
-_SPARE = 12
+# For each image, exact distances to `neighbors` + 1 + _EXTRA_CANDIDATES points are computed.
+_EXTRA_CANDIDATES = 12
+
+Features = Float[np.ndarray, 'n D']
+Matrix = Float[np.ndarray, 'D D']
+Set = Float[Array, 'n D']
+Points = Float[Array, 'm D']
+Point = Float[Array, 'D']
 
 
-def kernel_distance(features_a, features_b, subsets=100, subset_size=1000, seed=2020):
-  """Kernel (Inception) distance: unbiased squared MMD with the kernel (x·y / D + 1)³, float64
-  (arXiv 1801.01401).
+@dataclasses.dataclass(frozen=True)
+class Moments:
+  """Moments of the features of `count` images.
 
-  Args:
-    features_a: [n, D].
-    features_b: [m, D].
-    subsets: how many pairs of random subsets are compared.
-    subset_size: images in each of them; at most n and m.
-    seed: of the subsets.
+  `scatter` is the sum of outer products of the deviations from the mean.
+  """
 
-  Returns:
-    Mean and standard deviation over the pairs of subsets. The mean may be just below 0.
+  count: int
+  mean: Float[np.ndarray, 'D']
+  scatter: Matrix
+
+  @classmethod
+  def of(cls, features: Features) -> 'Moments':
+    features = np.asarray(features, np.float64)
+    mean = features.mean(0)
+    return cls(len(features), mean, (features - mean).T @ (features - mean))
+
+  def __add__(self, other: 'Moments') -> 'Moments':
+    """Returns the moments of the union of two sets.
+
+    Each set uses deviations from its mean (Chan, Golub and LeVeque 1979). Sums of raw squares would
+    lose precision by cancellation.
+    """
+    count = self.count + other.count
+    difference = other.mean - self.mean
+    mean = self.mean + difference * (other.count / count)
+    between = np.outer(difference, difference) * (self.count * other.count / count)
+    return Moments(count, mean, self.scatter + other.scatter + between)
+
+  @property
+  def covariance(self) -> Matrix:
+    """The unbiased covariance."""
+    return self.scatter / (self.count - 1)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+  """Returns the squared Fréchet (2-Wasserstein) distance of two Gaussians (arXiv 1706.08500).
+
+  |m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The trace of the square root is the sum of the
+  singular values of C_a^(1/2) C_b^(1/2). This form takes square roots of symmetric matrices only,
+  and it accepts singular covariances.
+  """
+  roots = _square_root(a.covariance) @ _square_root(b.covariance)
+  trace_of_root = np.linalg.svd(roots, compute_uv=False).sum()
+  difference, traces = a.mean - b.mean, np.trace(a.covariance) + np.trace(b.covariance)
+  return float(difference @ difference + traces - 2 * trace_of_root)
+
+
+def _square_root(covariance: Matrix) -> Matrix:
+  values, vectors = np.linalg.eigh(covariance)
+  return vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T
+
+
+def kernel_distance(
+  features_a: Features,
+  features_b: Float[np.ndarray, 'm D'],
+  subsets: int = 100,
+  subset_size: int = 1000,
+  seed: int = 2020,
+) -> tuple[float, float]:
+  """Kernel Inception Distance: unbiased squared MMD with the kernel (x·y / D + 1)³.
+
+  See arXiv 1801.01401. Uses float64. Returns the mean and the standard deviation over pairs
+  of random subsets. The mean can be slightly negative.
 
   Raises:
-    ValueError: there are fewer features than `subset_size`.
+    ValueError: `subset_size` is less than 2 or larger than a set.
   """
   features = [np.asarray(f) for f in (features_a, features_b)]
   if not 2 <= subset_size <= min(map(len, features)):
@@ -42,28 +102,24 @@ def kernel_distance(features_a, features_b, subsets=100, subset_size=1000, seed=
   return float(np.mean(distances)), float(np.std(distances))
 
 
-def _squared_mmd(a, b):  # [n, D] each
+def _squared_mmd(a: Features, b: Features) -> float:
   n, d = a.shape
   a, b = a.astype(np.float64), b.astype(np.float64)
   within, across = ((x @ x.T / d + 1) ** 3 for x in (a, b)), (a @ b.T / d + 1) ** 3
   return sum(k.sum() - np.trace(k) for k in within) / (n * (n - 1)) - 2 * across.mean()
 
 
-def inception_score(logits, splits=10, seed=2020):
-  """exp of the mean KL divergence from images' class probabilities to their mean, float64
-  (arXiv 1606.03498).
+def inception_score(
+  logits: Float[np.ndarray, 'n classes'], splits: int = 10, seed: int | None = 2020
+) -> tuple[float, float]:
+  """Inception Score, in float64 (arXiv 1606.03498).
 
-  Args:
-    logits: [n, classes], of all images.
-    splits: parts that are scored on their own.
-    seed: of the order in which images are dealt to the splits; None leaves them in their own, as
-      ADM's evaluation does.
-
-  Returns:
-    Mean and standard deviation over the splits.
+  The score is exp of the mean KL divergence between the class probabilities of an image and their
+  mean over images. Returns the mean and the standard deviation over `splits` subsets. `seed`
+  shuffles the images before the split. A seed of None does not shuffle, like ADM's evaluation.
 
   Raises:
-    ValueError: there are fewer images than splits.
+    ValueError: `splits` is less than 1 or larger than the number of images.
   """
   logits, n = np.asarray(logits, np.float64), len(logits)
   if not 1 <= splits <= n:
@@ -79,105 +135,121 @@ def inception_score(logits, splits=10, seed=2020):
   return float(np.mean(scores)), float(np.std(scores))
 
 
-def _log_sum_exp(x, axis):
+def _log_sum_exp(x: np.ndarray, axis: int) -> np.ndarray:
   shift = x.max(axis, keepdims=True)
   return shift + np.log(np.exp(x - shift).sum(axis, keepdims=True))
 
 
-def precision_recall(real, generated, neighbours=3, chunk=1000):
+def precision_recall(
+  real: Float[Array | np.ndarray, 'n D'],
+  generated: Float[Array | np.ndarray, 'm D'],
+  neighbors: int = 3,
+  chunk_size: int = 1000,
+) -> tuple[float, float]:
   """Improved precision and recall (arXiv 1904.06991).
 
-  Each image of a set has a ball around it that reaches to its k-th nearest neighbour in the set.
-  Precision is the share of generated images in a ball of a real one, recall that of real images in
-  a ball of a generated one. The surface belongs to a ball. Distances are those of float32 numbers
-  subtracted one by one, so that equal images are at a distance of 0.
-
-  Args:
-    real: features, [n, D].
-    generated: features, [m, D].
-    neighbours: k.
-    chunk: images whose distances to all others are in memory at a time.
-
-  Returns:
-    Precision and recall.
+  Each image of a set is the center of a ball that extends to its nearest neighbor of rank
+  `neighbors` in the set. Precision is the fraction of generated images inside a ball of a real
+  image. Recall is the fraction of real images inside a ball of a generated image. A ball includes
+  its surface. Distances are sums of squared float32 differences, so equal images have distance 0.
+  The distances of `chunk_size` images to all other images are in memory at a time.
 
   Raises:
-    ValueError: a set has no more than `neighbours` images.
+    ValueError: `neighbors` is less than 1, or a set has at most `neighbors` images.
   """
-  real, generated = (jnp.asarray(f, jnp.float32) for f in (real, generated))
-  if not 1 <= neighbours < min(len(real), len(generated)):
-    raise ValueError(f'{neighbours} neighbours in sets of {len(real)} and {len(generated)}')
-  inside = [_in_balls(*sets, neighbours, chunk) for sets in ((generated, real), (real, generated))]
-  return float(inside[0].mean()), float(inside[1].mean())
+  real, generated = jnp.asarray(real, jnp.float32), jnp.asarray(generated, jnp.float32)
+  if not 1 <= neighbors < min(len(real), len(generated)):
+    raise ValueError(f'{neighbors} neighbors in sets of {len(real)} and {len(generated)}')
+  precision = _in_balls(generated, real, neighbors, chunk_size).mean()
+  recall = _in_balls(real, generated, neighbors, chunk_size).mean()
+  return float(precision), float(recall)
 
 
-def _in_balls(x, points, neighbours, chunk):
-  """Whether each x, [n, D], is in a ball of the points, [m, D]; NumPy, bool [n]."""
-  # Far from zero, products of features would leave nothing of the distances.
-  centre, candidates = points.mean(0), min(len(points), neighbours + 1 + _SPARE)
-  radii = _settled(
-    functools.partial(_likely_radii, candidates=candidates, neighbours=neighbours),
-    functools.partial(_sure_radius, neighbours=neighbours),
-    *(points, chunk, points, centre),
+# Exact distances of all pairs would take too long. A matrix product gives a lower bound of each
+# distance. The points with the lowest bounds are candidates, whose exact distances are computed. If
+# the bounds do not prove the result, the exact distances to all points are computed.
+
+
+def _in_balls(x: Set, points: Points, neighbors: int, chunk_size: int) -> Bool[np.ndarray, 'n']:
+  """Returns whether each x is inside a ball around one of the points."""
+  # Without centering, the rounding errors of products would be larger than the distances.
+  center, candidates = points.mean(0), min(len(points), neighbors + 1 + _EXTRA_CANDIDATES)
+  radii = _map_in_chunks(
+    functools.partial(_radii_of_candidates, candidates=candidates, neighbors=neighbors),
+    functools.partial(_exact_radius, neighbors=neighbors),
+    *(points, chunk_size, points, center),
   )
-  likely = functools.partial(_likely_inside, candidates=candidates)
-  return _settled(likely, _surely_inside, x, chunk, points, centre, jnp.asarray(radii))
+  inside_of_candidates = functools.partial(_inside_of_candidates, candidates=candidates)
+  arguments = x, chunk_size, points, center, jnp.asarray(radii)
+  return _map_in_chunks(inside_of_candidates, _exact_inside, *arguments)
 
 
-def _settled(likely, sure, x, chunk, points, centre, *radii):
-  """What `likely` says of each x, a chunk at a time, and `sure` of those that it leaves open."""
-  chunk = min(chunk, len(x))
+def _map_in_chunks(
+  fast: Callable[..., tuple[Array, Array]],
+  exact: Callable[..., Array],
+  x: Set,
+  chunk_size: int,
+  points: Points,
+  center: Point,
+  *radii: Float[Array, 'm'],
+) -> np.ndarray:
+  """Applies `fast` to chunks of x, and `exact` to each x whose fast result is not proven."""
+  chunk_size = min(chunk_size, len(x))
   results = []
-  for start in range(0, len(x), chunk):
-    # All chunks have one size, or each would be compiled for: the last begins among known results.
-    first = min(start, len(x) - chunk)
-    part, settled = map(np.array, likely(x[first : first + chunk], points, centre, *radii))
-    for index in np.flatnonzero(~settled):
-      part[index] = sure(x[first + index], points, *radii)
+  for start in range(0, len(x), chunk_size):
+    # All chunks have the same size, so that the functions compile once. The last chunk may overlap
+    # the previous chunk.
+    first = min(start, len(x) - chunk_size)
+    part, proven = map(np.array, fast(x[first : first + chunk_size], points, center, *radii))
+    for index in np.flatnonzero(~proven):
+      part[index] = exact(x[first + index], points, *radii)
     results.append(part[start - first :])
   return np.concatenate(results)
 
 
-@functools.partial(jax.jit, static_argnames=('candidates', 'neighbours'))
-def _likely_radii(x, points, centre, candidates, neighbours):
-  """Squared radii of the balls around x, [n], and whether they are exact, [n].
+@functools.partial(jax.jit, static_argnames=('candidates', 'neighbors'))
+def _radii_of_candidates(
+  x: Set, points: Points, center: Point, candidates: int, neighbors: int
+) -> tuple[Float[Array, 'n'], Bool[Array, 'n']]:
+  """Returns the squared radii of the balls around x, and whether each radius is proven.
 
-  The candidates that may be nearest are found by one matrix product; only theirs are distances. A
-  radius is exact if no other point can be as near.
+  A radius is proven if the lower bounds of all points that are not candidates are larger.
   """
-  bounds, indices = jax.lax.top_k(-_lower_bounds(x, points, centre), candidates)
+  bounds, indices = jax.lax.top_k(-_lower_bounds(x, points, center), candidates)
   distances = _squared_distances(x[:, None], points[indices])
-  radii = jnp.sort(distances, -1)[:, neighbours]  # The nearest point is x itself.
-  # The last of the bounds is their minimum; a slice would make XLA's CPU backend sort all points.
+  radii = jnp.sort(distances, -1)[:, neighbors]  # The nearest point is x itself.
+  # The minimum is the last entry. A slice would make XLA's CPU backend sort all points.
   return radii, (-bounds.min(-1) > radii) | (candidates == len(points))
 
 
-@functools.partial(jax.jit, static_argnames='neighbours')
-def _sure_radius(x, points, neighbours):
-  return -jax.lax.top_k(-_squared_distances(x, points), neighbours + 1)[0][-1]
+@functools.partial(jax.jit, static_argnames='neighbors')
+def _exact_radius(x: Point, points: Points, neighbors: int) -> Float[Array, '']:
+  return -jax.lax.top_k(-_squared_distances(x, points), neighbors + 1)[0][-1]
 
 
 @functools.partial(jax.jit, static_argnames='candidates')
-def _likely_inside(x, points, centre, radii, candidates):
-  """Whether each x is in a ball, [n], and whether that is sure, [n]; as `_likely_radii`."""
-  depths, indices = jax.lax.top_k(radii - _lower_bounds(x, points, centre), candidates)
+def _inside_of_candidates(
+  x: Set, points: Points, center: Point, radii: Float[Array, 'm'], candidates: int
+) -> tuple[Bool[Array, 'n'], Bool[Array, 'n']]:
+  """Returns whether each x is inside a ball, and whether this result is proven."""
+  depths, indices = jax.lax.top_k(radii - _lower_bounds(x, points, center), candidates)
   distances = _squared_distances(x[:, None], points[indices])
   inside = (distances <= radii[indices]).any(-1)
   return inside, inside | (depths.min(-1) < 0) | (candidates == len(points))
 
 
 @jax.jit
-def _surely_inside(x, points, radii):
+def _exact_inside(x: Point, points: Points, radii: Float[Array, 'm']) -> Bool[Array, '']:
   return (_squared_distances(x, points) <= radii).any()
 
 
-def _squared_distances(x, y):
+def _squared_distances(x: Float[Array, '... D'], y: Float[Array, '... D']) -> Float[Array, '...']:
   return ((x - y) ** 2).sum(-1)
 
 
-def _lower_bounds(x, points, centre):
-  """Squared distances, [n, m], less what rounding can have added to them."""
-  x, points = x - centre, points - centre
+def _lower_bounds(x: Set, points: Points, center: Point) -> Float[Array, 'n m']:
+  """Returns squared distances minus the largest possible rounding error."""
+  x, points = x - center, points - center
   rounding = (x.shape[-1] + 8) * jnp.finfo(jnp.float32).eps
   squares = (x**2).sum(-1)[:, None] + (points**2).sum(-1)
   return squares * (1 - rounding) - 2 * jnp.matmul(x, points.T, precision=jax.lax.Precision.HIGHEST)

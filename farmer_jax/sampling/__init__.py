@@ -1,27 +1,12 @@
 """Drawing images from a trained model."""
 
+from farmer_jax.sampling.inverse import cached_plan, compare_student, plan_inverse
+from farmer_jax.sampling.labels import class_index, grid_labels, label_name, parse_labels
 from farmer_jax.sampling.sampler import (
-  Draws,
+  GuidedDraws,
   Sampler,
   Samples,
-  compare_student,
   draw_latents,
   draw_values,
-  grid_labels,
-  guidance_scales,
   in_sampling_dtype,
-  plan_inverse,
 )
-
-__all__ = [
-  'Draws',
-  'Sampler',
-  'Samples',
-  'compare_student',
-  'draw_latents',
-  'draw_values',
-  'grid_labels',
-  'guidance_scales',
-  'in_sampling_dtype',
-  'plan_inverse',
-]

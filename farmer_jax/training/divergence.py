@@ -1,139 +1,141 @@
-"""Training that goes astray: when to go back, when to give up, and what to say about it."""
+"""Detects training that diverges, and describes what went wrong."""
 
 import json
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
+from etils import epath
 
-from farmer_jax import terminal
-from farmer_jax.errors import ConfigError
+from farmer_jax import config
+from farmer_jax.errors import DivergenceError
 from farmer_jax.workdir import layout
 
-# A log-det is out of the ordinary that is so many times the usual deviation away from the median of
-# the last so many values, and by at least so many nats/dim.
-_DEVIATIONS, _REMEMBERED, _LEAST = 20, 50, 0.5
+# A log-determinant is unusual if it differs from the median of the last 50 values by more than 20
+# median absolute deviations and by more than 0.5 nats/dim.
+_DEVIATIONS, _WINDOW, _MINIMUM = 20, 50, 0.5
 _LOG_DET = 'log_det_block_'
 
+Diagnose = Callable[[Any, Any, int], tuple[str, dict[str, Any]]]
 
-class Watch:
-  """Counts updates left out in a row, and returns to checkpoints because of them.
 
-  Args:
-    settings: `config.Train`.
-    workdir: the run's `epath.Path`.
-    diagnose: diagnose(params, batch, step) -> (a sentence without its full stop, a dict that can be
-      written as JSON), or None.
+class DivergenceMonitor:
+  """Watches skipped updates and log-determinants.
+
+  diagnose(params, batch, step) describes the batch of the step at which divergence was detected. It
+  returns a sentence without a full stop and a dict for JSON.
   """
 
-  def __init__(self, settings, workdir, diagnose=None):
-    self._settings = settings
-    self._workdir = workdir
-    self._diagnose = diagnose
-    self._previous = None  # of the step before, whose computation is over
-    self._returns = 0
+  def __init__(self, train: config.Train, workdir: epath.Path, diagnose: Diagnose | None = None):
+    self._train, self._workdir, self._diagnose = train, workdir, diagnose
+    self._previous: jax.Array | None = None  # consecutive skips after the previous step
+    self._rollbacks = 0
     self._log_dets: dict[str, list[float]] = {}
 
-  def must_go_back(self, values):
-    """Whether too many updates in a row were left out, up to the step before the one that has these
-    metrics: waiting for this one would leave the devices idle."""
-    previous, self._previous = self._previous, values['skipped_in_a_row']
-    return previous is not None and int(previous) >= self._settings.max_skipped
+  def has_diverged(self, metrics: dict[str, jax.Array]) -> bool:
+    """Returns whether too many consecutive updates were skipped.
 
-  def report(self, step, params, batch):
-    """Says what is amiss before the run goes back, and writes it to WORKDIR/divergence/<step>.json.
+    Checks the metrics of the previous call. Waiting for `metrics`, which belong to the current
+    step, would leave the devices idle.
+    """
+    previous, self._previous = self._previous, metrics['consecutive_skips']
+    return previous is not None and int(previous) >= self._train.max_consecutive_skips
+
+  def report(self, step: int, params: Any, batch: Any) -> None:
+    """Logs why a run diverged and writes WORKDIR/divergence/<step>.json.
 
     Raises:
-      ConfigError: the run has gone back too often.
+      DivergenceError: the allowed number of rollbacks is used up.
     """
-    self._returns += 1
+    self._rollbacks += 1
     self._previous = None
-    found, details = '', {}
+    finding, details = '', dict[str, Any]()
     if self._diagnose:
-      found, details = self._diagnose(params, batch, step)
-    count, most = self._settings.max_skipped, self._settings.max_returns
-    what = f'step {step}: {count} updates in a row were unusable' + (f' ({found})' if found else '')
+      finding, details = self._diagnose(params, batch, step)
+    limit = self._train.max_rollbacks
+    what = f'step {step}: {self._train.max_consecutive_skips} consecutive updates were unusable'
+    what += f' ({finding})' if finding else ''
     if not jax.process_index():
       folder = self._workdir / 'divergence'
       folder.mkdir(parents=True, exist_ok=True)
-      record = {'step': step, 'found': found, 'returns': self._returns, **details}
+      record = {'step': step, 'finding': finding, 'rollbacks': self._rollbacks, **details}
       layout.write_atomically(folder / f'{step}.json', json.dumps(record, indent=2) + '\n')
-    if self._returns > most:
-      raise ConfigError(
-        f'training diverges: {what}, after going back {most} times; train into another --workdir,'
+    if self._rollbacks > limit:
+      raise DivergenceError(
+        f'training diverges: {what}, after {limit} rollbacks; start a new run in another --workdir,'
         ' with a smaller config.train.optimizer.learning_rate or a larger'
         ' config.train.optimizer.warmup_steps'
       )
-    terminal.say(f'{what}. Going back, {self._returns} of at most {most} times.')
+    logging.warning(f'{what}. Starting rollback {self._rollbacks} of at most {limit}.')
 
-  def look_at(self, step, values):
-    """Says which flow blocks have log-dets out of the ordinary: images then come out blurred."""
-    strange = []
-    for name, value in values.items():
+  def check_log_dets(self, step: int, metrics: dict[str, float]) -> None:
+    """Warns about flow blocks with unusual log-determinants, an early sign of blurred samples."""
+    unusual = []
+    for name, value in metrics.items():
       if not name.startswith(_LOG_DET):
         continue
-      value, known = float(value), self._log_dets.setdefault(name, [])
-      if len(known) == _REMEMBERED:
-        middle = statistics.median(known)
-        usual = statistics.median(abs(v - middle) for v in known)
-        if not abs(value - middle) <= max(_LEAST, _DEVIATIONS * usual):
-          strange.append(f'{name.removeprefix(_LOG_DET)} ({value:.3g}, before {middle:.3g})')
-          known.clear()  # Said once, and what comes is compared with what comes.
+      value, history = float(value), self._log_dets.setdefault(name, [])
+      if len(history) == _WINDOW:
+        median = statistics.median(history)
+        deviation = statistics.median(abs(v - median) for v in history)
+        if not abs(value - median) <= max(_MINIMUM, _DEVIATIONS * deviation):
+          unusual.append(f'{name.removeprefix(_LOG_DET)} ({value:.3g}, median {median:.3g})')
+          history.clear()  # Each change of level causes one warning.
         else:
-          known.pop(0)
+          history.pop(0)
       if np.isfinite(value):
-        known.append(value)
-    if strange:
-      terminal.say(
-        f'step {step}: log-dets out of the ordinary, nats/dim, in flow blocks {", ".join(strange)}'
+        history.append(value)
+    if unusual:
+      logging.warning(
+        f'step {step}: unusual log-determinants (nats/dim) in flow blocks {", ".join(unusual)}'
       )
 
 
-def summary(extremes):
-  """What `objectives.nll_extremes` found, on the host.
+def summarize(diagnostics: dict[str, np.ndarray]) -> tuple[str, dict[str, Any]]:
+  """Summarizes `losses.nll_diagnostics`, given as NumPy arrays.
 
   Returns:
-    The most telling parts as a sentence without its full stop; and everything as a dict that can be
-    written as JSON, numbers that are not finite as words.
+    A sentence without a full stop with the most important findings, and a dict for JSON with all
+    findings. In the dict, numbers that are not finite are strings.
   """
-  terms = {name: a for name, a in extremes.items() if a.ndim == 1 and not _is_range(name)}
-  blocks, words = extremes['log_det_blocks'], []
+  terms = {n: a for n, a in diagnostics.items() if a.ndim == 1 and not _is_range(n)}
+  block_means = diagnostics['log_det_blocks'].mean(1)
+  words = []
   for name, values in terms.items():
     bad = int((~np.isfinite(values)).sum())
     if bad and name != 'loss':
       words.append(f'{name} is not finite in {bad} of {len(values)} images')
-  if len(blocks):
-    means = blocks.mean(1)
-    worst = int(np.argmax(np.where(np.isfinite(means), abs(means), np.inf)))
-    words.append(f'largest log-det in flow block {worst}, {means[worst]:.3g} nats/dim')
-  if 'flow_log_scale' in extremes:
-    lowest, highest = extremes['flow_log_scale'].T
-    low, high = np.argmin(_finite(lowest, -np.inf)), np.argmax(_finite(highest, np.inf))
+  if len(block_means):
+    worst = int(np.argmax(np.where(np.isfinite(block_means), abs(block_means), np.inf)))
+    words.append(
+      f'largest log-determinant in flow block {worst}, {block_means[worst]:.3g} nats/dim'
+    )
+  if 'flow_log_scale' in diagnostics:
+    lowest, highest = diagnostics['flow_log_scale'].T
+    low = np.argmin(np.where(np.isfinite(lowest), lowest, -np.inf))
+    high = np.argmax(np.where(np.isfinite(highest), highest, np.inf))
     words.append(
       f'log σ from {lowest[low]:.3g} (block {low}) to {highest[high]:.3g} (block {high})'
     )
   for name in ('informative', 'redundant'):
-    if f'{name}_log_scale' in extremes:
-      low, high = np.exp(extremes[f'{name}_log_scale'].astype(np.float64))
+    if f'{name}_log_scale' in diagnostics:
+      low, high = np.exp(diagnostics[f'{name}_log_scale'].astype(np.float64))
       words.append(f'{name} mixture scales from {low:.3g} to {high:.3g}')
-  details = {name: [_number(a.min()), _number(a.max())] for name, a in terms.items()}
-  details['log_det_blocks'] = [_number(value) for value in blocks.mean(1)]
-  details |= {name: _numbers(a) for name, a in extremes.items() if _is_range(name)}
+  details: dict[str, Any] = {n: _for_json([a.min(), a.max()]) for n, a in terms.items()}
+  details['log_det_blocks'] = _for_json(block_means)
+  details |= {n: _for_json(a) for n, a in diagnostics.items() if _is_range(n)}
   return '; '.join(words), details
 
 
-def _is_range(name):
+def _is_range(name: str) -> bool:
   return name.endswith('_log_scale')
 
 
-def _finite(values, otherwise):
-  return np.where(np.isfinite(values), values, otherwise)
-
-
-def _numbers(values):
-  return [_numbers(row) for row in values] if np.ndim(values) else _number(values)
-
-
-def _number(value):
-  """JSON knows no infinities."""
-  return float(value) if np.isfinite(value) else str(value)
+def _for_json(values: Any) -> Any:
+  """Converts arrays to nested lists. Numbers that are not finite become strings."""
+  if np.ndim(values):
+    return [_for_json(value) for value in values]
+  return float(values) if np.isfinite(values) else str(values)

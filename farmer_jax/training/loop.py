@@ -1,213 +1,254 @@
-"""The training loop, shared by every job that trains."""
+"""The training loop, shared by all jobs that train."""
 
-import functools
+import dataclasses
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import optax
+from absl import logging
 from clu import parameter_overview
+from etils import epath
 
-from farmer_jax import terminal
-from farmer_jax.checkpoints import checkpointer
+from farmer_jax import config as config_lib
+from farmer_jax.checkpoints import Checkpointer
+from farmer_jax.data import pipeline
 from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.distributed import preemption
-from farmer_jax.training import divergence
+from farmer_jax.training import divergence, throughput
+from farmer_jax.training import hooks as hooks_lib
 from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
-from farmer_jax.training import throughput as meter_lib
-from farmer_jax.workdir import metrics
+from farmer_jax.workdir import metrics as metrics_lib
+
+
+@dataclasses.dataclass
+class _Run:
+  """Settings and objects that all steps of a training run share."""
+
+  steps: int
+  workdir: epath.Path
+  mesh: mesh_lib.Mesh
+  train_step: Callable[..., Any]
+  init: Callable[[], state_lib.TrainState]
+  iterator: pipeline.TrainIterator
+  initial_iterator_state: dict[str, Any]
+  frozen: tuple[state_lib.Params, ...]
+  checkpointer: Checkpointer
+  writer: metrics_lib.MetricWriter
+  rates: throughput.Throughput
+  monitor: divergence.DivergenceMonitor
+  profiler: hooks_lib.Profiler
+  hooks: Sequence[hooks_lib.Hook]
+  save: hooks_lib.Hook
 
 
 def train(
-  config,
-  workdir,
-  mesh,
+  config: config_lib.Config,
+  workdir: epath.Path,
+  mesh: mesh_lib.Mesh,
   *,
-  init_params,
-  loss_fn,
-  iterator,
-  validate,
-  draw,
-  constants=None,
-  diagnose=None,
-):
-  """Trains until `config.train.steps`, going on from the newest checkpoint in `workdir` if any.
+  init_params: Callable[..., state_lib.Params],
+  loss_fn: step_lib.LossFn,
+  iterator: pipeline.TrainIterator,
+  validation: hooks_lib.Validation,
+  hooks: Sequence[hooks_lib.Hook] = (),
+  frozen: tuple[state_lib.Params, ...] = (),
+  diagnose: divergence.Diagnose | None = None,
+) -> state_lib.TrainState:
+  """Trains until step `config.train.steps`. Resumes from the newest valid checkpoint, if any.
+
+  Returns the final state.
 
   Args:
-    config: the whole `config.Config`.
-    workdir: a prepared workdir.
-    mesh: a `mesh.Mesh`, over which everything is spread.
-    init_params: init_params(key, **constants) -> parameters, in boxes with the names of their axes.
-    loss_fn: as `step.make_train_step` wants it.
-    iterator: checkpointable iterator over this process's share of training batches.
-    validate: validate(params) -> dict of floats.
-    draw: draw(params, step) -> uint8 picture [H, W, 3], which it has also saved.
-    constants: arrays on the mesh that training leaves as they are and `loss_fn` takes by name, a
-      dict.
-    diagnose: diagnose(params, batch, step) -> what is amiss with a batch that gives no usable
-      gradient, as `divergence.Watch` takes it.
-
-  Returns:
-    The final `TrainState` and the last validation metrics.
+    config: the full configuration.
+    workdir: a claimed workdir.
+    mesh: the devices and the rules for sharding arrays over them.
+    init_params: init_params(key, *frozen) -> parameters, boxed with their logical axis names.
+    loss_fn: see `step.make_train_step`.
+    iterator: yields the shard of each training batch that this process reads.
+    validation: runs every `config.train.validate_every` steps. Checkpoints record its loss.
+    hooks: additional hooks, which run after validation and before a checkpoint is written.
+    frozen: parameters on the mesh that training does not change, such as teacher parameters.
+    diagnose: see `divergence.DivergenceMonitor`.
 
   Raises:
-    ConfigError: training diverges, again and again; or the last checkpoint cannot be written.
-    Preempted: this process was told to leave, and has saved the state.
+    DivergenceError: training diverged again after the allowed number of rollbacks.
+    CheckpointError: no existing checkpoint is valid, or the last one could not be written.
+    Preempted: a process received SIGTERM, and the state was saved.
   """
-  with preemption.Notice() as notice:
-    watch = divergence.Watch(config.train, workdir, diagnose)
-    run = _Run(config, workdir, mesh, iterator, validate, draw, notice, watch)
-    run.begin(init_params, loss_fn, constants or {})
-    return run.to_the_end()
-
-
-class _Run:
-  """A training run: its state, its place in the data, and what goes on around the steps."""
-
-  def __init__(self, config, workdir, mesh, iterator, validate, draw, notice, watch):
-    self.config, self.workdir, self.mesh = config, workdir, mesh
-    self.iterator, self.start = iterator, iterator.get_state()
-    self.validate, self.draw = validate, draw
-    self.notice, self.watch = notice, watch
-    self.checkpoints = checkpointer.Checkpointer(workdir, config.train)
-    self.learning_rate = optimizer_lib.learning_rate_schedule(config.train)
-    self.valid: dict[str, float] = {}
-
-  def begin(self, init_params, loss_fn, constants):
-    """Finds out where the run is, and compiles the step."""
-    config, mesh, iterator = self.config, self.mesh, self.iterator
-    self.constants = constants
+  with preemption.PreemptionListener() as listener:
     optimizer = optimizer_lib.create(config.train)
-    self.initial_state = functools.partial(
-      _initial_state, config, mesh, init_params, optimizer, constants
+    init = _initializer(config, mesh, init_params, optimizer, frozen)
+    run, state, step = _set_up(
+      config, workdir, mesh, init, optimizer, loss_fn, iterator, validation, hooks, frozen, diagnose
     )
-    self.state, self.step = self.checkpoints.resume(self.initial_state(), iterator)
-    if self.step:
-      terminal.say(f'Going on from step {self.step} of {config.train.steps}.')
+    if step == config.train.steps and config.train.validate_every:
+      validation.evaluate(state.evaluation_params)  # A complete run reports again.
+    return _run_steps(run, state, step, listener)
+
+
+def _run_steps(
+  run: _Run, state: state_lib.TrainState, step: int, listener: preemption.PreemptionListener
+) -> state_lib.TrainState:
+  """Runs training steps from `step` + 1 to the last step. A rollback returns to an earlier step."""
+  first = step + 1
+  while first <= run.steps:
+    for step in range(first, run.steps + 1):
+      run.profiler.start(step)
+      with jax.profiler.StepTraceAnnotation('train', step_num=step):
+        with run.rates.waiting_for_input():
+          batch = run.mesh.global_batch(next(run.iterator))
+        state, metrics = run.train_step(state, batch, *run.frozen)
+        run.rates.count_step(step, metrics)
+
+      if run.monitor.has_diverged(metrics):
+        run.checkpointer.wait()
+        run.monitor.report(step, state.params, batch)
+        # Frees the arrays. Two states may not fit in device memory.
+        state = _abstract(state)
+        state, restored = _roll_back(run, state)
+        first = restored + 1
+        break
+
+      with run.rates.paused():
+        info = hooks_lib.StepInfo(step, state, metrics, run.writer)
+        for hook in run.hooks:
+          if hook.is_due(step, run.steps):
+            hook.function(info)
+        if step < run.steps and listener.should_stop(step):
+          if not run.save.is_due(step, run.steps):
+            run.save.function(info)
+          _close(run)
+          raise preemption.Preempted(f'Saved step {step}. Run the same command to resume.')
     else:
-      terminal.tell(
-        parameter_overview.get_parameter_overview(self.state.params, include_stats=False)
-      )
-    self.writer = metrics.MetricWriter(self.workdir, self.step)
-    step_fn = step_lib.make_train_step(loss_fn, optimizer, config.train)
-    self.compiled = _compile(step_fn, mesh, self.state, iterator, constants)
-    self.meter = meter_lib.Meter(config, self.step)
-    self.trace = meter_lib.Trace(config.profile, self.workdir)
-
-  def to_the_end(self):
-    """Takes all steps that are left; returns as `train` does."""
-    steps = self.config.train.steps
-    if self.step == steps and self.config.train.validate_every:
-      self.valid = self.validate(self.state.best_params)
-    while self.step < steps:
-      batch, values = self._take_step()
-      if self.watch.must_go_back(values):
-        self._go_back(batch)
-        continue
-      with self.meter.pause():
-        self._finish_step()
-        if self.step < steps and self.notice.reached(self.step):
-          self._leave()
-    self._close()
-    return self.state, self.valid
-
-  def _take_step(self):
-    """One optimizer step, logged if it is its turn; returns its batch and metrics."""
-    self.step += 1
-    settings = self.config.train
-    with self.meter.pause():
-      self.trace.before(self.step)
-    with self.meter.input():
-      batch = self.mesh.batch(next(self.iterator))
-    self.state, values = self.compiled(self.state, batch, self.constants)
-    self.meter.advance(self.step, values)
-    with self.meter.pause():
-      self.trace.after(self.step, values)
-    if self.step % settings.log_every == 0 or self.step == settings.steps:
-      self._log(jax.device_get(values))
-    return batch, values
-
-  def _log(self, values):
-    """Writes the metrics of a step, which are on the host."""
-    values = dict(values)
-    del values['skipped_in_a_row']
-    updates = self.step - 1 - int(values['skipped_updates'])
-    values |= self.meter.rates() | {'learning_rate': self.learning_rate(max(updates, 0))}
-    # What goes wrong with the data is rare, and a column of zeros no news.
-    faults = self.iterator.counts() | {'data_order': self.iterator.order}
-    values |= {name: count for name, count in faults.items() if count}
-    self.writer.write(self.step, 'train', values)
-    self.watch.look_at(self.step, values)
-
-  def _finish_step(self):
-    """Whatever is due after a step."""
-    settings, step, params = self.config.train, self.step, self.state.best_params
-    due = functools.partial(_due, step, settings.steps)
-    if due(settings.validate_every):
-      self.valid = self.validate(params)
-      self.writer.write(step, 'valid', self.valid)
-      self.meter.note_validation(step, self.valid)
-    if due(settings.sample_every):
-      self.writer.write_image(step, 'samples', self.draw(params, step))
-    if due(settings.checkpoint_every):
-      loss = self.valid['loss'] if due(settings.validate_every) else None
-      self.checkpoints.save(step, self.state, self.iterator, loss)
-
-  def _go_back(self, batch):
-    """Returns to the newest checkpoint, or to the beginning, and goes on with other data."""
-    self.checkpoints.wait()
-    self.watch.report(self.step, self.state.params, batch)
-    shapes = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state
-    )
-    self.state = None  # two would not fit everywhere
-    self.iterator.set_state(self.start)
-    self.state, self.step = self.checkpoints.resume(shapes, self.iterator)
-    if not self.step:
-      self.state = self.initial_state()
-    self.iterator.change_order()
-    terminal.say(
-      f'Going on from step {self.step}, the data in another order ({self.iterator.order}).'
-    )
-    self.writer.close()
-    self.writer = metrics.MetricWriter(self.workdir, self.step)
-    self.meter.go_back(self.step)
-
-  def _leave(self):
-    """Saves and leaves, to be started again."""
-    if not _due(self.step, self.config.train.steps, self.config.train.checkpoint_every):
-      self.checkpoints.save(self.step, self.state, self.iterator)
-    self._close()
-    raise preemption.Preempted(f'Saved step {self.step}; the same command goes on from there.')
-
-  def _close(self):
-    self.trace.close()
-    self.meter.close()
-    self.writer.close()
-    self.checkpoints.close()
+      break
+  _close(run)
+  return state
 
 
-def _due(step, steps, every):
-  return every and (step % every == 0 or step == steps)
+def _roll_back(run: _Run, abstract_state: state_lib.TrainState) -> tuple[state_lib.TrainState, int]:
+  """Restores the newest valid checkpoint or the initial state. Changes the order of the data."""
+  run.iterator.set_state(run.initial_iterator_state)
+  state, step = run.checkpointer.restore_latest(abstract_state, run.iterator)
+  if not step:
+    state = run.init()
+  run.iterator.change_order()
+  logging.info(f'Resuming from step {step} with data order {run.iterator.order}.')
+  run.writer.close()
+  run.writer = metrics_lib.MetricWriter(run.workdir, step)
+  run.rates.rewind(step)
+  return state, step
 
 
-def _initial_state(config, mesh, init_params, optimizer, constants):
-  """The state before the first step; no array in it is ever whole on one device that is split."""
+def _set_up(
+  config: config_lib.Config,
+  workdir: epath.Path,
+  mesh: mesh_lib.Mesh,
+  init: Callable[[], state_lib.TrainState],
+  optimizer: optax.GradientTransformationExtraArgs,
+  loss_fn: step_lib.LossFn,
+  iterator: pipeline.TrainIterator,
+  validation: hooks_lib.Validation,
+  hooks: Sequence[hooks_lib.Hook],
+  frozen: tuple[state_lib.Params, ...],
+  diagnose: divergence.Diagnose | None,
+) -> tuple[_Run, state_lib.TrainState, int]:
+  """Compiles the training step and creates the hooks. Returns the run, its state and its step."""
+  steps, initial_iterator_state = config.train.steps, iterator.get_state()
+  checkpointer = Checkpointer(workdir, config.train)
+  state, step = checkpointer.restore_latest(init(), iterator)
+  if step:
+    logging.info(f'Resuming from step {step} of {steps}.')
+  else:
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    logging.info(f'Parameters:\n{overview}')
+  step_fn = step_lib.make_train_step(loss_fn, optimizer, config.train)
+  train_step = _compile(step_fn, mesh, state, iterator, frozen)
+  rates = throughput.Throughput(config, step)
+  monitor = divergence.DivergenceMonitor(config.train, workdir, diagnose)
+  profiler = hooks_lib.Profiler(config.profile, workdir)
+  schedule = optimizer_lib.learning_rate_schedule(config.train)
+
+  def save_checkpoint(info: hooks_lib.StepInfo) -> None:
+    checkpointer.save(info.step, info.state, iterator, validation.loss_at(info.step))
+
+  log = hooks_lib.MetricLogger(schedule, rates, monitor, iterator)
+  save = hooks_lib.Hook(save_checkpoint, config.train.checkpoint_every)
+  run = _Run(
+    steps=steps,
+    workdir=workdir,
+    mesh=mesh,
+    train_step=train_step,
+    init=init,
+    iterator=iterator,
+    initial_iterator_state=initial_iterator_state,
+    frozen=frozen,
+    checkpointer=checkpointer,
+    writer=metrics_lib.MetricWriter(workdir, step),
+    rates=rates,
+    monitor=monitor,
+    profiler=profiler,
+    hooks=[
+      hooks_lib.Hook(profiler, every=1),
+      hooks_lib.Hook(log, config.train.log_every),
+      hooks_lib.Hook(validation, config.train.validate_every),
+      *hooks,
+      save,
+    ],
+    save=save,
+  )
+  return run, state, step
+
+
+def _initializer(
+  config: config_lib.Config,
+  mesh: mesh_lib.Mesh,
+  init_params: Callable[..., state_lib.Params],
+  optimizer: optax.GradientTransformationExtraArgs,
+  frozen: tuple[state_lib.Params, ...],
+) -> Callable[[], state_lib.TrainState]:
+  """Returns a function that creates the initial state, with all arrays sharded from the start."""
   init = state_lib.initializer(init_params, optimizer, config.train.ema_decay)
   key = jax.random.key(config.seed)
-  shardings = mesh.shardings(jax.eval_shape(init, key, constants))
-  initialize = jax.jit(lambda *args: mesh_lib.unboxed(init(*args)), out_shardings=shardings)
-  return initialize(key, constants)
+
+  def run() -> state_lib.TrainState:
+    shardings = mesh.shardings(jax.eval_shape(init, key, *frozen))
+    compiled = jax.jit(lambda *args: mesh_lib.unboxed(init(*args)), out_shardings=shardings)
+    return compiled(key, *frozen)
+
+  return run
 
 
-def _compile(step_fn, mesh, state, iterator, constants):
-  """Compiles the step ahead of the first batch, so that its time is known and said."""
-  terminal.say('Compiling the training step ...')
+def _compile(
+  step_fn: step_lib.StepFn,
+  mesh: mesh_lib.Mesh,
+  state: state_lib.TrainState,
+  iterator: pipeline.TrainIterator,
+  frozen: tuple[state_lib.Params, ...],
+) -> Callable[..., Any]:
+  """Compiles the training step for the shapes of the next batch, and logs the compile time."""
+  logging.info('Compiling the training step ...')
   start = time.monotonic()
-  place = iterator.get_state()
-  batch = mesh.batch(next(iterator))
-  iterator.set_state(place)
-  lowered = step_lib.lower(step_fn, mesh, state, batch, constants)
+  iterator_state = iterator.get_state()
+  batch = mesh.global_batch(next(iterator))
+  iterator.set_state(iterator_state)
+  lowered = step_lib.lower(step_fn, mesh, state, batch, frozen)
   compiled = lowered.compile(step_lib.COMPILER_OPTIONS.get(jax.default_backend()))
-  terminal.say(f'... took {time.monotonic() - start:.1f} s.')
+  logging.info(f'Compiled in {time.monotonic() - start:.1f} s.')
   return compiled
+
+
+def _abstract(state: state_lib.TrainState) -> state_lib.TrainState:
+  """Returns the shapes, dtypes and shardings of a state."""
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+
+
+def _close(run: _Run) -> None:
+  """Closes all outputs. Raises CheckpointError if the last checkpoint was not written."""
+  run.profiler.close()
+  run.rates.close()
+  run.writer.close()
+  run.checkpointer.close()

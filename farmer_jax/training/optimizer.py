@@ -1,12 +1,14 @@
-"""AdamW and its schedules."""
+"""The optimizer: AdamW with warm-up, cosine decay and gradient clipping. Skips bad updates."""
 
 import jax
-import jax.numpy as jnp
 import optax
 
+from farmer_jax import config
+from farmer_jax.training import skipping
 
-def learning_rate_schedule(train):
-  """Linear warm-up, then a cosine to the final learning rate; a function of the step."""
+
+def learning_rate_schedule(train: config.Train) -> optax.Schedule:
+  """Returns a schedule over the update count: linear warm-up, then cosine decay."""
   o = train.optimizer
   warmup = min(o.warmup_steps, train.steps - 1)
   return optax.warmup_cosine_decay_schedule(
@@ -18,37 +20,21 @@ def learning_rate_schedule(train):
   )
 
 
-def noise_std_schedule(noise, steps):
-  """Standard deviation of the Gaussian noise of training, a function of the step.
+def create(train: config.Train) -> optax.GradientTransformationExtraArgs:
+  """Returns the optimizer. Its `update` takes the loss as a keyword argument.
 
-  It falls along half a cosine: over the whole of training where the noise is the dequantisation
-  (arXiv 2510.23588), and to nothing over a share of it where it only eases the start of training on
-  uniformly dequantised images. There, flat regions soon have densities hundreds of times narrower
-  than the rest, whose gradients drown what the model should learn about shapes.
+  Weight decay acts only on the kernels of linear layers.
   """
-  if noise.kind == 'uniform':
-    start, end, span = noise.curriculum_std, 0.0, noise.curriculum_share * steps
-  else:
-    start, end, span = noise.std_start, noise.std_end, steps
-
-  def std(step):
-    progress = jnp.clip(step / max(span - 1, 1), 0, 1)
-    return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-
-  return std
-
-
-def create(train):
-  """Gradient clipping and AdamW; weight decay acts on the kernels of dense layers alone."""
   o = train.optimizer
 
-  def decayed(params):
-    # Parameters may be in boxes with the names of their axes, which lengthen the path.
+  def decay_mask(params: optax.Params) -> optax.Params:
+    # Boxes lengthen the paths of parameters, so 'kernel' may not be the last key.
     return jax.tree_util.tree_map_with_path(
       lambda path, _: jax.tree_util.DictKey('kernel') in path, params
     )
 
   adamw = optax.adamw(
-    learning_rate_schedule(train), o.b1, o.b2, weight_decay=o.weight_decay, mask=decayed
+    learning_rate_schedule(train), o.b1, o.b2, weight_decay=o.weight_decay, mask=decay_mask
   )
-  return optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw) if o.clip_norm else adamw
+  clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
+  return skipping.skip_bad_updates(optax.chain(clip, adamw), train.max_grad_norm_ratio)

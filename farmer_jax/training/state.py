@@ -1,52 +1,48 @@
-"""What a training run carries from step to step."""
+"""The training state, which a checkpoint stores in addition to the iterator state."""
+
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray
 
-
-@flax.struct.dataclass
-class Health:
-  """What the gradients have been like, and how often an update was left out for that."""
-
-  log_norm: jax.Array  # running mean of the logarithm of the gradient's norm
-  updates: jax.Array  # int32, updates that went into it
-  skipped: jax.Array  # int32, updates left out, in all
-  skipped_in_a_row: jax.Array  # int32, of these the last ones without one made in between
+Params = dict[str, Any]
 
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything that a checkpoint must hold, beside the place in the data."""
+  """Training state after `step` steps."""
 
-  step: jax.Array  # int32 scalar, optimizer steps done
-  params: dict
-  opt_state: tuple
-  average: dict | None  # running average of `params`, if one is kept
-  health: Health
+  step: Int[Array, '']  # completed training steps, int32
+  params: Params
+  opt_state: optax.OptState
+  ema_params: Params | None  # exponential moving average of `params`
 
   @property
-  def best_params(self):
-    """The parameters to evaluate and to sample with: the average where there is one."""
-    return self.params if self.average is None else self.average
+  def evaluation_params(self) -> Params:
+    """Parameters for evaluation and sampling: `ema_params`, or `params` if it is None."""
+    return self.params if self.ema_params is None else self.ema_params
 
 
-def initializer(init_params, optimizer, ema_decay):
-  """A function init(key, constants) -> the state before the first step, of
-  init_params(key, **constants)."""
+def initializer(
+  init_params: Callable[..., Params], optimizer: optax.GradientTransformation, ema_decay: float
+) -> Callable[..., TrainState]:
+  """Returns a function init(key, *frozen) that creates the `TrainState` before the first step.
 
-  def init(key, constants):
-    return create(init_params(key, **constants), optimizer, ema_decay)
+  init_params(key, *frozen) returns parameters, boxed with their logical axis names. An `ema_decay`
+  of 0 disables the moving average.
+  """
+
+  def init(key: PRNGKeyArray, *frozen: Params) -> TrainState:
+    params = init_params(key, *frozen)
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=optimizer.init(params),
+      ema_params=jax.tree.map(jnp.copy, params) if ema_decay else None,
+    )
 
   return init
-
-
-def create(params, optimizer, ema_decay):
-  """The state before the first step."""
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    opt_state=optimizer.init(params),
-    average=jax.tree.map(jnp.copy, params) if ema_decay else None,
-    health=Health(jnp.zeros(()), *(jnp.zeros((), jnp.int32) for _ in range(3))),
-  )

@@ -1,100 +1,101 @@
-"""One optimizer step."""
+"""One training step: gradients, optimizer update and moving average."""
 
-import functools
-import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
+from farmer_jax import config
+from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.training import state as state_lib
 
-# The gradient's norm is compared with its running mean once so many updates have gone into it, of
-# which the last so many count.
-_NORM_UPDATES = 100
+Batch = dict[str, Any]  # image: uint8 [B, H, W, C], label: int32 [B]
+Metrics = dict[str, Float[Array, '']]
+LossFn = Callable[..., tuple[Float[Array, ''], Metrics]]
+StepFn = Callable[..., tuple[state_lib.TrainState, Metrics]]
 
-# By platform. LLVM's later optimisations of XLA's CPU kernels take longer than they ever save.
+# Compiler options for each platform. On CPUs, higher optimization levels of LLVM cost more compile
+# time than they save at run time.
 COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
   'cpu': {'xla_backend_optimization_level': '1'}
 }
 
 
-def make_train_step(loss_fn, optimizer, train):
-  """Builds step(state, batch, constants=None) -> (state, metrics).
+def make_train_step(
+  loss_fn: LossFn, optimizer: optax.GradientTransformationExtraArgs, train: config.Train
+) -> StepFn:
+  """Returns step(state, batch, *frozen) -> (state, metrics).
 
-  An update is left out, and counted, where the loss or the gradient is not finite, or where the
-  gradient's norm is out of the range of those before. Everything but the counters and the step then
-  stays as it was.
+  A skipped update changes only the step and the counters in the optimizer state.
 
-  Args:
-    loss_fn: loss_fn(params, batch, step, part, **constants) -> (scalar loss, dict of scalar
-      metrics); `step` and `part` (which part of an accumulated batch this is) name the randomness
-      of the call.
-    optimizer: an optax transformation.
-    train: `config.Train`.
+  loss_fn(params, batch, step, part, *frozen) -> (loss, metrics). The random keys of a call depend
+  on `step` and on `part`, the index of the microbatch. Without accumulation, `part` is 0.
   """
 
-  def step_fn(state, batch, constants=None):
-    gradients = jax.value_and_grad(functools.partial(loss_fn, **(constants or {})), has_aux=True)
-    (loss, metrics), grads = _accumulated(gradients, state, batch, train.accumulate)
-    norm = optax.global_norm(grads)
-    good, health = _checked(state.health, loss, norm, train.max_norm_ratio)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  def step_fn(
+    state: state_lib.TrainState, batch: Batch, *frozen: state_lib.Params
+  ) -> tuple[state_lib.TrainState, Metrics]:
+    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    parts = train.accumulation_steps
+    (loss, metrics), gradients = _accumulate(gradient_fn, state, batch, frozen, parts)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, loss=loss)
     params = optax.apply_updates(state.params, updates)
-    average = state.average
-    if average is not None:
-      average = optax.incremental_update(params, average, 1 - train.ema_decay)
-    changed = {'params': params, 'opt_state': opt_state, 'average': average}
-    before = {name: getattr(state, name) for name in changed}
-    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), changed, before)
-    metrics |= {'grad_norm': norm, 'skipped_updates': health.skipped}
-    metrics['skipped_in_a_row'] = health.skipped_in_a_row
-    return state.replace(step=state.step + 1, health=health, **kept), metrics
+    ema_params = state.ema_params
+    if ema_params is not None:
+      applied = opt_state.consecutive == 0
+      moved = optax.incremental_update(params, ema_params, 1 - train.ema_decay)
+      ema_params = jax.tree.map(lambda new, old: jnp.where(applied, new, old), moved, ema_params)
+    metrics |= {
+      'grad_norm': optax.global_norm(gradients),
+      'skipped_updates': opt_state.skipped,
+      'consecutive_skips': opt_state.consecutive,
+    }
+    return state_lib.TrainState(state.step + 1, params, opt_state, ema_params), metrics
 
   return step_fn
 
 
-def _checked(health, loss, norm, max_ratio):
-  """Whether an update with this loss and norm of the gradient is to be made; the `Health` after."""
-  log_norm = jnp.log(norm)
-  good = jnp.isfinite(loss) & jnp.isfinite(norm)
-  if max_ratio:
-    known = health.updates >= _NORM_UPDATES
-    good &= ~known | (log_norm <= health.log_norm + math.log(max_ratio))
-  share = 1 / jnp.clip(health.updates + 1, 1, _NORM_UPDATES)
-  # A gradient of zero has no logarithm, and says nothing of the others.
-  counts = good & (norm > 0)
-  moved = health.log_norm + share * (log_norm - health.log_norm)
-  return good, state_lib.Health(
-    log_norm=jnp.where(counts, moved, health.log_norm),
-    updates=health.updates + counts,
-    skipped=health.skipped + ~good,
-    skipped_in_a_row=jnp.where(good, 0, health.skipped_in_a_row + 1),
-  )
+def lower(
+  step_fn: StepFn,
+  mesh: mesh_lib.Mesh,
+  state: state_lib.TrainState,
+  batch: Batch,
+  frozen: tuple[state_lib.Params, ...] = (),
+) -> jax.stages.Lowered:
+  """Traces and lowers a training step on a mesh.
+
+  The state is donated. The new state has the sharding of the old state. Arguments are arrays or
+  `jax.ShapeDtypeStruct`.
+  """
+  out_shardings = jax.tree.map(lambda a: a.sharding, state), mesh.replicated
+  with mesh.activate():
+    jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=out_shardings)
+    return jitted.lower(state, batch, *frozen)
 
 
-def lower(step_fn, mesh, state, batch, constants):
-  """Traces a step for a `mesh.Mesh`, ready to be compiled; the state is donated and stays where it
-  is. Arguments are arrays, or what describes arrays that are not there."""
-  stays = jax.tree.map(lambda a: a.sharding, state), mesh.whole
-  with mesh():
-    jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=stays)
-    return jitted.lower(state, batch, constants)
-
-
-def _accumulated(gradients, state, batch, parts):
-  """Loss, metrics and gradients of the whole batch, as the mean over `parts` equal parts of it."""
+def _accumulate(
+  gradient_fn: Callable[..., Any],
+  state: state_lib.TrainState,
+  batch: Batch,
+  frozen: tuple[state_lib.Params, ...],
+  parts: int,
+) -> Any:
+  """Returns ((loss, metrics), gradients), averaged over `parts` microbatches of equal size."""
   if parts == 1:
-    return gradients(state.params, batch, state.step, 0)
-  # Every parts-th example goes together: each device's share of the batch is divided, not moved.
+    return gradient_fn(state.params, batch, state.step, 0, *frozen)
+  # Microbatch i has the examples i, i + parts, …. No example moves to another device.
   split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
-  def add_part(total, inputs):
+  def add_part(total: Any, inputs: Any) -> tuple[Any, None]:
     part, index = inputs
-    return jax.tree.map(jnp.add, total, gradients(state.params, part, state.step, index)), None
+    result = gradient_fn(state.params, part, state.step, index, *frozen)
+    return jax.tree.map(jnp.add, total, result), None
 
   first = jax.tree.map(lambda a: a[0], split)
-  shapes = jax.eval_shape(gradients, state.params, first, state.step, 0)
+  shapes = jax.eval_shape(gradient_fn, state.params, first, state.step, 0, *frozen)
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
   total, _ = jax.lax.scan(add_part, zeros, (split, jnp.arange(parts)))
   return jax.tree.map(lambda a: a / parts, total)

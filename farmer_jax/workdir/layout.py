@@ -1,176 +1,163 @@
-"""The folder that a run lives in."""
+"""The layout of WORKDIR: config.json, class names, names of results, atomic writes."""
 
 import contextlib
 import json
 import re
 import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 from etils import epath
 
 from farmer_jax import config as config_lib
-from farmer_jax import errors
+from farmer_jax.errors import WorkdirError
 
 CONFIG_FILE = 'config.json'
 _CLASSES_FILE = 'classes.json'
 
 
-def prepare(config, path):
-  """Claims `path` for a run with `config`, or recognises it as this very run's.
+def claim(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
+  """Creates the workdir of a run, or opens it if it belongs to a run with this configuration.
 
-  Writes `config.json` if the folder is new. A folder of another configuration, or one that holds
-  something else, is refused with `ConfigError`, and nothing in it is touched.
+  Writes config.json and returns the absolute path. Nothing is written to a folder that is refused.
 
-  Returns:
-    The folder, an absolute `epath.Path`.
+  Raises:
+    WorkdirError: the folder belongs to a run with another configuration, holds other files, or
+      cannot be written to.
   """
   workdir = absolute(path)
   file = workdir / CONFIG_FILE
   try:
     if file.exists():
-      _refuse_other_config(config, workdir, read_config(workdir))
-    else:
-      _refuse_foreign(workdir)
-      workdir.mkdir(parents=True, exist_ok=True)
+      _check_same_config(config, workdir)
+    elif workdir.exists() and any(workdir.iterdir()):
+      raise WorkdirError(
+        f'the workdir {workdir} has files but no {CONFIG_FILE}, so it is not the workdir of a run;'
+        ' choose another --workdir'
+      )
+    workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(config_lib.to_dict(config), indent=2) + '\n')
   except OSError as error:
-    raise errors.ConfigError(
+    raise WorkdirError(
       f'cannot write to the workdir {workdir} ({error.strerror or error}); choose another --workdir'
     ) from error
   return workdir
 
 
-def open_run(config, path):
-  """The folder of the run at `path`, made with the model and data of `config`; nothing is written.
+def open_run(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
+  """The absolute path of an existing run with this configuration; nothing is written.
 
   Raises:
-    ConfigError: there is no run, or it was made with another configuration.
+    WorkdirError: there is no run, or it has another configuration.
   """
   workdir = absolute(path)
-  _refuse_other_config(config, workdir, read_config(workdir))
+  _check_same_config(config, workdir)
   return workdir
 
 
-def absolute(path):
-  """`path` as an absolute `epath.Path`; URLs such as gs://bucket/run already are."""
+def absolute(path: epath.PathLike) -> epath.Path:
+  """`path` as an absolute path; URLs such as gs://bucket/run are absolute."""
   path = epath.Path(path)
   return path if '://' in str(path) else epath.Path(path.expanduser().absolute())
 
 
-def read_config(workdir):
-  """The configuration that the run in `workdir` was made with, a nested dict."""
+def read_config(workdir: epath.PathLike) -> dict[str, Any]:
+  """The configuration of a run as a nested dict; `WorkdirError` if there is no run."""
   file = absolute(workdir) / CONFIG_FILE
   if not file.exists():
-    raise errors.ConfigError(f'{workdir} is not a run: it has no {CONFIG_FILE}')
+    raise WorkdirError(f'{workdir} is not the workdir of a run: it has no {CONFIG_FILE}')
   return read_json(file, lambda values: isinstance(values, dict))
 
 
-def read_json(file, is_sound):
-  """What a JSON file holds, if `is_sound` of it; anything else is a `ConfigError`."""
+def read_json(file: epath.Path, is_valid: Callable[[Any], bool]) -> Any:
+  """The value in a JSON file; `WorkdirError` if it cannot be read or is_valid(value) is false."""
   try:
     value = json.loads(file.read_text())
-    if is_sound(value):
+    if is_valid(value):
       return value
-    raise ValueError('it holds something else')
+    raise ValueError('it holds unexpected values')
   except RecursionError:
-    raise errors.ConfigError(f'cannot read {file}: it is nested too deeply') from None
+    raise WorkdirError(f'cannot read {file}: it is nested too deeply') from None
   except (ValueError, OSError) as error:
-    raise errors.ConfigError(f'cannot read {file}: {error}') from error
+    raise WorkdirError(f'cannot read {file}: {error}') from error
 
 
-def results_name(beginning, settings, ignored):
-  """A name for results: a beginning and those settings that differ from their defaults.
+def results_name(prefix: object, section: Any, ignored: Collection[str]) -> str:
+  """A file name for results: a prefix, and the settings of a section that differ from the defaults.
 
-  Args:
-    beginning: of the name.
-    settings: a section of the configuration.
-    ignored: paths in it that have no say in what the results are.
+  `ignored` are the paths in the section, such as a `config.Sampling`, that do not change results.
   """
-  words = [str(beginning)]
-  for path, field in config_lib.leaves(type(settings)):
-    value = config_lib.get(settings, path)
-    if path not in ignored and value != field.default:
+  words = [str(prefix)]
+  for path, key in config_lib.leaves(type(section)):
+    value = config_lib.get(section, path)
+    if path not in ignored and value != key.default:
       words.append(f'{path.rpartition(".")[2]}={value}')
   name = re.sub(r'[^\w.,=+-]', '_', '-'.join(words))
-  return name if len(name) <= 150 else f'{name[:140]}-{fingerprint(name)}'
+  return name if len(name) <= 150 else f'{name[:140]}-{short_hash(name)}'
 
 
-def fingerprint(value):
-  """Eight characters that tell values apart, by how they are written."""
+def short_hash(value: object) -> str:
+  """Eight hexadecimal digits that differ between values with different texts."""
   return f'{zlib.crc32(str(value).encode()):08x}'
 
 
-def write_class_names(workdir, names):
-  """Keeps the names of the classes with the run, for machines that do not have its data."""
+def write_class_names(workdir: epath.Path, names: Sequence[str]) -> None:
+  """Saves the class names in the workdir, for jobs on machines without the data set."""
   if names:
     write_atomically(workdir / _CLASSES_FILE, json.dumps(list(names)) + '\n')
 
 
-def read_class_names(workdir):
-  """The names of the classes; empty where they are unknown."""
+def read_class_names(workdir: epath.Path) -> tuple[str, ...]:
+  """The class names of a run; empty if the data set has none."""
   file = workdir / _CLASSES_FILE
-
-  def are_names(value):
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-  return tuple(read_json(file, are_names)) if file.exists() else ()
+  if not file.exists():
+    return ()
+  return tuple(read_json(file, lambda v: isinstance(v, list) and set(map(type, v)) <= {str}))
 
 
-def write_atomically(file, text):
-  """Writes `text` as `replacing` does."""
-  with replacing(file) as temporary:
+def write_atomically(file: epath.Path, text: str) -> None:
+  """Writes a text file; a reader, or a crash, sees the old file or the new file, never a part."""
+  with atomic_path(file) as temporary:
     temporary.write_text(text)
 
 
 @contextlib.contextmanager
-def replacing(file):
-  """A path to write to in place of `file`, put there at the end: a reader, or a crash, sees the old
-  file or the new one, whole."""
+def atomic_path(file: epath.Path) -> Iterator[epath.Path]:
+  """Context with a temporary path that replaces `file` at the end."""
   temporary = file.with_name(file.name + '.tmp')
   yield temporary
   temporary.replace(file)
 
 
-def _refuse_foreign(workdir):
-  if not workdir.exists():
-    return
-  if not workdir.is_dir():
-    raise errors.ConfigError(f'the workdir {workdir} is a file; choose another --workdir')
-  if any(workdir.iterdir()):
-    raise errors.ConfigError(
-      f'the workdir {workdir} holds files but no {CONFIG_FILE}, so it is not a run of this program;'
-      ' choose another --workdir'
-    )
+def differences(
+  config: config_lib.Config, saved: dict[str, Any], prefixes: Iterable[str] = ('',)
+) -> list[str]:
+  """Describes the settings that affect results and differ from a saved configuration.
+
+  Only settings whose dotted path starts with one of the `prefixes` are compared. `saved` is as
+  `read_config` returns it.
+  """
+  # Earlier versions saved some keys under other names.
+  old = dict(_flatten(config_lib.upgrade(saved)))
+  found = []
+  for path, key in config_lib.leaves():
+    # A key that did not exist when the run was created had the effect of its default.
+    before, now = old.get(path, key.default), config_lib.get(config, path)
+    if before != now and path.startswith(tuple(prefixes)) and not key.changeable:
+      found.append(f'{path} is {before!r} there and {now!r} here')
+  return found
 
 
-def _refuse_other_config(config, workdir, saved):
-  """Raises if `config` differs from `saved` in a key that decides what is computed."""
-  found = differences(config, saved)
+def _check_same_config(config: config_lib.Config, workdir: epath.Path) -> None:
+  found = differences(config, read_config(workdir))
   if found:
-    raise errors.ConfigError(
-      f'the workdir {workdir} holds a run with another configuration ({"; ".join(found)});'
+    raise WorkdirError(
+      f'the workdir {workdir} belongs to a run with another configuration ({"; ".join(found)});'
       ' choose another --workdir, or the settings of that run'
     )
 
 
-def differences(config, saved, keys=('',)):
-  """Where a configuration differs from a saved one in what decides about results, in words.
-
-  Args:
-    config: a `config.Config`.
-    saved: a nested dict, as `read_config` returns it.
-    keys: beginnings of the dotted paths to look at.
-  """
-  old = dict(_flatten(saved))
-  found = []
-  for path, field in config_lib.leaves():
-    # A key that did not exist when the run was made had its default's effect.
-    was, is_now = old.get(path, field.default), config_lib.get(config, path)
-    if was != is_now and path.startswith(tuple(keys)) and not field.metadata['changeable']:
-      found.append(f'{path} is {was!r} there and {is_now!r} here')
-  return found
-
-
-def _flatten(tree, prefix=''):
+def _flatten(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
   for name, value in tree.items():
     if isinstance(value, dict):
       yield from _flatten(value, f'{prefix}{name}.')

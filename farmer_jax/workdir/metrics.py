@@ -1,97 +1,103 @@
-"""Metrics on disk: `metrics.jsonl`, and TensorBoard events beside it."""
+"""Metrics of a run: WORKDIR/metrics.jsonl and TensorBoard events."""
 
 import contextlib
 import json
 import math
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import IO, Any
 
 import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jaxtyping import UInt8
 
-from farmer_jax import terminal
 from farmer_jax.workdir import layout
+
+_FILE = 'metrics.jsonl'
 
 
 class MetricWriter:
-  """Appends metrics to WORKDIR/metrics.jsonl, one JSON object a line, and to TensorBoard events. Of
-  several processes the first alone does.
+  """Appends metrics to metrics.jsonl, one JSON object per line, and to TensorBoard events.
 
-  A run that goes on from a checkpoint drops what was logged after it, so that each step stands
-  there once.
+  Only process 0 writes. A run that resumes from the checkpoint of `first_step` drops the metrics of
+  later steps, so that each step occurs once.
   """
 
-  def __init__(self, workdir, first_step):
-    self._file: Any = None
-    self._events = None
-    self._failing = False
+  def __init__(self, workdir: epath.Path, first_step: int):
+    self._file: IO[str] | None = None
+    self._events: Any = None
+    self._has_failed = False
     if jax.process_index():
       return
-    path = workdir / 'metrics.jsonl'
+    path = workdir / _FILE
     if path.exists():
       lines = [line for line in path.read_text().splitlines() if _step(line) <= first_step]
       layout.write_atomically(path, ''.join(line + '\n' for line in lines))
     self._file = path.open('a')
     self._events = _tensorboard_writer(workdir)
 
-  def write(self, step, split, values):
+  def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Writes scalars of `split` ('train' or 'valid') at `step`."""
-    values = {name: float(value) for name, value in values.items()}
-    # JSON has no numbers that are not finite.
-    known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    record = {'step': step, 'split': split, 'time': round(time.time(), 3), **known}
-    if not self._file:
+    if self._file is None:
       return
-    self._keep(json.dumps(record, allow_nan=False) + '\n')
+    scalars = {name: float(value) for name, value in values.items()}
+    # JSON has no NaN and no infinity.
+    finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+    record = {'step': step, 'split': split, 'time': round(time.time(), 3), **finite}
+    self._append(json.dumps(record, allow_nan=False) + '\n')
     if self._events:
-      self._events.write_scalars(step, {f'{split}/{name}': v for name, v in values.items()})
+      self._events.write_scalars(step, {f'{split}/{name}': v for name, v in scalars.items()})
 
-  def _keep(self, line):
-    """Writes to the file. A full disk is reported, once, and ends nothing: as much as the file's
-    buffer has room for is written as soon as that is possible."""
-    try:
-      self._file.write(line)
-      self._file.flush()
-      self._failing = False
-    except OSError as error:
-      if not self._failing:
-        terminal.say(f'WARNING: metrics cannot be written at the moment ({error.strerror}).')
-      self._failing = True
-
-  def write_image(self, step, name, image):  # uint8 [H, W, C]
-    """Shows a picture in TensorBoard."""
+  def write_image(self, step: int, name: str, image: UInt8[np.ndarray, 'H W C']) -> None:
     if self._events:
       self._events.write_images(step, {name: image[None]})
 
-  def close(self):
-    """Flushes everything to disk."""
+  def close(self) -> None:
     if self._file:
-      self._keep('')
+      self._append('')
       with contextlib.suppress(OSError):
         self._file.close()
     if self._events:
       self._events.close()
 
+  def _append(self, text: str) -> None:
+    """Writes text. A full disk causes one warning and does not stop the training.
 
-def read(workdir):
-  """The records of a run's metrics.jsonl, a list of dicts; what was not finite is nan."""
-  path = layout.absolute(workdir) / 'metrics.jsonl'
+    The file's buffer holds the text that could not be written, and the next call writes it.
+    """
+    assert self._file is not None
+    try:
+      self._file.write(text)
+      self._file.flush()
+      self._has_failed = False
+    except OSError as error:
+      if not self._has_failed:
+        logging.warning(f'Cannot write metrics ({error.strerror}); training continues.')
+      self._has_failed = True
+
+
+def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
+  """The records of a run's metrics.jsonl; values that were not finite are NaN."""
+  path = layout.absolute(workdir) / _FILE
   records = [json.loads(line) for line in path.read_text().splitlines() if _step(line) >= 0]
   return [{k: math.nan if v is None else v for k, v in record.items()} for record in records]
 
 
-def _step(line):
-  """The step of a line; a line cut short by a crash counts as none."""
+def _step(line: str) -> float:
+  """The step of a line; NaN for a line that a crash truncated."""
   try:
     return json.loads(line)['step']
   except (ValueError, KeyError, TypeError):
-    return float('nan')
+    return math.nan
 
 
-def _tensorboard_writer(workdir):
-  """CLU's writer, or None on machines without TensorFlow."""
+def _tensorboard_writer(workdir: epath.Path) -> Any:
+  """CLU's writer; None without TensorFlow."""
   try:
     from clu import metric_writers
   except ImportError as error:
-    terminal.say(f'No TensorBoard events, only metrics.jsonl: {error}')
+    logging.info(f'No TensorBoard events are written ({error}); metrics.jsonl is.')
     return None
   return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))

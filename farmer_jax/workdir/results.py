@@ -1,91 +1,93 @@
-"""Results on disk, one an image: npz files of a thousand each, written so that a killed job can go
-on."""
+"""Results with one row per image, in npz files of 1,000 rows, so that a killed job can resume."""
 
 import time
 import zipfile
+from collections.abc import Mapping
 
 import numpy as np
+from absl import logging
+from etils import epath
 
-from farmer_jax import terminal
+from farmer_jax.errors import ProcessError
 from farmer_jax.workdir import layout
 
 SHARD_SIZE = 1000
 _SECONDS_BETWEEN_WRITES = 30.0
 
 
-class Shards:
-  """Rows 0, 1, … of several arrays, in FOLDER/00000.npz, 00001.npz, …"""
+class ShardedResults:
+  """Rows 0, 1, … of several arrays, in FOLDER/00000.npz, FOLDER/00001.npz, …"""
 
-  def __init__(self, folder, names, first=0):
-    """Opens or makes `folder` (an `epath.Path`) and finds out what is there.
+  def __init__(self, folder: epath.Path, names: Mapping[str, str], first_shard: int = 0):
+    """Opens or creates the folder, and counts the rows in it.
 
     Args:
-      folder: where the files are.
-      names: of the arrays, as a dict to their names in a file. Rows are counted by the last one,
-        which should be small.
-      first: number of the first file; rows count from there. Processes that share a folder begin
-        at different ones.
+      folder: of the files.
+      names: {name of an array: its name in the files}; rows are counted in the last, small array.
+      first_shard: the number of the file with row 0, different in processes that share a folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    self._folder, self.names, self._first = folder, names, first
+    self._folder, self.names, self._first_shard = folder, names, first_shard
     self._counted = list(names)[-1]
     self._last_write = time.monotonic()
-    self._full, self._tail, self._changed = 0, None, False
-    while (shard := self._read(self._full)) is not None:
+    self._num_full = 0  # files with SHARD_SIZE rows
+    self._tail: dict[str, np.ndarray] | None = None  # rows after the last full file
+    self._has_unsaved_rows = False
+    while (shard := self._read_shard(self._num_full)) is not None:
       if len(shard[self._counted]) < SHARD_SIZE:
         self._tail = shard
         break
-      self._full += 1
+      self._num_full += 1
 
-  def __len__(self):
-    """Rows there, without gaps."""
-    return self._full * SHARD_SIZE + (len(self._tail[self._counted]) if self._tail else 0)
+  def __len__(self) -> int:
+    """The number of rows."""
+    return self._num_full * SHARD_SIZE + (len(self._tail[self._counted]) if self._tail else 0)
 
-  def append(self, **arrays):
-    """Adds rows. They reach the disk within half a minute, when a shard is full, or with
-    `flush`."""
+  def append(self, **arrays: np.ndarray) -> None:
+    """Adds rows. They are written after 30 seconds, when a file is full, or by `flush`."""
     while len(arrays[self._counted]):
-      self._changed = True
+      self._has_unsaved_rows = True
       tail = self._tail or {name: array[:0] for name, array in arrays.items()}
       room = SHARD_SIZE - len(tail[self._counted])
       self._tail = {n: np.concatenate([tail[n], arrays[n][:room]]) for n in self.names}
       arrays = {name: array[room:] for name, array in arrays.items()}
       if len(self._tail[self._counted]) == SHARD_SIZE:
         self.flush()
-        self._full, self._tail = self._full + 1, None
+        self._num_full, self._tail = self._num_full + 1, None
     if time.monotonic() - self._last_write > _SECONDS_BETWEEN_WRITES:
       self.flush()
 
-  def flush(self):
-    """Writes what is not on disk yet."""
-    if self._tail and self._changed:  # What is there may be another process's.
-      with layout.replacing(self._file(self._full)) as temporary, temporary.open('wb') as file:
-        np.savez(file, **{self.names[name]: array for name, array in self._tail.items()})
-      self._changed = False
+  def flush(self) -> None:
+    """Writes all rows that are not on disk."""
+    if self._tail and self._has_unsaved_rows:  # An unchanged tail may be another process's file.
+      file = self._file(self._num_full)
+      with layout.atomic_path(file) as temporary, temporary.open('wb') as stream:
+        np.savez(stream, **{self.names[n]: array for n, array in self._tail.items()})  # type: ignore[arg-type]
+      self._has_unsaved_rows = False
     self._last_write = time.monotonic()
 
-  def read(self, name, end, start=0):
-    """The rows from `start` to `end` of an array."""
+  def read(self, name: str, end: int, start: int = 0) -> np.ndarray:
+    """Rows `start` to `end` of one array; `ProcessError` if rows of another process are missing."""
     first, last = start // SHARD_SIZE, -(-end // SHARD_SIZE)
-    parts = [self._load(i, name) for i in range(first, min(self._full, last))]
-    if self._tail and last > self._full:
+    parts = [self._load(i, name) for i in range(first, min(self._num_full, last))]
+    if self._tail and last > self._num_full:
       parts.append(self._tail[name])
     rows = np.concatenate(parts)[start - first * SHARD_SIZE :][: end - start]
     if len(rows) < end - start:
-      raise RuntimeError(
-        f'{self._folder} has too few rows: another process has not written its own'
+      raise ProcessError(
+        f'{self._folder} lacks rows of another process; all processes must share the --workdir'
       )
     return rows
 
-  def _file(self, index):
-    return self._folder / f'{self._first + index:05d}.npz'
+  def _file(self, index: int) -> epath.Path:
+    return self._folder / f'{self._first_shard + index:05d}.npz'
 
-  def _load(self, index, name):
+  def _load(self, index: int, name: str) -> np.ndarray:
     with self._file(index).open('rb') as file, np.load(file) as arrays:
       return arrays[self.names[name]]
 
-  def _read(self, index):
-    """A shard, of a full one what rows are counted by alone; None if it is missing or damaged."""
+  def _read_shard(self, index: int) -> dict[str, np.ndarray] | None:
+    """The arrays of a file, of a full file only the counted one; None if missing or corrupt."""
     if not self._file(index).exists():
       return None
     try:
@@ -94,7 +96,7 @@ class Shards:
         return {self._counted: counted}
       return {name: self._load(index, name) for name in self.names}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-      terminal.say(
-        f'{self._file(index)} is damaged; what it held, and what follows, is made again.'
+      logging.warning(
+        f'{self._file(index)} is corrupt; its rows and all later rows are computed again.'
       )
       return None

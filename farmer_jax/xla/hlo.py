@@ -1,28 +1,32 @@
-"""What a compiled program says of itself: cycles and collectives, counted through its loops.
+"""Cost of a compiled program, from its HLO text: estimated cycles, and bytes of collectives.
 
-XLA's own cost analysis counts the body of a loop once. The text of a program for TPUs has an
-estimate of cycles beside each fusion; the rounds of a loop stand beside it, or in its condition.
+XLA's own cost analysis counts the body of a loop once; this one multiplies by the trip count. The
+text of a program for TPUs has the compiler's estimate of cycles at each fusion, and the trip count
+at each loop or in the loop's condition. The format is that of jaxlib 0.10.2.
 """
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
+import string
+from collections.abc import Iterable, Mapping
 
-# The largest 64-bit number stands where the compiler does not know.
+# The compiler writes the largest 64-bit integer where it has no estimate.
 _NO_ESTIMATE = 2**63 - 1
 
 _COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
-_HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*->.*\{$')
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*->.*\{$')
 _COLLECTIVE = re.compile(rf'= (.*?) ({"|".join(_COLLECTIVES)})(-start)?\(')
-_NAME = re.compile(r'op_name="([^"]*)"')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CHANNEL = re.compile(r'channel_id=(\d+)')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r'condition=%?([\w.\-]+)')
-_BOUND = re.compile(r'^\s+%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)')
-_BELOW = re.compile(r'compare\(.*?, %?([\w.\-]+)\), direction=LT')
+_INT_CONSTANT = re.compile(r'^\s+%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)')
+_LESS_THAN = re.compile(r'compare\(.*?, %?([\w.\-]+)\), direction=LT')
 _CALLED = re.compile(r'(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.\-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _ARRAY = re.compile(r'\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]')
@@ -30,41 +34,39 @@ _ARRAY = re.compile(r'\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]')
 
 @dataclasses.dataclass
 class Cost:
-  """Sums over a program, or over one of its computations."""
+  """The cost of a program, or of one of its computations, on one device."""
 
-  cycles: int = 0  # estimated, of a device; None of collectives
-  unknown_loops: int = 0  # whose rounds are not known: their bodies count once
-  unknown_cycles: int = 0  # instructions of which the compiler gives no estimate
-  # Cycles by the operations of the model that they are spent on.
+  cycles: int = 0  # estimated; collectives have no estimate
+  unknown_loops: int = 0  # loops without a known trip count, whose bodies count once
+  unknown_cycles: int = 0  # instructions without an estimate
+  # Cycles by pass and operation of the model.
   operations: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  # Number and bytes of the results of collectives, by kind.
   count: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   bytes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
-  def add(self, other, times=1):
-    """Adds what `other` comes to `times` over."""
+  def add(self, other: 'Cost', times: int = 1) -> None:
+    """Adds `times` executions of `other`."""
     self.cycles += times * other.cycles
     self.unknown_loops += other.unknown_loops
     self.unknown_cycles += times * other.unknown_cycles
     for name in ('operations', 'count', 'bytes'):
-      mine, its = getattr(self, name), getattr(other, name)
-      for kind, value in its.items():
-        mine[kind] += times * value
+      for kind, value in getattr(other, name).items():
+        getattr(self, name)[kind] += times * value
 
 
-def cost(text):
-  """The `Cost` of a compiled program, `compiled.as_text()`: collectives by kind, with the bytes of
-  their results on one device."""
+def cost(text: str) -> Cost:
+  """The cost of a compiled program, given `compiled.as_text()`; `ValueError` for other texts."""
   computations, entry = _parse(text)
-  known: dict[tuple, Cost] = {}
-  # A collective that runs beside other work has parts in several fusions, all of one channel.
-  lines = (line for computation in computations.values() for line in computation)
-  channels: dict[str, str] = {}
-  for line in lines:
+  known: dict[tuple[str, bool], Cost] = {}
+  # An asynchronous collective occurs in several fusions with one channel; its first line counts.
+  first_lines: dict[str, str] = {}
+  for line in itertools.chain(*computations.values()):
     if _COLLECTIVE.search(line) and (channel := _CHANNEL.search(line)):
-      channels.setdefault(channel[1], line)
+      first_lines.setdefault(channel[1], line)
 
-  def visit(name, with_cycles):
-    """The cost of a computation; without cycles inside of a fusion, whose own estimate has them."""
+  def visit(name: str, with_cycles: bool) -> Cost:
+    """The cost of a computation. Inside a fusion, cycles are in the estimate of the fusion."""
     if (name, with_cycles) not in known:
       known[name, with_cycles] = total = Cost()
       for line in computations.get(name, ()):
@@ -75,26 +77,29 @@ def cost(text):
           total.cycles += int(cycles[1])
           total.operations[_operation(line)] += int(cycles[1])
         found, channel = _COLLECTIVE.search(line), _CHANNEL.search(line)
-        if found and (not channel or channels[channel[1]] is line):
+        if found and (not channel or first_lines[channel[1]] is line):
           total.count[found[2]] += 1
-          starts = bool(found[3]) and found[2] != 'all-reduce'
-          total.bytes[found[2]] += _bytes(found[1], halve=starts)
-        times = _rounds(line, computations) if ' while(' in line else 1
+          # The start of an asynchronous collective returns its operands before its results.
+          returns_operands = bool(found[3]) and found[2] != 'all-reduce'
+          total.bytes[found[2]] += _num_bytes(found[1], second_half=returns_operands)
+        times = _trip_count(line, computations) if ' while(' in line else 1
         total.unknown_loops += times is None
-        for called in _called(line):
+        called_names = _CALLED.findall(line)
+        for branches in _BRANCHES.findall(line):
+          called_names += [branch.strip().lstrip('%') for branch in branches.split(',')]
+        for called in called_names:
           total.add(visit(called, with_cycles and not cycles), times or 1)
     return known[name, with_cycles]
 
   return visit(entry, True)
 
 
-def _parse(text):
-  """The lines of each computation, by name, and the name of the first to run."""
+def _parse(text: str) -> tuple[dict[str, list[str]], str]:
+  """The lines of each computation by name, and the name of the entry computation."""
   computations: dict[str, list[str]] = {}
   entry, lines = None, []
   for line in text.splitlines():
-    header = _HEADER.match(line)
-    if header:
+    if header := _COMPUTATION.match(line):
       lines = computations[header[2]] = []
       entry = header[2] if header[1] else entry
     elif ' = ' in line:
@@ -104,48 +109,36 @@ def _parse(text):
   return computations, entry
 
 
-def _rounds(line, computations):
-  """How often the body of a loop runs, or None. A condition that compares with a constant is that
-  of a loop that counts from 0, as `jax.lax.scan` makes them."""
-  known = _TRIPS.search(line)
-  if known:
+def _trip_count(line: str, computations: Mapping[str, Iterable[str]]) -> int | None:
+  """The trip count of a loop, or None.
+
+  A condition that compares with a constant belongs to a loop that counts from 0, as `jax.lax.scan`
+  creates it.
+  """
+  if known := _TRIP_COUNT.search(line):
     return int(known[1])
   named = _CONDITION.search(line)
-  condition = computations.get(named[1], ()) if named else ()
-  bounds = {match[1]: match[2] for match in map(_BOUND.match, condition) if match}
-  below = [match[1] for match in map(_BELOW.search, condition) if match]
-  return int(bounds[below[0]]) if len(below) == 1 and below[0] in bounds else None
+  condition = list(computations.get(named[1], ())) if named else []
+  constants = {match[1]: match[2] for match in map(_INT_CONSTANT.match, condition) if match}
+  limits = [match[1] for match in map(_LESS_THAN.search, condition) if match]
+  return int(constants[limits[0]]) if len(limits) == 1 and limits[0] in constants else None
 
 
-def _operation(line):
-  """What an instruction computes, in the words of the model: the last parts of its name, and in
-  which pass."""
-  name = _NAME.search(line)
+def _operation(line: str) -> str:
+  """The pass and the operation of an instruction: the last two parts of its JAX name."""
+  name = _OP_NAME.search(line)
   if not name:
-    return 'moving and converting'
-  passes = {'rematted_computation': 'again', 'transpose(': 'backward', 'jvp(': 'forward'}
+    return 'copies and conversions'
+  passes = {'rematted_computation': 'recomputed', 'transpose(': 'backward', 'jvp(': 'forward'}
   which = next((word for mark, word in passes.items() if mark in name[1]), 'update')
   parts = [part for part in name[1].split('/') if not part.startswith(('jit(', 'while', 'body'))]
   return f'{which}: {"/".join(parts[-2:])}'
 
 
-def _called(line):
-  names = _CALLED.findall(line)
-  for branches in _BRANCHES.findall(line):
-    names += [name.strip().lstrip('%') for name in branches.split(',')]
-  return names
-
-
-def _bytes(shapes, halve):
-  """Bytes of the arrays in a result's type; what starts a collective mostly returns its operands
-  too, before its results, and those are left out."""
-  sizes = [
-    math.prod(int(n) for n in dims.split(',') if n) * _width(kind)
-    for kind, dims in _ARRAY.findall(shapes)
+def _num_bytes(result_type: str, second_half: bool) -> int:
+  """Bytes of the arrays in the type of a result, or of the second half of these arrays."""
+  bits = [
+    math.prod(int(n) for n in dims.split(',') if n) * int(kind.strip(string.ascii_lowercase) or 8)
+    for kind, dims in _ARRAY.findall(result_type)  # kind: bf16, s4, or pred with a byte per element
   ]
-  return sum(sizes[len(sizes) // 2 :] if halve else sizes)
-
-
-def _width(kind):
-  """Bytes of an element, of four bits half a one."""
-  return 1 if kind == 'pred' else int(re.sub(r'\D', '', kind)) / 8
+  return math.ceil(sum(bits[len(bits) // 2 :] if second_half else bits) / 8)

@@ -1,39 +1,38 @@
-"""Settings of this machine's process, made once at its beginning."""
+"""Process-wide settings of the host: the compilation cache and the memory allocator."""
 
+import contextlib
 import ctypes
 import os
-import sys
 
 import jax
+from etils import epath
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
-def cache_compilations(workdir):
-  """Keeps compiled programs in WORKDIR/compilation_cache: a job that is started again need not
-  compile them again. A user's own JAX_COMPILATION_CACHE_DIR wins."""
+def enable_compilation_cache(workdir: epath.Path) -> None:
+  """Caches compiled programs in WORKDIR/compilation_cache, so that a resumed job need not compile.
+
+  The environment variable JAX_COMPILATION_CACHE_DIR takes precedence.
+  """
   if not jax.config.values['jax_compilation_cache_dir']:
     jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))
 
 
-def keep_memory():
+def keep_freed_memory() -> None:
   """Makes glibc keep freed memory for the next step instead of returning it to the kernel.
 
-  XLA's CPU backend allocates the temporaries of a program at every call. By default each training
-  step would map, fault in and unmap hundreds of MB, a quarter of its time. One arena, grown with
-  the heap and never trimmed, makes that free after the first few steps. Accelerators manage their
-  own memory, and other C libraries lack the call: there, nothing happens. A user's own MALLOC_* or
-  GLIBC_TUNABLES win.
+  XLA's CPU backend allocates the temporary buffers of a program at every call. With glibc's
+  defaults, each training step maps, faults in and unmaps hundreds of MB, a quarter of its time.
+  With one arena that is never trimmed, this cost disappears after a few steps. Must be called
+  before the first computation. Does nothing with other C libraries. The environment variables
+  MALLOC_* and GLIBC_TUNABLES take precedence.
   """
-  if not sys.platform.startswith('linux'):
-    return
   if any(name.startswith('MALLOC_') or name == 'GLIBC_TUNABLES' for name in os.environ):
     return
-  try:
+  with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows
     mallopt = ctypes.CDLL(None).mallopt
-  except (OSError, AttributeError):
-    return
-  mallopt(_M_ARENA_MAX, 1)
-  mallopt(_M_MMAP_MAX, 0)
-  mallopt(_M_TRIM_THRESHOLD, -1)  # never
-  mallopt(_M_TOP_PAD, 2**28)
+    mallopt(_M_ARENA_MAX, 1)
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, -1)  # -1: never trim
+    mallopt(_M_TOP_PAD, 2**28)

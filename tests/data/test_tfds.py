@@ -1,9 +1,6 @@
-"""TFDS data sets, read from ArrayRecord files that are written here without TensorFlow."""
+"""TFDS data sets, read from ArrayRecord files that the tests write without TensorFlow."""
 
-import copy
 import io
-import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
@@ -13,6 +10,8 @@ import tensorflow_datasets as tfds
 from farmer_jax import config, errors
 from farmer_jax.data import base, sources
 from farmer_jax.data import tfds as tfds_source
+from tests.support import data as data_lib
+from tests.support import processes
 
 BOTH = {
   'image': tfds.features.Image(shape=(None, None, 3)),
@@ -22,28 +21,9 @@ IMAGES = {'image': tfds.features.Image(shape=(None, None, 3))}
 
 
 def picture(value, kind='PNG', mode='RGB'):
-  """An image file of one colour, in memory."""
-  stream = io.BytesIO()
-  PIL.Image.new('RGB', (7, 9), (value, value, value)).convert(mode).save(stream, kind)
-  stream.seek(0)
-  return stream
-
-
-def prepare(root, name, features, splits, file_format='array_record'):
-  """Writes the data set `name`, with `splits` {split: examples}, under `root`."""
-  folder = root / name / '1.0.0'
-  folder.mkdir(parents=True)
-  identity = tfds.core.dataset_info.DatasetIdentity(
-    name=name, version=tfds.core.Version('1.0.0'), data_dir=str(folder), module_name=''
-  )
-  info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
-  writer = tfds.core.SequentialWriter(
-    info, 1000, file_format=tfds.core.FileFormat.from_value(file_format)
-  )
-  writer.initialize_splits(list(splits))
-  # Writing reads the images' streams to their end: each split gets its own.
-  writer.add_examples({split: copy.deepcopy(items) for split, items in splits.items()})
-  writer.close_all()
+  """Returns an in-memory image file with one gray level."""
+  image = PIL.Image.new('RGB', (7, 9), (value, value, value)).convert(mode)
+  return io.BytesIO(data_lib.encode(image, kind))
 
 
 def examples(start, count):
@@ -52,20 +32,24 @@ def examples(start, count):
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-  """A data_dir with a few tiny data sets."""
+  """A data_dir with several tiny data sets."""
   root = tmp_path_factory.mktemp('tfds')
-  prepare(root, 'animals', BOTH, {'train': examples(0, 12), 'test': examples(50, 5)})
-  prepare(root, 'train_alone', BOTH, {'train': examples(0, 20)})
-  prepare(root, 'test_alone', BOTH, {'test': examples(0, 2)})
-  unlabelled = [{'image': picture(value)} for value in (3, 4)]
-  prepare(root, 'unlabelled', IMAGES, {'train': unlabelled, 'validation': unlabelled})
+  unlabeled = [{'image': picture(value)} for value in (3, 4)]
   odd = [
-    {'image': picture(90, 'JPEG', 'CMYK'), 'label': 0},
-    {'image': picture(60, 'PNG', 'L'), 'label': 1},
+    {'photo': picture(90, 'JPEG', 'CMYK'), 'species': 0},
+    {'photo': picture(60, 'PNG', 'L'), 'species': 1},
   ]
-  prepare(root, 'odd', BOTH, {'train': odd, 'test': odd})
   bad = [{'image': io.BytesIO(b'no image'), 'label': 0}]
-  prepare(root, 'bad', BOTH, {'train': bad, 'test': bad})
+  renamed = {'photo': BOTH['image'], 'species': BOTH['label']}
+  for name, features, splits in (
+    ('animals', BOTH, {'train': examples(0, 12), 'test': examples(50, 5)}),
+    ('train_alone', BOTH, {'train': examples(0, 20)}),
+    ('test_alone', BOTH, {'test': examples(0, 2)}),
+    ('unlabeled', IMAGES, {'train': unlabeled, 'validation': unlabeled}),
+    ('odd', renamed, {'train': odd, 'test': odd}),
+    ('bad', BOTH, {'train': bad, 'test': bad}),
+  ):
+    data_lib.write_tfds(root, name, features, splits)
   return root
 
 
@@ -74,13 +58,10 @@ def settings(root, name, **changes):
   return config.Data(source=name, path=str(root), **values)
 
 
-def colours(source):
-  """(colour, label) of all examples, in order."""
+def levels(source):
+  """Returns (gray level, label) of all examples, in order."""
   batch = source.gather(np.arange(len(source)))
-  return [
-    (int(value), int(label))
-    for value, label in zip(batch['image'][:, 0, 0, 0], batch['label'], strict=True)
-  ]
+  return list(zip(batch['image'][:, 0, 0, 0].tolist(), batch['label'].tolist(), strict=True))
 
 
 @pytest.mark.parametrize('lazy', [False, True])
@@ -89,58 +70,67 @@ def test_splits(root, monkeypatch, lazy):
     monkeypatch.setattr(base, 'IN_MEMORY_BYTES', 0)
   train, valid = (sources.load(settings(root, 'animals'), split) for split in ('train', 'valid'))
   assert isinstance(train, tfds_source.TfdsSource if lazy else base.ArraySource)
-  assert colours(train) == [(value, value % 3) for value in range(12)]
-  assert colours(valid) == [(value, value % 3) for value in range(50, 55)]
+  assert levels(train) == [(value, value % 3) for value in range(12)]
+  assert levels(valid) == [(value, value % 3) for value in range(50, 55)]
   assert train.class_names == ('cat', 'dog', 'eel')
   assert train[0]['image'].shape == (4, 4, 3)
   assert train[0]['label'].dtype == np.int32
 
 
-def test_train_split_alone_is_divided(root):
+def test_train_split_without_other_splits_is_divided(root):
   train, valid = (sources.load(settings(root, 'train_alone'), s) for s in ('train', 'valid'))
   assert (len(train), len(valid)) == (18, 2)
-  assert sorted(colours(train) + colours(valid)) == [(value, value % 3) for value in range(20)]
+  assert sorted(levels(train) + levels(valid)) == [(value, value % 3) for value in range(20)]
 
 
 def test_labels_are_optional(root):
   source = sources.load(settings(root, 'animals', num_classes=0), 'train')
-  assert {label for _, label in colours(source)} == {0}
+  assert {label for _, label in levels(source)} == {0}
   assert source.class_names == ()
-  data = settings(root, 'unlabelled', num_classes=0, valid_split='validation')
-  assert colours(sources.load(data, 'valid')) == [(3, 0), (4, 0)]
+  data = settings(root, 'unlabeled', num_classes=0, valid_split='validation')
+  assert levels(sources.load(data, 'valid')) == [(3, 0), (4, 0)]
 
 
-def test_images_that_tfds_would_not_decode(root):
-  (cmyk, _), (grey, _) = colours(sources.load(settings(root, 'odd'), 'train'))
+def test_cmyk_and_gray_images_in_features_of_other_names(root):
+  (cmyk, first), (gray, second) = levels(sources.load(settings(root, 'odd'), 'train'))
   assert abs(cmyk - 90) < 4
-  assert grey == 60
+  assert (gray, first, second) == (60, 0, 1)
 
 
 @pytest.mark.parametrize(
-  'name, changes, split, reason',
+  'name, changes, split, kind, match',
   [
-    ('animals', {'num_classes': 10}, 'train', r'animals has 3 classes, .*num_classes=3'),
-    ('unlabelled', {}, 'train', r'unlabelled has no classes, .*num_classes=0'),
-    ('animals', {'valid_split': 'dev'}, 'valid', r'valid_split=dev is not .* set it to test'),
-    ('animals', {'valid_split': 'train'}, 'valid', r'valid_split=train is not .* set it to test'),
-    ('test_alone', {}, 'train', r'no split called train \(it has test\)'),
-    ('bad', {}, 'train', r'example 0 of bad cannot be read \(it is not a JPEG'),
-    ('no_such_set', {}, 'train', r'no data set of TFDS \(Dataset no_such_set not found\)'),
-    ('No Set!', {}, 'train', r'no data set of TFDS'),
-    ('mnist:99.0.0', {}, 'train', r'no data set of TFDS'),
-    ('mnist', {}, 'train', r"not prepared under .*mnist.*file_format='array_record', data_dir="),
+    ('animals', {'num_classes': 10}, 'train', errors.ConfigError, r'animals .*num_classes=3'),
+    ('unlabeled', {}, 'train', errors.ConfigError, r'unlabeled .*num_classes=0'),
+    ('animals', {'valid_split': 'dev'}, 'valid', errors.ConfigError, r'valid_split=dev .* test'),
+    ('animals', {'valid_split': 'train'}, 'valid', errors.ConfigError, r'valid_split=train .*test'),
+    ('test_alone', {}, 'train', errors.ConfigError, r'test_alone .*\(it has test\)'),
+    ('bad', {}, 'train', base.BadExampleError, r'example 0 of bad .*not a JPEG'),
+    ('no_such_set', {}, 'train', errors.ConfigError, r'data\.source=no_such_set'),
+    ('No Set!', {}, 'train', errors.ConfigError, r'data\.source=No Set!'),
+    ('mnist:99.0.0', {}, 'train', errors.ConfigError, r'data\.source=mnist:99.0.0'),
+    ('mnist', {}, 'train', errors.ConfigError, r"mnist.*file_format='array_record', data_dir="),
   ],
 )
-def test_errors(root, name, changes, split, reason):
-  with pytest.raises(errors.ConfigError, match=reason) as caught:
+def test_wrong_settings_and_data(root, name, changes, split, kind, match):
+  with pytest.raises(kind, match=match) as caught:
     sources.load(settings(root, name, **changes), split)
   assert '\n' not in str(caught.value)
 
 
-def test_unprepared_fashion_mnist_mentions_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize('label', [3, -1])
+def test_label_outside_of_the_classes(label):
+  records = [{'image': picture(3).read(), 'label': label}]
+  data = settings('', 'animals')
+  source = tfds_source.TfdsSource(data, records, np.arange(1), 'image', 'label', ())
+  with pytest.raises(errors.DataError, match=f'example 0 of animals .*label {label}'):
+    source[0]
+
+
+def test_unprepared_fashion_mnist(tmp_path, monkeypatch):
   monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
   data = config.Data(source='fashion_mnist', image_size=28)
-  with pytest.raises(errors.ConfigError, match=r'not prepared .* to a folder with the four IDX'):
+  with pytest.raises(errors.ConfigError, match=r'config\.data\.path to a folder with the four IDX'):
     sources.load(data, 'train')
 
 
@@ -149,7 +139,7 @@ def test_format_without_random_access(root, monkeypatch):
     raise NotImplementedError('Random access data source is not supported')
 
   monkeypatch.setattr(tfds.core.DatasetBuilder, 'as_data_source', refuse)
-  with pytest.raises(errors.ConfigError, match=r'has no random access; delete .* python -c'):
+  with pytest.raises(errors.DataError, match=r'animals .*no random access.* python -c'):
     sources.load(settings(root, 'animals'), 'train')
 
 
@@ -157,7 +147,7 @@ def test_format_without_random_access(root, monkeypatch):
   'features, reason',
   [
     ({'label': tfds.features.ClassLabel(num_classes=3)}, 'no image features'),
-    ({'left': IMAGES['image'], 'right': IMAGES['image']}, 'left, right where one image'),
+    ({'left': IMAGES['image'], 'right': IMAGES['image']}, 'left, right'),
     ({'depth': tfds.features.Image(shape=(4, 4, 1), dtype=np.float32)}, 'not of 8 or 16 bits'),
   ],
 )
@@ -166,22 +156,5 @@ def test_features_without_one_image(features, reason):
     tfds_source._image_key(tfds, tfds.features.FeaturesDict(features), 'X')
 
 
-def test_only_image_and_only_label_need_no_special_names(tmp_path):
-  features = {'photo': BOTH['image'], 'species': BOTH['label']}
-  items = [{'photo': picture(5), 'species': 2}]
-  prepare(tmp_path, 'renamed', features, {'train': items, 'test': items})
-  assert colours(sources.load(settings(tmp_path, 'renamed'), 'train')) == [(5, 2)]
-
-
 def test_tensorflow_is_not_imported(root):
-  program = f"""
-import sys
-from farmer_jax import config
-from farmer_jax.data import pipeline, sources
-data = config.Data(source='animals', path={str(root)!r}, image_size=4, num_classes=3)
-assert 'tensorflow_datasets' not in sys.modules
-source = sources.load(data, 'train')
-assert next(pipeline.train_iterator(source, data, 2, 0))['image'].shape == (2, 4, 4, 1)
-assert 'tensorflow' not in sys.modules
-"""
-  subprocess.run([sys.executable, '-c', program], check=True)
+  processes.run_program('tfds_batch', root, 'animals')

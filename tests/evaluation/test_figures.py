@@ -1,4 +1,4 @@
-"""Pictures are laid out as they say."""
+"""Grids of images and training curves."""
 
 import numpy as np
 from etils import epath
@@ -7,18 +7,17 @@ from PIL import Image
 from farmer_jax.evaluation import figures
 
 
-def test_grid_puts_each_image_in_its_cell():
-  images = np.arange(2 * 3, dtype=np.uint8).reshape(2, 3, 1, 1, 1) * 40
-  images = np.broadcast_to(images, (2, 3, 28, 28, 1))
+def test_sample_grid_puts_each_image_in_its_cell():
+  images = np.broadcast_to(40 * np.arange(6).reshape(2, 3, 1, 1, 1), (2, 3, 28, 28, 1))
+  images = images.astype(np.uint8)
   grid = figures.sample_grid(images)
   assert grid.shape == (4 + 2 * 60, 4 + 3 * 60, 3)
-  for row in range(2):
-    for column in range(3):
-      cell = grid[4 + row * 60 : 60 + row * 60, 4 + column * 60 : 60 + column * 60]
-      assert (cell == images[row, column, 0, 0, 0]).all()
+  for row, column in np.ndindex(2, 3):
+    cell = grid[4 + row * 60 : 60 + row * 60, 4 + column * 60 : 60 + column * 60]
+    assert (cell == images[row, column, 0, 0, 0]).all()
 
 
-def test_colour_stays_colour_and_names_widen_the_margin():
+def test_sample_grid_preserves_colors_and_adds_margin_for_names():
   images = np.zeros((1, 1, 64, 64, 3), np.uint8)
   images[..., 1] = 200
   plain, named = figures.sample_grid(images), figures.sample_grid(images, ['trouser'])
@@ -28,19 +27,15 @@ def test_colour_stays_colour_and_names_widen_the_margin():
   assert (named[:, :margin] < 128).any()
 
 
-def test_saved_pictures_read_back(tmp_path):
+def test_save_png_round_trip(tmp_path):
   picture = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
   figures.save_png(epath.Path(tmp_path / 'new' / 'p.png'), picture)
   np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'new' / 'p.png')), picture)
 
 
-def test_curves_survive_runs_without_validation_or_with_nan(tmp_path):
+def test_training_curves_without_validation_or_with_nan(tmp_path):
   train = [{'step': s, 'split': 'train', 'loss': 1.0 / s, 'log_det': 0.1} for s in (1, 2, 3)]
-  for name, records in {
-    'empty': [],
-    'train': train,
-    'nan': [*train, {'step': 4, 'split': 'train', 'loss': float('nan')}],
-  }.items():
-    path = epath.Path(tmp_path / f'{name}.png')
+  path = epath.Path(tmp_path / 'curves.png')
+  for records in ([], train, [*train, {'step': 4, 'split': 'train', 'loss': float('nan')}]):
     figures.training_curves(path, records, 'run')
     assert np.asarray(Image.open(path)).std() > 0

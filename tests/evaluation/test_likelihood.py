@@ -1,41 +1,48 @@
-"""Scores of images: exact where the density is known, and independent of how images are batched."""
+"""Likelihoods of images: exact for a known density, independent of batches, resumable."""
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from scipy import special, stats
 
 from farmer_jax import config
 from farmer_jax.data import pipeline, sources
-from farmer_jax.evaluation import likelihood
+from farmer_jax.evaluation import likelihood, likelihood_summary, scoring
 from farmer_jax.nn import farmer
+from tests.support import models
 
-CLASSES = 10
+NUM_CLASSES = 10
+DIMS = 64  # of an image
 
 
-def settings(flow_changes=None, **prior_changes):
+def model_config(flow_changes=None, **prior_changes):
   prior = dict(layers=1, width=8, head_dim=8, condition_copies=1, components=2) | prior_changes
-  return config.Model(
-    patch_size=4,
-    flow=config.Flow(**(dict(blocks=2, layers=1, width=8, head_dim=8) | (flow_changes or {}))),
-    prior=config.Prior(**prior),
-  )
+  flow = dict(blocks=2, layers=1, width=8, head_dim=8) | (flow_changes or {})
+  return config.Model(patch_size=4, flow=config.Flow(**flow), prior=config.Prior(**prior))
 
 
-GAUSSIAN = config.Config(noise=config.Noise(kind='gaussian', std_end=0.0), model=settings())
-UNIFORM = config.Config(model=settings())
+GAUSSIAN = config.Config(noise=config.Noise(kind='gaussian', std_end=0.0), model=model_config())
+UNIFORM = config.Config(model=model_config())
 
 
-def build(built):
-  """A model and parameters that are all random, so that class, flow and redundant part matter."""
-  model = farmer.build(built)
-  params = farmer.init_params(jax.random.key(0), model=model)
-  keys = iter(jax.random.split(jax.random.key(1), 1000))
-  return model, jax.tree.map(lambda a: a + 0.3 * jax.random.normal(next(keys), a.shape), params)
+@functools.cache
+def build(config):
+  """A model, and parameters that are all random: class, flow and redundant channels matter."""
+  model = farmer.build(config)
+  params = models.filled_parameters(model, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32))
+  rng = np.random.default_rng(1)
+  return model, jax.tree.map(lambda a: a + jnp.float32(0.4 * rng.normal(size=a.shape)), params)
+
+
+@functools.cache
+def build_scorer(config, **changes):
+  return jax.jit(likelihood.Scorer(build(config)[0], config, **changes))
 
 
 @pytest.fixture(scope='module')
@@ -43,115 +50,180 @@ def source():
   return sources.load(UNIFORM.data, 'valid')
 
 
-def score(built, params, source, count=24, **changes):
-  """Scores of the first images, as NumPy arrays in float64."""
-  scorer = jax.jit(likelihood.Scorer(farmer.build(built), built, **changes))
-  batch = next(iter(pipeline.valid_batches(source, count)))
-  found = scorer(params, batch['image'], batch['label'], batch['index'])
-  return {name: np.asarray(array, np.float64) for name, array in found.items()}, batch
+@pytest.fixture(scope='module')
+def batch():
+  return next(iter(pipeline.evaluation_batches(sources.load(UNIFORM.data, 'valid'), 24)))
 
 
-def test_a_known_density_is_scored_exactly(source):
-  """No flow, one Gaussian a token, whose mean and scale the head's bias alone decides."""
-  built = dataclasses.replace(GAUSSIAN, model=settings(dict(blocks=0), components=1))
-  model, params = build(built)
+def score(config, batch, label=None, params=None, **changes):
+  """Scores of a batch as NumPy arrays in float64."""
+  params = build(config)[1] if params is None else params
+  labels = batch['label'] if label is None else np.full_like(batch['label'], label)
+  scores = build_scorer(config, **changes)(params, batch['image'], labels, batch['index'])
+  return {name: np.asarray(array, np.float64) for name, array in scores.items()}
+
+
+def test_known_density_is_scored_exactly(batch):
+  """No flow, and one Gaussian per token, whose mean and scale are the bias of the head."""
+  known = dataclasses.replace(GAUSSIAN, model=model_config(dict(blocks=0), components=1))
+  params = jax.tree.map(lambda a: a, build(known)[1])  # a copy
   mean, log_scale = np.linspace(-0.5, 0.5, 16), np.linspace(-1, 0.3, 16)
   head = params['prior']['informative_head']['out']
   head['kernel'] = jnp.zeros_like(head['kernel'])
   head['bias'] = jnp.asarray(np.concatenate([[0.7], mean, log_scale]), jnp.float32)
-  found, batch = score(built, params, source)
+  scores = score(known, batch, params=params)
   pixels = batch['image'][..., 0] / 127.5 - 1
   tokens = pixels.reshape(-1, 2, 4, 2, 4).transpose(0, 1, 3, 2, 4).reshape(-1, 4, 16)
-  scale = np.exp(log_scale) + 1e-3  # above the floor
+  scale = np.exp(log_scale) + known.model.prior.scale_floor
   expected = -stats.norm.logpdf(tokens, mean, scale)
-  np.testing.assert_allclose(found['loss'], expected.sum((1, 2)) / 64, rtol=1e-6)
-  np.testing.assert_allclose(found['tokens'], expected.sum(2), rtol=1e-5)
-  assert 'loss_importance' not in found
+  np.testing.assert_allclose(scores['loss'], expected.sum((1, 2)) / DIMS, rtol=1e-6)
+  np.testing.assert_allclose(scores['tokens'], expected.sum(2), rtol=1e-5)
+  assert 'loss_importance' not in scores
 
 
 @pytest.mark.parametrize('conditional_flow', [False, True])
-def test_an_unknown_class_is_averaged_over(source, conditional_flow):
-  """Against the densities given each class, one by one; and the terms add up."""
+def test_marginal_density_equals_mean_over_classes(batch, conditional_flow):
+  """The densities given each class are computed one by one. The terms add up to the loss."""
   flow = dict(class_conditional=conditional_flow)
-  built = dataclasses.replace(UNIFORM, model=settings(flow, informative_channels=5))
-  _, params = build(built)
-  found, batch = score(built, params, source, condition='marginal')
-  given = []
-  for label in range(CLASSES):
-    scorer = jax.jit(likelihood.Scorer(farmer.build(built), built))
-    labels = np.full_like(batch['label'], label)
-    given.append(scorer(params, batch['image'], labels, batch['index'])['loss'])
-  log_classes = -64 * np.asarray(given, np.float64)  # [C, B]
+  marginal = dataclasses.replace(UNIFORM, model=model_config(flow, informative_channels=5))
+  scores = score(marginal, batch, condition='marginal')
+  given = [score(marginal, batch, label)['loss'] for label in range(NUM_CLASSES)]
+  log_classes = -DIMS * np.array(given)  # [C, B]
   assert log_classes.std(0).min() > 0.5
-  expected = special.logsumexp(log_classes, axis=0) - math.log(CLASSES)
-  np.testing.assert_allclose(-64 * found['loss'], expected, rtol=1e-5)
-  np.testing.assert_array_equal(found['predicted'], log_classes.argmax(0))
+  expected = special.logsumexp(log_classes, axis=0) - math.log(NUM_CLASSES)
+  np.testing.assert_allclose(-DIMS * scores['loss'], expected, rtol=1e-5)
+  np.testing.assert_array_equal(scores['predicted'], log_classes.argmax(0))
   posterior = special.softmax(log_classes, axis=0)
-  entropy = special.entr(posterior).sum(0)
-  np.testing.assert_allclose(64 * found['nll_class'], math.log(CLASSES) - entropy, atol=1e-3)
+  nll_class = math.log(NUM_CLASSES) - special.entr(posterior).sum(0)
+  np.testing.assert_allclose(DIMS * scores['nll_class'], nll_class, atol=1e-3)
   terms = ('nll_informative', 'nll_redundant', 'log_det', 'nll_class')
-  np.testing.assert_allclose(sum(found[name] for name in terms), found['loss'], atol=1e-5)
-  np.testing.assert_allclose(found['log_dets'].sum(1), found['log_det'], atol=1e-5)
-  np.testing.assert_allclose(found['tokens'].sum(1) / 64, found['nll_informative'], atol=1e-5)
+  np.testing.assert_allclose(sum(scores[name] for name in terms), scores['loss'], atol=1e-5)
+  np.testing.assert_allclose(scores['log_dets'].sum(1), scores['log_det'], atol=1e-5)
+  np.testing.assert_allclose(scores['tokens'].sum(1) / DIMS, scores['nll_informative'], atol=1e-5)
 
 
-def test_without_a_class(source):
-  _, params = build(UNIFORM)
-  found, batch = score(UNIFORM, params, source, condition='none')
-  scorer = jax.jit(likelihood.Scorer(farmer.build(UNIFORM), UNIFORM))
-  none = np.full_like(batch['label'], CLASSES)
-  np.testing.assert_allclose(
-    found['loss'], scorer(params, batch['image'], none, batch['index'])['loss'], rtol=1e-6
-  )
-  labelled, _ = score(UNIFORM, params, source)
-  assert abs(found['loss'] - labelled['loss']).min() > 1e-4
+def test_condition_none_uses_the_label_no_class(batch):
+  loss = score(UNIFORM, batch, condition='none')['loss']
+  np.testing.assert_allclose(loss, score(UNIFORM, batch, NUM_CLASSES)['loss'], rtol=1e-6)
+  assert abs(loss - score(UNIFORM, batch)['loss']).min() > 1e-4
 
 
-def test_importance_weighting_tightens_the_bound_of_every_image(source):
-  """Several draws: the first is that of one draw, bounds are means and log-means of densities."""
-  _, params = build(UNIFORM)
-  one, _ = score(UNIFORM, params, source, draws=1)
+def test_importance_weighting_tightens_the_bound_of_every_image(batch):
+  """The loss is a mean over draws, and loss_importance the log of a mean density."""
+  one, few, many = (score(UNIFORM, batch, draws=draws) for draws in (1, 2, 32))
   assert 'loss_importance' not in one
-  few, many = (score(UNIFORM, params, source, draws=k)[0] for k in (2, 32))
-  for found in (few, many):
-    assert (found['loss_importance'] <= found['loss'] + 1e-5).all()
-    assert (found['loss_importance'] < found['loss'] - 1e-5).mean() > 0.5
+  for scores in (few, many):
+    assert (scores['loss_importance'] <= scores['loss'] + 1e-5).all()
+    assert (scores['loss_importance'] < scores['loss'] - 1e-5).mean() > 0.5
   assert many['loss_importance'].mean() < few['loss_importance'].mean()
   second = 2 * few['loss'] - one['loss']
-  expected = -special.logsumexp([-64 * one['loss'], -64 * second], axis=0) + math.log(2)
-  np.testing.assert_allclose(few['loss_importance'], expected / 64, rtol=1e-5)
-  other, _ = score(UNIFORM, params, source, seed=1)
-  assert abs(other['loss'] - one['loss']).min() > 0
+  expected = -special.logsumexp([-DIMS * one['loss'], -DIMS * second], axis=0) + math.log(2)
+  np.testing.assert_allclose(few['loss_importance'], expected / DIMS, rtol=1e-5)
+  assert abs(score(UNIFORM, batch, seed=1)['loss'] - one['loss']).min() > 0
 
 
-def test_batches_and_padding_do_not_change_the_mean(source):
-  """The noise of an image is its own, so any batching must give one mean."""
+def test_mean_does_not_depend_on_batch_size_or_padding(source):
   model, params = build(UNIFORM)
   evaluate = likelihood.LikelihoodEvaluator(model, UNIFORM)
-  means = [
-    evaluate(params, pipeline.valid_batches(source, size)) for size in (1, 7, 64, len(source), 250)
-  ]
+  means = [evaluate(params, pipeline.evaluation_batches(source, size)) for size in (1, 7, 250)]
   for other in means[1:]:
     for name, value in means[0].items():
       np.testing.assert_allclose(other[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
   np.testing.assert_allclose(means[0]['bits_per_dim'], means[0]['loss'] / np.log(2) + 7)
 
 
-def test_a_non_finite_image_counts_and_a_non_finite_padding_does_not(source):
+def test_nonfinite_image_counts_and_nonfinite_padding_does_not(batch, monkeypatch):
+  evaluation_images = likelihood.noise_lib.evaluation_images
+
+  def with_nan(noise, images, indices, *args):
+    values = evaluation_images(noise, images, indices, *args)
+    return jnp.where(indices[:, None, None, None] == 3, jnp.nan, values)
+
+  monkeypatch.setattr(likelihood.noise_lib, 'evaluation_images', with_nan)
   model, params = build(GAUSSIAN)
   evaluate = likelihood.LikelihoodEvaluator(model, GAUSSIAN)
-  batch = next(iter(pipeline.valid_batches(source, 4)))
-  real = {**batch, 'image': batch['image'].astype(np.float32)}
-  real['image'][3] = np.nan
-  assert np.isnan(evaluate(params, [real])['loss'])
-  real['mask'] = np.array([1, 1, 1, 0], bool)
-  assert np.isfinite(evaluate(params, [real])['loss'])
+  assert np.isnan(evaluate(params, [batch])['loss'])
+  values = evaluate(params, [batch | {'mask': batch['index'] != 3}])
+  assert np.isfinite(values['loss'])
+  assert 'bits_per_dim' not in values and values['noise_std'] == 0.0
 
 
-def test_gaussian_noise_never_claims_bits(source):
-  model, params = build(GAUSSIAN)
-  values = likelihood.LikelihoodEvaluator(model, GAUSSIAN)(
-    params, pipeline.valid_batches(source, 64)
-  )
-  assert 'bits_per_dim' not in values
-  assert values['noise_std'] == 0.0
+# Scoring of whole data sources, resumably.
+
+
+@pytest.fixture
+def counts(monkeypatch):
+  """The numbers of images that `Scoring.score` finds on disk, and in total, for each call."""
+  counts, progress_bar = [], scoring.terminal.progress_bar
+
+  def record(description, unit, total, initial=0):
+    counts.append((initial, total))
+    return progress_bar(description, unit, total, initial)
+
+  monkeypatch.setattr(scoring.terminal, 'progress_bar', record)
+  return counts
+
+
+def open_scoring(folder, base=UNIFORM, params=None, **changes):
+  settings = config.Likelihood(**(dict(batch_size=20, examples=40) | changes))
+  base = dataclasses.replace(base, likelihood=settings)
+  params = build(UNIFORM)[1] if params is None else params
+  return scoring.Scoring(base, epath.Path(folder), params, step=3)
+
+
+def report_of(scorer, source):
+  rows = scorer.score(source, 'images')
+  return scorer.description() | likelihood_summary.summarize(rows)
+
+
+def test_only_missing_images_are_scored(tmp_path, source, counts):
+  """Scores on disk belong to their images, parameters and settings."""
+  few = open_scoring(tmp_path, examples=30).score(source, 'images')
+  scorer = open_scoring(tmp_path)
+  many = scorer.score(source, 'images')
+  for name, array in few.items():
+    np.testing.assert_array_equal(array, many[name][:30], err_msg=name)
+  np.testing.assert_array_equal(many['index'], np.arange(40))
+  np.testing.assert_array_equal(many['label'], source.labels[:40])
+  other_images = dataclasses.replace(source, images=255 - source.images)
+  assert (scorer.score(other_images, 'images')['loss'] != many['loss']).all()
+  other_params = jax.tree.map(lambda a: 1.1 * a, build(UNIFORM)[1])
+  other = open_scoring(tmp_path, params=other_params).score(source, 'images')
+  assert (other['loss'] != many['loss']).all()
+  assert counts == [(0, 30), (30, 40), (0, 40), (0, 40)]
+
+
+def test_scores_under_gaussian_noise_have_no_bits_per_dim(tmp_path, source):
+  gaussian = dataclasses.replace(UNIFORM, noise=config.Noise(kind='gaussian'))
+  losses = []
+  for std, expected in ((None, '0.005'), (0.3, '0.3')):
+    scorer = open_scoring(tmp_path, gaussian, noise_std=std, condition='none')
+    report = report_of(scorer, source)
+    assert report['unit'] == f'nats/dim at σ = {expected}' and expected in report['density']
+    assert not any('bits' in name for name in [*scorer.score(source, 'images'), *report])
+    assert 'bits' not in likelihood_summary.to_text(report)
+    losses.append(report['loss']['mean'])
+  assert losses[0] != losses[1]
+
+
+def test_change_by_bfloat16_is_reported(tmp_path, source):
+  scorer = open_scoring(tmp_path, dtype='bfloat16')
+  report = report_of(scorer, source)
+  change = report['change_by_dtype']
+  assert change['images'] == 20 and 0 < change['largest_nats_per_dim'] < 0.1
+  assert f'{change["largest_nats_per_dim"]:.2e}' in likelihood_summary.to_text(report)
+
+
+def test_nonfinite_images_are_listed(tmp_path, source, monkeypatch):
+  original = likelihood.Scorer.__call__
+
+  def with_nan(self, params, images, labels, indices):
+    scores = original(self, params, images, labels, indices)
+    nonfinite = (indices == 17) | (indices == 33)
+    return scores | {'loss': jnp.where(nonfinite, np.nan, scores['loss'])}
+
+  monkeypatch.setattr(likelihood.Scorer, '__call__', with_nan)
+  report = report_of(open_scoring(tmp_path), source)
+  assert report['nonfinite_images'] == [17, 33]
+  assert report['loss']['mean'] is None and report['mean_of_finite'] is not None
+  assert '17, 33' in likelihood_summary.to_text(report)

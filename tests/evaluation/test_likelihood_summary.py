@@ -1,4 +1,4 @@
-"""What scores come to: against SciPy and by counting pairs."""
+"""Summaries of scores against SciPy and direct counts."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 from scipy import stats
 
-from farmer_jax.evaluation import likelihood_figures, likelihood_summary
+from farmer_jax.evaluation import likelihood_summary
 
 RNG = np.random.default_rng(0)
 
@@ -29,61 +29,58 @@ def make_rows(count=200, **changes):
 
 def test_means_and_standard_errors():
   rows = make_rows(predicted=RNG.integers(0, 3, 200))
-  found = likelihood_summary.summarise(rows, ('a', 'b', 'c'))
-  assert found['count'] == 200 and found['nonfinite_images'] == []
-  np.testing.assert_allclose(found['loss']['mean'], rows['loss'].mean(), rtol=1e-12)
-  np.testing.assert_allclose(found['loss']['standard_error'], stats.sem(rows['loss']), rtol=1e-12)
-  np.testing.assert_allclose(found['log_det_by_block'], rows['log_dets'].mean(0), rtol=1e-10)
-  assert found['accuracy'] == (rows['predicted'] == rows['label']).mean()
+  summary = likelihood_summary.summarize(rows, ('a', 'b', 'c'))
+  assert summary['count'] == 200 and summary['nonfinite_images'] == []
+  np.testing.assert_allclose(summary['loss']['mean'], rows['loss'].mean(), rtol=1e-12)
+  np.testing.assert_allclose(summary['loss']['standard_error'], stats.sem(rows['loss']), rtol=1e-12)
+  np.testing.assert_allclose(summary['log_det_by_block'], rows['log_dets'].mean(0), rtol=1e-10)
+  assert summary['accuracy'] == (rows['predicted'] == rows['label']).mean()
   for label, name in enumerate('abc'):
-    own = rows['loss'][rows['label'] == label]
-    assert found['classes'][name]['count'] == len(own)
-    np.testing.assert_allclose(found['classes'][name]['loss'], own.mean(), rtol=1e-10)
-  parts = sum(found[name] for name in ('nll_informative', 'nll_redundant', 'log_det'))
-  np.testing.assert_allclose(parts, found['loss']['mean'], rtol=1e-10)
-  json.dumps(found)
+    loss = rows['loss'][rows['label'] == label]
+    assert summary['classes'][name]['count'] == len(loss)
+    np.testing.assert_allclose(summary['classes'][name]['loss'], loss.mean(), rtol=1e-10)
+  total = sum(summary[name] for name in ('nll_informative', 'nll_redundant', 'log_det'))
+  np.testing.assert_allclose(total, summary['loss']['mean'], rtol=1e-10)
+  json.dumps(summary)
 
 
-def test_sums_do_not_depend_on_order():
+def test_sums_do_not_depend_on_the_order():
   rows = make_rows(loss=(10.0 ** RNG.uniform(-12, 12, 200)).astype(np.float32))
-  backwards = {name: array[::-1] for name, array in rows.items()}
-  assert (
-    likelihood_summary.summarise(rows)['loss'] == likelihood_summary.summarise(backwards)['loss']
-  )
+  reverse = {name: array[::-1] for name, array in rows.items()}
+  summaries = [likelihood_summary.summarize(r)['loss'] for r in (rows, reverse)]
+  assert summaries[0] == summaries[1]
 
 
-def test_what_is_not_finite_is_named_and_not_dropped():
+def test_nonfinite_values_are_listed_and_not_dropped():
   rows = make_rows()
   rows['loss'][[3, 77]] = np.nan, np.inf
-  found = likelihood_summary.summarise(rows, ('a', 'b', 'c'))
-  assert found['nonfinite_images'] == [3, 77]
-  assert found['loss'] == {'mean': None, 'standard_error': None}
+  summary = likelihood_summary.summarize(rows, ('a', 'b', 'c'))
+  assert summary['nonfinite_images'] == [3, 77]
+  assert summary['loss'] == {'mean': None, 'standard_error': None}
   finite = np.delete(rows['loss'], [3, 77])
-  np.testing.assert_allclose(found['mean_of_finite'], finite.mean(), rtol=1e-12)
-  assert 'NaN' not in json.dumps(found)
+  np.testing.assert_allclose(summary['mean_of_finite'], finite.mean(), rtol=1e-12)
+  assert 'NaN' not in json.dumps(summary)
 
 
-def test_separation_counts_pairs():
-  rows, other = make_rows(60), make_rows(50)
-  found = likelihood_summary.separation(rows, other, dims=64)
-  for name, (auroc, scores, other_scores) in found.items():
-    pairs = np.sign(scores[:, None] - other_scores[None])
+def test_auroc_equals_count_of_pairs():
+  rows, ood_rows = make_rows(60), make_rows(50)
+  detections = likelihood_summary.detect_ood(rows, ood_rows, dims=64)
+  for name, (auroc, scores, ood_scores) in detections.items():
+    pairs = np.sign(scores[:, None] - ood_scores[None])
     np.testing.assert_allclose(auroc, (pairs.mean() + 1) / 2, rtol=1e-12, err_msg=name)
-  log_density, corrected = (found[n][1] for n in ('log_density', 'complexity_corrected'))
+  log_density, corrected = (detections[n].scores for n in ('log_density', 'complexity_corrected'))
   np.testing.assert_allclose(log_density, -rows['loss'] * 64 / np.log(2), rtol=1e-12)
   np.testing.assert_allclose(corrected - log_density, rows['png_bits'], rtol=1e-9)
 
 
-def test_separation_with_what_is_not_finite():
-  rows, other = make_rows(30), make_rows(30)
+def test_nonfinite_scores_rank_lowest():
+  rows = make_rows(30)
   for value in (np.nan, -np.inf, np.inf):
-    other['loss'][:] = value
-    found = likelihood_summary.separation(rows, other, 64)
-    assert found['log_density'][0] == 1.0
-    assert likelihood_figures.separation(found, ('a', 'b')).ndim == 3
-  rows['loss'][:] = np.nan
-  found = likelihood_summary.separation(rows, other, 64)
-  assert likelihood_figures.separation(found, ('a', 'b')).ndim == 3
+    ood_rows = make_rows(30, loss=np.full(30, value))
+    detections = likelihood_summary.detect_ood(rows, ood_rows, 64)
+    assert detections['log_density'].auroc == 1.0
+    for one in (detections, likelihood_summary.detect_ood(ood_rows, ood_rows, 64)):
+      assert likelihood_summary.draw_detections(one, ('a', 'b')).ndim == 3
 
 
 @pytest.mark.parametrize('channels', [1, 3])
@@ -91,15 +88,12 @@ def test_png_length(channels):
   noise = RNG.integers(0, 256, (32, 32, channels), np.uint8)
   stream = io.BytesIO()
   PIL.Image.fromarray(noise.squeeze()).save(stream, 'png')
-  assert abs(likelihood_summary.png_bits(noise) / (8 * len(stream.getvalue())) - 1) < 0.05
-  assert (
-    likelihood_summary.png_bits(noise)
-    > 32 * 32 * channels * 8
-    > likelihood_summary.png_bits(0 * noise) * 5
-  )
+  length, flat = likelihood_summary.png_bits(noise), likelihood_summary.png_bits(0 * noise)
+  assert abs(length / (8 * len(stream.getvalue())) - 1) < 0.05
+  assert length > 8 * noise.size > 5 * flat
 
 
-def test_csv_has_a_row_an_image():
+def test_csv_has_one_line_for_each_image():
   rows = likelihood_summary.with_bits(make_rows(5, loss_importance=np.zeros(5)))
   table = list(csv.DictReader(io.StringIO(likelihood_summary.to_csv(rows))))
   assert len(table) == 5 and {'log_det_block_1', 'bits_per_dim_importance'} <= set(table[0])

@@ -1,13 +1,12 @@
-"""A run of one process that nothing happens to."""
+"""A run of one process that is never interrupted."""
 
 import pytest
 
 from tests.support import processes
 
 
-@pytest.fixture(scope='session', name='whole')
-def _whole(tmp_path_factory):
-  """The workdir of a run of one process that nothing happens to."""
-  workdir = tmp_path_factory.mktemp('whole') / 'run'
-  processes.finish(processes.train(workdir, devices=1), workdir)
+@pytest.fixture(scope='session')
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('uninterrupted') / 'run'
+  processes.train(workdir, devices=1).finish()
   return workdir

@@ -1,12 +1,11 @@
-"""A training run that is killed again and again: `make soak`.
+"""A training run that is killed 200 times: `make soak`.
 
-    python tests/faults/soak.py --kills 200
+    python -m tests.faults.soak --kills 200
 
-Trains once without interruption and once with SIGKILL at random moments: while Python loads, while
-a checkpoint is read, in the midst of steps and of asynchronous saves. Then compares parameters,
-optimizer, place in the data and metrics, bit for bit. The folder stays; the same command goes on
-after the last kill. Prints a line every ten kills and figures at the end; exit code 0 only if the
-two runs are equal.
+Trains once without interruption, and once with SIGKILL at random times: during the start, during a
+restore, during steps and asynchronous saves. Then compares parameters, optimizer state, iterator
+state and metrics bit for bit. The same command resumes after the last kill. Prints a line every ten
+kills and a summary; exit code 0 only if both runs are equal.
 """
 
 import argparse
@@ -14,16 +13,19 @@ import collections
 import json
 import pathlib
 import random
-import re
-import subprocess
 import time
 
 from tests.support import processes
 
-# Small steps, and a checkpoint about every second.
-# Without TensorBoard: TensorFlow takes longer to load than everything else together.
-QUICK = {'devices': 1, 'before': "import sys; sys.modules['clu.metric_writers'] = None"}
+# A checkpoint about every second.
 SETTINGS = ['train.checkpoint_every=40', 'train.log_every=10', 'train.validate_every=2000']
+TIMEOUT = 7200
+
+
+def train(workdir):
+  program = processes.fault('no_tensorboard')
+  settings = [*SETTINGS, f'train.steps={processes.STEPS}']
+  return processes.train(workdir, *settings, devices=1, program=program)
 
 
 def main():
@@ -35,62 +37,51 @@ def main():
   folder = arguments.folder.absolute()
   folder.mkdir(parents=True, exist_ok=True)
   processes.STEPS = arguments.steps
-  settings = [*SETTINGS, f'train.steps={arguments.steps}']
-  whole, killed = folder / 'whole', folder / 'killed'
+  uninterrupted, killed = folder / 'uninterrupted', folder / 'killed'
   start = time.monotonic()
-  finish(processes.train(whole, *settings, **QUICK), whole)
+  train(uninterrupted).finish(TIMEOUT)
   print(f'Without interruption: {time.monotonic() - start:.0f} s', flush=True)
   start = time.monotonic()
-  when = kill_often(killed, settings, arguments.kills, folder / 'kills.json')
-  finish(processes.train(killed, *settings, **QUICK), killed)
+  kills = kill_repeatedly(killed, arguments.kills, folder / 'kills.json')
+  log = train(killed).finish(TIMEOUT).log()
   minutes = (time.monotonic() - start) / 60
-  processes.assert_equal(whole, killed)
-  moments = ', '.join(f'{number} {name}' for name, number in when.items())
-  unfinished = processes.log(killed).count('was never finished')
+  processes.assert_equal(uninterrupted, killed)
   print(
-    f'{sum(when.values())} kills ({moments}), this time over {minutes:.0f} minutes; {unfinished}'
-    f' unfinished checkpoints found; {len(processes.timeless(killed))} lines of metrics and the'
-    f' state after {arguments.steps} steps are equal, bit for bit'
+    f'{sum(kills.values())} kills ({", ".join(f"{n} {when}" for when, n in kills.items())}) in'
+    f' {minutes:.0f} minutes; {log.count("incomplete checkpoint")} incomplete checkpoints deleted;'
+    f' {len(processes.records(killed))} lines of metrics and the state after {processes.STEPS}'
+    ' steps are bit-equal'
   )
 
 
-def kill_often(workdir, settings, kills, file):
-  """Starts and kills the run; {when: number of kills}, kept in a file."""
-  when = collections.Counter(json.loads(file.read_text()) if file.exists() else {})
-  rng = random.Random(sum(when.values()))
-  while sum(when.values()) < kills:
-    known = step_of(workdir)
-    (process,) = processes.train(workdir, *settings, **QUICK)
+def kill_repeatedly(workdir, total, file):
+  """Starts and kills the run; returns {time of the kill: number}, which is also saved in `file`."""
+  kills = collections.Counter(json.loads(file.read_text()) if file.exists() else {})
+  rng = random.Random(sum(kills.values()))
+  while sum(kills.values()) < total:
+    first_step = last_step(workdir)
+    job = train(workdir)
     if rng.random() < 0.2:
       time.sleep(rng.uniform(0, 8))
     else:
-      while process.poll() is None and step_of(workdir) <= known:
-        time.sleep(0.05)
+      job.wait_for(lambda first_step=first_step: last_step(workdir) > first_step, TIMEOUT)
       time.sleep(rng.uniform(0, 2))
-    if process.poll() is not None:
-      raise SystemExit(f'The run ended too early: more --steps.\n{processes.log(workdir)[-2000:]}')
-    when['in training' if step_of(workdir) > known else 'before'] += 1
-    processes.kill([process])
-    file.write_text(json.dumps(when))
-    if sum(when.values()) % 10 == 0:
-      print(f'{sum(when.values())} kills, at step {step_of(workdir)}', flush=True)
-  return when
+    if job.processes[0].poll() is not None:
+      raise SystemExit(f'The run ended too early: more --steps.\n{job.log()[-2000:]}')
+    kills['during training' if last_step(workdir) > first_step else 'before the first step'] += 1
+    job.kill()
+    file.write_text(json.dumps(kills))
+    if sum(kills.values()) % 10 == 0:
+      print(f'{sum(kills.values())} kills, at step {last_step(workdir)}', flush=True)
+  return kills
 
 
-def step_of(workdir):
+def last_step(workdir):
   """The last step in the metrics, or 0."""
   path = workdir / 'metrics.jsonl'
-  steps = re.findall(r'"step": (\d+)', path.read_text()[-4000:]) if path.exists() else ()
-  return int(steps[-1]) if steps else 0
-
-
-def finish(started, workdir):
-  (process,) = started
-  try:
-    code = process.wait(timeout=7200)
-  except subprocess.TimeoutExpired:
-    code = 'none after two hours'
-  assert code == 0, processes.log(workdir)[-3000:]
+  # The last line may be incomplete.
+  lines = path.read_text()[-4000:].split('\n')[1:-1] if path.exists() else ()
+  return json.loads(lines[-1])['step'] if lines else 0
 
 
 if __name__ == '__main__':

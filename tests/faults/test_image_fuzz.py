@@ -1,15 +1,9 @@
-"""Damaged and malicious image files: an array or a BadImageError, in bounded time and memory."""
+"""Damaged and malicious image files give an array or BadImageError, in bounded time and memory."""
 
 import io
-import pathlib
 import resource
 import struct
-import subprocess
-import sys
-import tempfile
-import textwrap
 import time
-import zlib
 
 import hypothesis
 import numpy as np
@@ -17,17 +11,20 @@ import PIL.Image
 import pytest
 from hypothesis import strategies as st
 
-from farmer_jax import config, errors
-from farmer_jax.data import images, sources
+from farmer_jax.data import images
+from tests.support import data as data_lib
+from tests.support import processes
 
 SIZE = 16
 
-# Of Pillow, about large images.
-pytestmark = pytest.mark.filterwarnings('ignore')
+pytestmark = [
+  pytest.mark.faults,
+  pytest.mark.filterwarnings('ignore'),  # Pillow warns about large images.
+]
 
 
 def photo(height, width, channels):
-  """A picture with edges and noise, uint8 [height, width, channels]."""
+  """An image with edges and noise, uint8 [height, width, channels]."""
   random = np.random.default_rng(height)
   y, x = np.mgrid[:height, :width]
   smooth = np.stack([5 * x + y, 3 * y, 200 - x - y, 255 - 4 * x][:channels], -1)
@@ -35,37 +32,28 @@ def photo(height, width, channels):
 
 
 def encode(pixels, kind, mode=None, **options):
-  image = PIL.Image.fromarray(pixels)
-  image = image.convert(mode) if mode else image
-  stream = io.BytesIO()
-  image.save(stream, kind, **options)
-  return stream.getvalue()
+  return data_lib.encode(PIL.Image.fromarray(pixels).convert(mode), kind, **options)
 
 
-def exif():
-  values = PIL.Image.Exif()
-  values[0x0112] = 6
-  values[0x010E] = 'a description'
-  return values
-
-
-def whole_files():
-  """Files of every kind, by name."""
+def undamaged_files():
+  """Files of every format, by name."""
   rgb, rgba = photo(40, 56, 3), photo(33, 47, 4)
+  exif = PIL.Image.Exif()
+  exif[0x0112], exif[0x010E] = 6, 'a description'
   frames = [PIL.Image.fromarray(photo(20 + k, 30, 3)).resize((30, 24)) for k in range(3)]
   animated = {'save_all': True, 'append_images': frames[1:]}
-  grey16 = (photo(20, 30, 1)[..., 0].astype(np.uint16) << 8) + 77
+  gray16 = (photo(20, 30, 1)[..., 0].astype(np.uint16) << 8) + 77
   files = {
     'rgb.png': encode(rgb, 'PNG'),
     'rgba.png': encode(rgba, 'PNG'),
     'palette.png': encode(rgb, 'PNG', 'P', transparency=3),
-    'grey16.png': encode(grey16, 'PNG'),
+    'gray16.png': data_lib.encode(gray16, 'PNG'),
     'bits.png': encode(rgb, 'PNG', '1'),
-    'exif.png': encode(rgb, 'PNG', exif=exif()),
-    'plain.jpg': encode(rgb, 'JPEG', exif=exif()),
+    'exif.png': encode(rgb, 'PNG', exif=exif),
+    'plain.jpg': encode(rgb, 'JPEG', exif=exif),
     'progressive.jpg': encode(rgb, 'JPEG', progressive=True, optimize=True),
     'cmyk.jpg': encode(rgb, 'JPEG', 'CMYK'),
-    'lossy.webp': encode(rgb, 'WEBP', quality=50, exif=exif()),
+    'lossy.webp': encode(rgb, 'WEBP', quality=50, exif=exif),
     'lossless.webp': encode(rgba, 'WEBP', lossless=True),
     'rgb.bmp': encode(rgb, 'BMP'),
     'palette.bmp': encode(rgb, 'BMP', 'P'),
@@ -73,43 +61,39 @@ def whole_files():
     'palette.gif': encode(rgb, 'GIF'),
   }
   for kind, name in (('PNG', 'apng.png'), ('WEBP', 'moving.webp'), ('GIF', 'moving.gif')):
-    stream = io.BytesIO()
-    frames[0].save(stream, kind, **animated)
-    files[name] = stream.getvalue()
+    files[name] = data_lib.encode(frames[0], kind, **animated)
   return files
 
 
 def rle_bmp(width, height, data):
-  """A run-length encoded BMP file of 256 greys."""
+  """A run-length encoded BMP file of 256 grays."""
   palette = b''.join(bytes([v, v, v, 0]) for v in range(256))
   offset = 14 + 40 + len(palette)
   header = struct.pack('<IiiHHIIiiII', 40, width, height, 1, 8, 1, len(data), 2835, 2835, 256, 256)
   return struct.pack('<2sIHHI', b'BM', offset + len(data), 0, 0, offset) + header + palette + data
 
 
-FILES = whole_files()
+FILES = undamaged_files()
 
 
-@pytest.mark.parametrize('name', FILES)
-def test_whole_files(name):
-  for channels in (1, 3):
-    assert images.decode(FILES[name], SIZE, channels).shape == (SIZE, SIZE, channels)
+def test_undamaged_files():
+  for name, content in FILES.items():
+    assert check(content), name
 
 
-def repaired(content):
-  """A PNG file with its checksums made right, so that damage gets past them."""
+def with_valid_checksums(content):
+  """A PNG file with valid checksums, so that damage reaches the decoder."""
   if content[:8] != b'\x89PNG\r\n\x1a\n':
     return content
   parts, at = [content[:8]], 8
   while at + 12 <= len(content):
     length = int.from_bytes(content[at : at + 4], 'big')
-    body = content[at + 4 : at + 8 + length]
-    parts += [content[at : at + 4], body, struct.pack('>I', zlib.crc32(body))]
+    parts.append(data_lib.png_chunk(content[at + 4 : at + 8], content[at + 8 : at + 8 + length]))
     at += 12 + length
   return b''.join(parts)
 
 
-# Where the formats keep width and height: offset, format of struct.
+# Width and height in the formats: offset, and format for `struct`.
 DIMENSIONS = {
   'png': [(16, '>I'), (20, '>I')],
   'bmp': [(18, '<i'), (22, '<i')],
@@ -119,9 +103,10 @@ DIMENSIONS = {
 
 
 def set_dimension(content, name, which, value):
+  """A file whose header has another width or height."""
   content = bytearray(content)
   places = DIMENSIONS.get(name.rpartition('.')[2])
-  if places is None:  # JPEG: in a segment whose place varies.
+  if places is None:  # JPEG: in a segment at a variable offset.
     starts = [content.find(bytes([255, marker])) for marker in (0xC0, 0xC1, 0xC2)]
     places = [(start + offset, '>H') for start in starts if start > 0 for offset in (5, 7)]
   if not places:
@@ -131,6 +116,10 @@ def set_dimension(content, name, which, value):
   if offset + struct.calcsize(kind) <= len(content):
     struct.pack_into(kind, content, offset, value % 2**bits)
   return bytes(content)
+
+
+def with_size(name, first, second):
+  return set_dimension(set_dimension(FILES[name], name, 0, first), name, 1, second)
 
 
 SIZES = st.one_of(
@@ -147,43 +136,40 @@ def damaged_files(draw):
   for _ in range(draw(st.integers(1, 3))):
     kind = draw(st.sampled_from(['flip', 'flip', 'cut', 'splice', 'size', 'insert', 'remove']))
     at = draw(st.integers(0, max(0, len(content) - 1)))
-    if draw(st.booleans()):  # Headers are short, and worth half of the damage.
+    if draw(st.booleans()):  # Half of the damage goes to the header, which is short.
       at %= 64
+    before, after = content[:at], content[at:]
     if kind == 'flip':
-      length = draw(st.integers(1, 4))
-      noise = draw(st.binary(min_size=length, max_size=length))
-      content = content[:at] + noise + content[at + length :]
+      noise = draw(st.binary(min_size=1, max_size=4))
+      content = before + noise + after[len(noise) :]
     elif kind == 'cut':
-      content = content[:at]
+      content = before
     elif kind == 'splice':
       other = FILES[draw(st.sampled_from(sorted(FILES)))]
-      content = content[:at] + other[at % len(other) :]
+      content = before + other[at % len(other) :]
     elif kind == 'size':
       content = set_dimension(content, name, draw(st.integers(0, 3)), draw(SIZES))
     elif kind == 'insert':
-      content = content[:at] + draw(st.binary(max_size=40)) + content[at:]
+      content = before + draw(st.binary(max_size=40)) + after
     else:
-      content = content[:at] + content[at + draw(st.integers(1, 40)) :]
-  return name, repaired(content) if draw(st.booleans()) else content
+      content = before + after[draw(st.integers(1, 40)) :]
+  return name, with_valid_checksums(content) if draw(st.booleans()) else content
 
 
 def peak_memory():
-  """The most memory that this process has had, bytes."""
+  """Peak memory of this process so far, bytes."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def check(content):
-  """Decodes in both ways of counting channels; True where the file was an image."""
+  """Decodes to 1 and 3 channels within bounds; returns whether the file is an image."""
   found = []
   for channels in (1, 3):
     start, memory = time.monotonic(), peak_memory()
     try:
       image = images.decode(content, SIZE, channels)
     except images.BadImageError as error:
-      message = str(error)
-      assert message
-      assert '\n' not in message
-      assert ' at 0x' not in message
+      assert str(error) and '\n' not in str(error) and ' at 0x' not in str(error)
       found.append(False)
     else:
       assert (image.dtype, image.shape) == (np.uint8, (SIZE, SIZE, channels))
@@ -198,126 +184,61 @@ def check(content):
   return found[0]
 
 
-def fuzz(examples):
-  @hypothesis.settings(
+def settings(max_examples):
+  return hypothesis.settings(
     deadline=None,
     derandomize=True,
-    max_examples=examples,
+    max_examples=max_examples,
     database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
   )
+
+
+@pytest.mark.parametrize('examples', [800, pytest.param(60_000, marks=pytest.mark.slow)])
+def test_damaged_files(examples):
+  seen = []
+
+  @settings(examples)
   @hypothesis.given(damaged_files())
-  def run(damaged):
+  def fuzz(damaged):
     seen.append(check(damaged[1]))
 
-  seen: list[bool] = []
-  run()
-  return seen
+  fuzz()
+  assert 0.05 < np.mean(seen) < 0.95  # Some damaged files are still images.
 
 
-def test_damaged_files():
-  seen = fuzz(800)
-  assert 0.05 < np.mean(seen) < 0.95  # Damage of all degrees.
-
-
-@pytest.mark.slow
-def test_many_damaged_files():
-  fuzz(60_000)
-
-
-@hypothesis.settings(deadline=None, derandomize=True, max_examples=200, database=None)
+@settings(200)
 @hypothesis.given(st.binary(max_size=200))
 def test_any_bytes(content):
   check(content)
 
 
-@hypothesis.settings(deadline=None, derandomize=True, max_examples=25, database=None)
-@hypothesis.given(st.lists(damaged_files(), min_size=3, max_size=8), st.booleans())
-def test_folder_of_damaged_files(files, skip):
-  """Images, or an error of one line that names a file."""
-  with tempfile.TemporaryDirectory() as root:
-    for index, (name, content) in enumerate(files):
-      kind = name.rpartition('.')[2].replace('gif', 'png')
-      (pathlib.Path(root) / f'{index}.{kind}').write_bytes(content)
-    (pathlib.Path(root) / 'whole.png').write_bytes(FILES['rgb.png'])
-    data = config.Data(
-      source='folder',
-      path=root,
-      image_size=SIZE,
-      channels=3,
-      num_classes=0,
-      valid_fraction=0,
-      bad_files='skip' if skip else 'stop',
-    )
-    try:
-      source = sources.load(data, 'train')
-    except errors.ConfigError as error:
-      assert not skip
-      assert str(error).startswith(root)
-      assert '\n' not in str(error)
-    else:
-      assert 1 <= len(source) <= len(files) + 1
-      assert source[0]['image'].shape == (SIZE, SIZE, 3)
-
-
-def png(width, height, depth, colour, data):
-  chunks = [
-    (b'IHDR', struct.pack('>IIBBBBB', width, height, depth, colour, 0, 0, 0)),
-    (b'PLTE', bytes(3 * 256)),
-    (b'tRNS', bytes(256)),
-    (b'IDAT', data),
-    (b'IEND', b''),
-  ]
-  if colour != 3:
-    chunks = [chunk for chunk in chunks if chunk[0] not in (b'PLTE', b'tRNS')]
-  parts = [b'\x89PNG\r\n\x1a\n']
-  for name, content in chunks:
-    checksum = struct.pack('>I', zlib.crc32(name + content))
-    parts += [struct.pack('>I', len(content)), name, content, checksum]
-  return b''.join(parts)
-
-
-def zeros(count):
-  """`count` zero bytes, compressed, made without them."""
-  compressor = zlib.compressobj(9)
-  parts = [compressor.compress(bytes(2**20)) for _ in range(count // 2**20)]
-  return b''.join([*parts, compressor.compress(bytes(count % 2**20)), compressor.flush()])
-
-
-def endless_jpeg():
+def many_scans_jpeg():
   """A progressive JPEG of 65,000 by 2,000 pixels that repeats an empty scan 20,000 times."""
-  content = set_dimension(FILES['progressive.jpg'], 'x.jpg', 0, 2000)
-  content = set_dimension(content, 'x.jpg', 1, 65_000)
+  content = with_size('progressive.jpg', 2000, 65_000)
   start = content.rfind(b'\xff\xda')
   length = int.from_bytes(content[start + 2 : start + 4], 'big')
   scan = content[start : start + 2 + length]
   return content[:-2] + 20_000 * scan + content[-2:]
 
 
-def bombs():
-  """Files that ask for far more memory or time than they have bytes."""
-  giant = 50_000
-  yield 'header of 50,000²', png(giant, giant, 8, 2, zeros(1000))
-  yield 'zeros of 13,000²', png(13_000, 13_000, 8, 0, zeros(13_001 * 13_000))
-  yield 'a line of 2**27', png(2**27, 1, 8, 0, zeros(2**27 + 1))
-  yield 'bits of 40,000²', png(40_000, 40_000, 1, 0, zeros(5001 * 40_000))
-  yield 'RLE skipping', rle_bmp(2**27, 1, b'\0\2\xff\xff' * 40)
-  yield (
-    'JPEG of 65,535²',
-    set_dimension(set_dimension(FILES['plain.jpg'], 'x.jpg', 0, 65_535), 'x.jpg', 1, 65_535),
-  )
-  yield (
-    'WebP header',
-    set_dimension(set_dimension(FILES['lossy.webp'], 'x.webp', 0, 16_383), 'x.webp', 1, 16_383),
-  )
-  yield (
-    'GIF of 65,535²',
-    set_dimension(set_dimension(FILES['palette.gif'], 'x.gif', 0, 65_535), 'x.gif', 1, 65_535),
-  )
-  yield 'endless scans', endless_jpeg()
+def png_of_zeros(width, height, depth, color, count):
+  zeros = data_lib.compressed_zeros(count)
+  return data_lib.png_of_pixel_data(width, height, depth, color, zeros)
 
 
-BOMBS = dict(bombs())
+# Small files that would take much memory or time to decode.
+BOMBS = {
+  'PNG header of 50,000 x 50,000': png_of_zeros(50_000, 50_000, 8, 2, 1000),
+  'PNG of 13,000 x 13,000': png_of_zeros(13_000, 13_000, 8, 0, 13_001 * 13_000),
+  'PNG of 2**27 x 1': png_of_zeros(2**27, 1, 8, 0, 2**27 + 1),
+  '1-bit PNG of 40,000 x 40,000': png_of_zeros(40_000, 40_000, 1, 0, 5001 * 40_000),
+  'BMP of 2**27 x 1': rle_bmp(2**27, 1, b'\0\2\xff\xff' * 40),
+  'JPEG header of 65,535 x 65,535': with_size('plain.jpg', 65_535, 65_535),
+  'WebP header of 16,383 x 16,383': with_size('lossy.webp', 16_383, 16_383),
+  'GIF header of 65,535 x 65,535': with_size('palette.gif', 65_535, 65_535),
+  'JPEG of 20,000 scans': many_scans_jpeg(),
+}
 
 
 @pytest.mark.parametrize('name', BOMBS)
@@ -331,9 +252,8 @@ def test_bombs(name):
 
 
 def test_text_bomb():
-  """Compressed text in a PNG is not blown up either, and the pixels are good or not."""
-  text = b'zTXt' + b'comment\0\0' + zeros(2**28)
-  chunk = struct.pack('>I', len(text) - 4) + text + struct.pack('>I', zlib.crc32(text))
+  """Large compressed text in a PNG file takes little memory, whether or not it is accepted."""
+  chunk = data_lib.png_chunk(b'zTXt', b'comment\0\0' + data_lib.compressed_zeros(2**28))
   content = FILES['rgb.png'][:33] + chunk + FILES['rgb.png'][33:]
   before = peak_memory()
   check(content)
@@ -342,29 +262,16 @@ def test_text_bomb():
 
 @pytest.mark.slow
 def test_largest_images():
-  """Just below the limits, in a process of their own: a second or so and about a gigabyte each."""
-  program = """
-    import resource, sys, time
-    from tests.faults import test_image_fuzz as t
-    from farmer_jax.data import images
-    side = 11_584
-    for depth, colour, row in ((8, 0, 1), (16, 0, 2), (8, 3, 1), (8, 2, 3), (8, 6, 4)):
-      content = t.png(side, side, depth, colour, t.zeros((row * side + 1) * side))
-      start = time.monotonic()
-      assert images.decode(content, 256, 3).shape == (256, 256, 3)
-      peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-      print(depth, colour, round(time.monotonic() - start, 1), 's', round(peak, 2), 'GiB')
-      assert peak < 1.6, peak
-  """
-  subprocess.run([sys.executable, '-c', textwrap.dedent(program)], check=True)
+  """Images just below the limits take seconds and about 1 GiB each."""
+  processes.run_program('largest_images')
 
 
 @pytest.mark.parametrize('name', ['plain.jpg', 'exif.png'])
-def test_damaged_exif_does_not_spoil_an_image(name):
-  whole = images.decode(FILES[name], SIZE, 3)
+def test_damaged_exif_data_are_ignored(name):
+  rotated = images.decode(FILES[name], SIZE, 3)
   kind = {'jpg': 'JPEG', 'png': 'PNG'}[name[-3:]]
   plain = images.decode(encode(photo(40, 56, 3), kind), SIZE, 3)
-  assert (whole != plain).any()
-  damaged = repaired(FILES[name].replace(b'MM\0*', b'!!\0*'))
+  assert (rotated != plain).any()
+  damaged = with_valid_checksums(FILES[name].replace(b'MM\0*', b'!!\0*'))
   assert damaged != FILES[name]
   np.testing.assert_array_equal(images.decode(damaged, SIZE, 3), plain)

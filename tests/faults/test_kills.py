@@ -1,4 +1,4 @@
-"""Runs that are killed and started again end as if nothing had happened, bit for bit."""
+"""Runs that are killed and started again are bit-equal to a run that is never interrupted."""
 
 import random
 import shutil
@@ -7,136 +7,90 @@ import time
 import pytest
 
 from tests.support import processes
+from tests.support.processes import STEPS, train
 
-STEPS = processes.STEPS
+pytestmark = pytest.mark.faults
 
-# Before a checkpoint gets its name, a file says so, and there is time to kill the process.
-SLOW_COMMIT = """
-import pathlib, time
-from orbax.checkpoint._src.path import atomicity
-finalize = atomicity.AtomicRenameTemporaryPath.finalize
-async def slow(self, *args, **kwargs):
-  if self.get_final().name == {step!r}:
-    pathlib.Path({file!r}).touch()
-    time.sleep(600)
-  return await finalize(self, *args, **kwargs)
-atomicity.AtomicRenameTemporaryPath.finalize = slow
-"""
-
-# The first process has committed, the second has not heard of it.
-SLOW_SECOND = """
-import pathlib, time, jax
-from farmer_jax.distributed import agreement
-make = agreement.make_barrier
-def make_slow():
-  barrier = make()
-  def slow(*, key, timeout_ms):
-    if 'async_write_complete' in key and '{step}' in key and jax.process_index():
-      pathlib.Path({file!r}).touch()
-      time.sleep(600)
-    return barrier(key=key, timeout_ms=timeout_ms)
-  return slow
-agreement.make_barrier = make_slow
-"""
+# Two processes with one device each.
+PAIR = dict(devices=1, processes=2)
 
 
-def test_a_run_killed_in_the_midst_of_a_save_ends_as_if_it_had_not_been(whole, tmp_path):
-  """Step 4 is written but for its name; training has gone on meanwhile."""
+def test_resume_after_a_kill_during_a_save_is_bit_exact(uninterrupted, tmp_path):
+  """The files of checkpoint 4 are complete except for its name; training has continued."""
   workdir, signal_file = tmp_path / 'run', tmp_path / 'saving'
-  before = SLOW_COMMIT.format(step='4', file=str(signal_file))
-  started = processes.train(workdir, devices=1, before=before)
-  processes.wait_for(
-    started, workdir, lambda: signal_file.exists() and len(processes.records(workdir)) > 5
-  )
-  processes.kill(started)
+  job = train(workdir, devices=1, program=processes.fault('slow_commit', 4, signal_file))
+  job.wait_for(lambda: signal_file.exists() and len(processes.records(workdir)) > 5)
+  job.kill()
+  before = processes.records(workdir)
   assert (workdir / 'checkpoints/4.orbax-checkpoint-tmp').exists()
   assert not (workdir / 'checkpoints/4').exists()
-  processes.finish(processes.train(workdir, devices=1), workdir)
-  assert 'The checkpoint of step 4 was never finished' in processes.log(workdir)
-  assert 'Going on from step 2' in processes.log(workdir)
-  processes.assert_equal(whole, workdir)
+  job = train(workdir, devices=1).finish()
+  assert 'incomplete checkpoint 4' in job.log()
+  assert processes.resumed_step(before, workdir) == 2
+  processes.assert_equal(uninterrupted, workdir)
   assert not list((workdir / 'checkpoints').glob('*tmp*'))
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(whole, tmp_path):
-  """At some moment after the first steps of each start; the last start is left alone."""
+def test_resume_after_kills_at_random_times_is_bit_exact(uninterrupted, tmp_path):
+  """Five kills, each some time after the first steps of a start."""
   workdir, rng = tmp_path / 'run', random.Random(0)
   for _ in range(5):
-    seen = len(processes.log(workdir)) if workdir.exists() else 0
-    started = processes.train(workdir, devices=1)
-    processes.wait_for(
-      started, workdir, lambda seen=seen: '... took' in processes.log(workdir)[seen:]
-    )
-    time.sleep(rng.uniform(0, 2.5))
-    processes.kill(started)
-  processes.finish(processes.train(workdir, devices=1), workdir)
-  processes.assert_equal(whole, workdir)
+    before = processes.records(workdir)
+    job = train(workdir, devices=1)
+    job.wait_for(lambda before=before: processes.records(workdir)[-1:] != before[-1:])
+    time.sleep(rng.uniform(0, 0.5))
+    job.kill()
+  train(workdir, devices=1).finish()
+  processes.assert_equal(uninterrupted, workdir)
 
 
 @pytest.fixture(scope='module', name='pair')
 def _pair(tmp_path_factory):
-  """The run of two processes that nothing happens to."""
+  """A run of two processes that is never interrupted."""
   workdir = tmp_path_factory.mktemp('pair') / 'run'
-  processes.finish(processes.train(workdir, 'mesh.fsdp=2', devices=1, processes=2), workdir)
+  train(workdir, 'mesh.fsdp=2', **PAIR).finish()
   return workdir
 
 
 @pytest.mark.slow
-def test_two_processes_of_which_one_dies_in_a_save_end_as_if_it_had_not(pair, tmp_path):
-  """The second is killed when it has written its part of step 4 and not said so; the first then
-  stops of its own."""
+def test_resume_after_one_of_two_processes_dies_during_a_save_is_bit_exact(pair, tmp_path):
+  """Process 1 is killed after it has written its part of checkpoint 4; process 0 must exit."""
   workdir, signal_file = tmp_path / 'run', tmp_path / 'saving'
-  before = SLOW_SECOND.format(step='4', file=str(signal_file))
-  how = {'devices': 1, 'processes': 2}
-  started = processes.train(workdir, 'mesh.fsdp=2', before=before, **how)
-  processes.wait_for(started, workdir, signal_file.exists)
-  processes.kill(started[1:])
-  assert started[0].wait(timeout=300) != 0
+  fault = processes.fault('slow_barrier', 4, signal_file)
+  job = train(workdir, 'mesh.fsdp=2', program=fault, **PAIR)
+  job.wait_for(signal_file.exists)
+  job.processes[1].kill()
+  assert job.codes(timeout=300)[0] != 0
   assert not (workdir / 'checkpoints/4').exists()
-  processes.finish(processes.train(workdir, 'mesh.fsdp=2', **how), workdir)
-  assert 'Going on from step 2' in processes.log(workdir)
+  before = processes.records(workdir)
+  train(workdir, 'mesh.fsdp=2', **PAIR).finish()
+  assert processes.resumed_step(before, workdir) == 2
   processes.assert_equal(pair, workdir)
 
 
 @pytest.mark.slow
-def test_two_processes_agree_on_the_newest_whole_checkpoint(pair, tmp_path):
-  """The second cannot read its part of step 8, the first can: both go on from step 6."""
+def test_two_processes_restore_the_same_checkpoint(pair, tmp_path):
+  """Process 1 cannot read its part of checkpoint 8, process 0 can: both restore checkpoint 6."""
   workdir = tmp_path / 'run'
   shutil.copytree(pair, workdir)
-  parts = sorted((workdir / 'checkpoints' / str(STEPS) / 'state').glob('ocdbt.process_1/d/*'))
+  before = processes.records(workdir)
+  parts = processes.last_checkpoint(workdir).glob('state/ocdbt.process_1/d/*')
   max(parts, key=lambda path: path.stat().st_size).write_bytes(b'')
-  how = {'devices': 1, 'processes': 2}
-  processes.finish(processes.train(workdir, 'mesh.fsdp=2', **how), workdir)
-  assert f'The checkpoint of step {STEPS} is damaged' in processes.log(workdir)
-  assert f'Going on from step {STEPS - 2}' in processes.log(workdir)
-  assert 'Traceback' not in processes.log(workdir) + processes.log(workdir, 1)
-  assert (workdir / 'checkpoints_damaged' / str(STEPS)).exists()
+  job = train(workdir, 'mesh.fsdp=2', **PAIR).finish()
+  assert f'heckpoint {STEPS} is corrupt' in job.log()
+  assert processes.resumed_step(before, workdir) == STEPS - 2
+  assert 'Traceback' not in job.log() + job.log(1)
+  assert (workdir / 'checkpoints_quarantine' / str(STEPS)).exists()
   processes.assert_equal(pair, workdir)
 
 
-# No file of step 4 that the second process writes may be larger than 500 bytes.
-FULL_SECOND = """
-import jax, resource
-from farmer_jax.checkpoints import checkpointer
-save = checkpointer.Checkpointer.save
-def save_limited(self, step, *args):
-  self.wait()
-  if jax.process_index():
-    size = 500 if step == 4 else resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-  save(self, step, *args)
-checkpointer.Checkpointer.save = save_limited
-"""
-
-
 @pytest.mark.slow
-def test_two_processes_of_which_one_cannot_write_go_on(pair, tmp_path):
-  workdir = tmp_path / 'run'
-  how = {'devices': 1, 'processes': 2, 'before': FULL_SECOND}
-  start = time.monotonic()
-  processes.finish(processes.train(workdir, 'mesh.fsdp=2', **how), workdir)
+def test_training_continues_when_one_of_two_processes_cannot_save(pair, tmp_path):
+  workdir, start = tmp_path / 'run', time.monotonic()
+  job = train(workdir, 'mesh.fsdp=2', program=processes.fault('small_files', 4, 500), **PAIR)
+  job.finish()
   assert time.monotonic() - start < 300
-  assert 'the checkpoint of step 4 could not be written' in processes.log(workdir)
+  assert 'checkpoint 4 failed' in job.log()
   assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == ['2', '6', '8']
   processes.assert_equal(pair, workdir)

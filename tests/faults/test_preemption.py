@@ -1,136 +1,77 @@
-"""Being told to leave: real signals to real processes."""
+"""Preemption: SIGTERM to processes that train or sample."""
 
-import json
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
+from farmer_jax.distributed import preemption
 from tests.support import processes
+from tests.support.processes import fault, train
 
-SETTINGS = ['train.steps=100000', 'train.checkpoint_every=0', 'train.validate_every=0']
+pytestmark = pytest.mark.faults
 
-# SIGTERM comes to the process itself, by its own hand, in the midst of a step.
-AT_STEP_5 = """
-import os, signal
-from tests.support import processes
-from farmer_jax.training import throughput
-advance = throughput.Meter.advance
-def told(self, step, values):
-  if step == 5{condition}:
-    os.kill(os.getpid(), signal.SIGTERM)
-  return advance(self, step, values)
-throughput.Meter.advance = told
-"""
+ENDLESS = ['train.steps=100000', 'train.checkpoint_every=0', 'train.validate_every=0']
 
 
-def test_sigterm_saves_and_asks_to_be_started_again(whole, tmp_path):
-  """It leaves after step 5, where no checkpoint was due, and ends as if nothing had happened."""
+def test_resume_after_sigterm_is_bit_exact(uninterrupted, tmp_path):
+  """The run saves after step 5, for which no checkpoint was due, and exits with 75."""
   workdir = tmp_path / 'run'
-  (process,) = processes.train(workdir, devices=1, before=AT_STEP_5.format(condition=''))
-  assert process.wait(timeout=300) == 75, processes.log(workdir)
-  assert 'Saved step 5; the same command goes on from there' in processes.log(workdir)
-  assert sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir())[-1] == 5
-  processes.finish(processes.train(workdir, devices=1), workdir)
-  assert 'Going on from step 5' in processes.log(workdir)
-  processes.assert_equal(whole, workdir)
+  job = train(workdir, devices=1, program=fault('sigterm', 5, 0))
+  assert job.codes() == [preemption.EXIT_CODE], job.log()
+  assert max(int(p.name) for p in (workdir / 'checkpoints').iterdir()) == 5
+  before = processes.records(workdir)
+  train(workdir, devices=1).finish()
+  assert processes.resumed_step(before, workdir) == 5
+  processes.assert_equal(uninterrupted, workdir)
 
 
-def test_one_process_is_told_and_all_leave_after_the_same_step(tmp_path):
+def test_all_processes_stop_after_the_same_step(tmp_path):
+  """Only process 1 receives SIGTERM."""
   workdir = tmp_path / 'run'
-  before = AT_STEP_5.format(condition=' and jax.process_index()').replace('os,', 'jax, os,')
-  started = processes.train(workdir, *SETTINGS, processes=2, before=before)
-  codes = [process.wait(timeout=300) for process in started]
-  assert codes == [75, 75], processes.log(workdir)
+  job = train(workdir, *ENDLESS, processes=2, program=fault('sigterm', 5, 1))
+  assert job.codes() == [preemption.EXIT_CODE] * 2, job.log()
   (saved,) = (int(p.name) for p in (workdir / 'checkpoints').iterdir())
   assert saved >= 5
   assert processes.records(workdir)[-1]['step'] == saved
 
 
 @pytest.mark.parametrize('number', [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_second_sigterm_ends_at_once(tmp_path, number):
-  """The first comes in the midst of a step that takes ten minutes."""
-  workdir, reached = tmp_path / 'run', tmp_path / 'reached'
-  before = f"""
-import pathlib, time
-from farmer_jax.training import throughput
-def slow(self, step, values):
-  pathlib.Path({str(reached)!r}).touch()
-  time.sleep(600)
-throughput.Meter.advance = slow
-"""
-  started = processes.train(workdir, *SETTINGS, devices=1, processes=number, before=before)
-  processes.wait_for(started, workdir, reached.exists)
-  process = started[0]
+def test_second_sigterm_exits_at_once(tmp_path, number):
+  """The first SIGTERM arrives during a step of ten minutes."""
+  signal_file = tmp_path / 'in-step'
+  program = fault('slow_step', signal_file)
+  job = train(tmp_path / 'run', *ENDLESS, devices=1, processes=number, program=program)
+  job.wait_for(signal_file.exists)
+  process = job.processes[0]
   process.send_signal(signal.SIGTERM)
-  deadline = time.monotonic() + 60
-  while 'once more leaves at once' not in processes.log(workdir):
-    assert time.monotonic() < deadline and process.poll() is None, processes.log(workdir)
-    time.sleep(0.05)
-  process.send_signal(signal.SIGTERM)  # the same notice, doubled
+  job.wait_for(lambda: 'SIGTERM' in job.log(), seconds=60)
+  process.send_signal(signal.SIGTERM)  # within one second: a duplicate of the first one
   time.sleep(1.5)
   assert process.poll() is None
   process.send_signal(signal.SIGTERM)
   assert process.wait(timeout=30) == 128 + signal.SIGTERM
-  processes.kill(started)
+  job.kill()
 
 
-def test_a_job_with_nothing_to_save_asks_to_be_started_again(whole):
-  """Sampling, told to leave while it draws; what it has drawn stays."""
-  arguments = ['--job=sample', f'--config=configs/from_run.py:{whole}']
+def test_sampling_exits_at_once(uninterrupted):
+  """The samples on disk remain."""
+  arguments = ['--job=sample', f'--config=configs/from_run.py:{uninterrupted}']
   arguments += ['--config.sampling.count=100000', '--config.sampling.inverse=sequential']
-  (process,) = processes.start(whole, *arguments)
-  folder = whole / 'samples'
-  processes.wait_for([process], whole, lambda: list(folder.glob('*/*.npz')))
-  process.send_signal(signal.SIGTERM)
-  assert process.wait(timeout=60) == 75
+  job = processes.Job(uninterrupted, *arguments)
+  job.wait_for(lambda: list((uninterrupted / 'samples').glob('*/*.npz')))
+  job.processes[0].send_signal(signal.SIGTERM)
+  assert job.codes(timeout=60) == [preemption.EXIT_CODE]
 
 
-def test_the_second_run_in_a_workdir_refuses_until_the_first_is_dead(tmp_path):
+def test_second_run_in_a_workdir_is_refused_until_the_first_is_killed(tmp_path):
   workdir = tmp_path / 'run'
-  (first,) = processes.train(workdir, *SETTINGS, devices=1)
-  metrics = workdir / 'metrics.jsonl'
-  processes.wait_for([first], workdir, lambda: metrics.exists() and metrics.stat().st_size)
-  (second,) = processes.train(workdir, *SETTINGS, devices=1)
-  assert second.wait(timeout=120) == 1
-  assert f'error: process {first.pid} on ' in processes.log(workdir)
-  first.send_signal(signal.SIGKILL)
-  first.wait()
-  assert json.loads((workdir / 'lock.json').read_text())['process'] == first.pid
-  (third,) = processes.train(workdir, *SETTINGS, devices=1, before=AT_STEP_5.format(condition=''))
-  assert third.wait(timeout=300) == 75, processes.log(workdir)
+  first = train(workdir, *ENDLESS, devices=1)
+  first.wait_for(lambda: processes.records(workdir))
+  second = train(workdir, *ENDLESS, devices=1)
+  assert second.codes(timeout=120) == [1]
+  assert f'process {first.processes[0].pid} on ' in second.log()
+  first.kill()
+  third = train(workdir, *ENDLESS, devices=1, program=fault('sigterm', 5, 0))
+  assert third.codes() == [preemption.EXIT_CODE], third.log()
   assert processes.records(workdir)[-1]['step'] == 5
-
-
-BEATING = """
-import sys, time
-from etils import epath
-from farmer_jax.workdir import lock
-lock._BEAT, lock._LAPSE, lock._SETTLE = 0.2, 2.0, 0.3
-with lock._beating(epath.Path({file!r})):
-  print('held', flush=True)
-  time.sleep({seconds})
-"""
-
-
-def test_without_locks_of_the_file_system_the_living_are_known_by_their_beat(tmp_path):
-  """As on object storage: the second refuses; a dead owner's lock lapses; the end removes it."""
-  file = str(tmp_path / 'lock.json')
-
-  def start(seconds):
-    command = [sys.executable, '-c', BEATING.format(file=file, seconds=seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-  first = start(600)
-  assert first.stdout.readline() == 'held\n'
-  second = start(0)
-  assert f'process {first.pid} on ' in second.communicate(timeout=60)[1]
-  assert second.returncode == 1
-  first.send_signal(signal.SIGKILL)
-  first.communicate()
-  third = start(0)
-  out, err = third.communicate(timeout=60)
-  assert out == 'held\n' and 'Waiting for up to 2 s' in err
-  assert not (tmp_path / 'lock.json').exists()

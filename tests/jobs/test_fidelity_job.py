@@ -1,8 +1,7 @@
-"""The fidelity job on a real run, judged by a classifier, and on images from elsewhere."""
+"""The fidelity job on a trained run, with features of the classifier."""
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,189 +12,167 @@ from etils import epath
 from PIL import Image
 
 from farmer_jax import config, errors
-from farmer_jax.data import base, sources
-from farmer_jax.evaluation import classifier, inception
+from farmer_jax.data import sources
+from farmer_jax.evaluation import classifier, feature_networks, image_sets
 from farmer_jax.jobs import fidelity
-from farmer_jax.ops import frechet
-from tests.support import runs as tiny_run
+from farmer_jax.ops import sample_quality
+from tests.support import runs
 
-CONFIG = dataclasses.replace(
-  tiny_run.CONFIG, sampling=config.Sampling(inverse='sequential', batch_size=20)
-)
+DATA = runs.CONFIG.data
 NAMES = ('frechet_distance', 'score', 'kid', 'precision', 'recall', 'accuracy')
+SAMPLES = '3-inverse=sequential'
 
 
 @pytest.fixture(scope='module', autouse=True)
-def judge(trained, optimized):
-  """The classifier that judges the run: trained for a shorter time, and kept with it."""
+def network(trained, optimized):
+  """The classifier of the run, trained for fewer steps and stored with the run."""
   with optimized(), pytest.MonkeyPatch.context() as patch:
-    patch.setattr(classifier, '_BATCH', 64)
-    patch.setattr(classifier, '_STEPS', 400)
-    real = sources.load(CONFIG.data, 'train')
-    folder = epath.Path(trained) / 'fidelity'
-    return classifier.load_or_train(CONFIG.data, real, folder, base.contents(real))
+    patch.setattr(classifier, '_BATCH_SIZE', 64)
+    patch.setattr(classifier, '_STEPS', 200)
+    return feature_networks.load_classifier(DATA, epath.Path(trained) / 'fidelity', 50)
 
 
-def with_settings(**changes):
-  return dataclasses.replace(
-    CONFIG, fidelity=config.Fidelity(**(dict(count=50, name='found', batch_size=32) | changes))
-  )
+@pytest.fixture(scope='module')
+def real():
+  return sources.load(DATA, 'train')
 
 
-def report(run, name='found'):
-  return json.loads((run / 'fidelity' / f'{name}.json').read_text())
+def with_fidelity(**changes):
+  settings = dict(count=50, name='results', batch_size=32, pairwise_images=300) | changes
+  tiny = runs.with_sampling(batch_size=20)
+  return dataclasses.replace(tiny, fidelity=config.Fidelity(**settings))
 
 
-def test_draws_what_is_missing_and_names_the_network(run, capsys):
-  fidelity.run(with_settings(name=None), run)
-  found = report(run, '3-inverse=sequential-50')
-  assert found['network'] == 'classifier' and found['reference'] == 'digits (train)'
-  assert found['count'] == 50 and found['checkpoint_step'] == 3
-  assert found['nonfinite_samples'] == 0
-  for name in NAMES:
-    assert np.isfinite(found[f'classifier_{name}'])
-  assert not {'fid', 'inception_score', 'kid', 'precision', 'recall'} & set(found)
-  assert found['classifier_accuracy_on_real_images'] > 0.7
-  out = capsys.readouterr().out
-  assert f'{found["classifier_frechet_distance"]:.4f}' in out
-  assert len(np.load(run / 'samples' / '3-inverse=sequential' / '00000.npz')['arr_0']) == 50
+def evaluate(run, samples=None, reference=None, **changes):
+  """Runs the job and returns its report. Files are in the folder of the run."""
+  files = {'samples': samples, 'reference': reference}
+  files = {key: str(run / file) for key, file in files.items() if file}
+  fidelity.run(with_fidelity(**files, **changes), run)
+  return json.loads((run / 'fidelity' / 'results.json').read_text())
 
 
-def test_a_set_compared_with_itself(run):
-  """Real images against themselves, from an npz and from a folder of PNGs."""
-  real = sources.load(CONFIG.data, 'train')
+def test_classifier_is_trained_once_and_recognizes_held_out_digits(network, run, real, monkeypatch):
+  assert network.accuracy > 0.7  # chance: 0.1
+  folder, trainings = epath.Path(run) / 'fidelity', []
+  monkeypatch.setattr(classifier, '_train', lambda *args: trainings.append(args) or {})
+  again = feature_networks.load_classifier(DATA, folder, 50)
+  assert (again.identity, again.accuracy) == (network.identity, network.accuracy)
+  (file,) = folder.iterdir()
+  file.write_bytes(file.read_bytes()[:-2000])
+  assert not trainings
+  classifier.load_or_train(DATA, real, folder)  # A damaged file is replaced.
+  assert len(trainings) == 1
+  other = dataclasses.replace(real, images=255 - real.images)
+  classifier.load_or_train(DATA, other, folder)
+  assert len(trainings) == 2 and len(list(folder.iterdir())) == 2
+
+
+def test_report_of_drawn_samples_names_the_network(run, capsys):
+  fidelity.run(with_fidelity(name=None), run)
+  report = json.loads((run / 'fidelity' / f'{SAMPLES}-50-pairwise_images=300.json').read_text())
+  assert report['network'] == 'classifier' and report['reference'] == 'digits (train)'
+  assert report['count'] == 50 and report['checkpoint_step'] == 3
+  assert report['nonfinite_samples'] == 0
+  assert all(np.isfinite(report[f'classifier_{name}']) for name in NAMES)
+  assert not {'fid', 'inception_score', 'kid', 'precision', 'recall'} & set(report)
+  assert report['classifier_accuracy_on_real_images'] > 0.7
+  assert f'{report["classifier_frechet_distance"]:.4f}' in capsys.readouterr().out
+  assert len(np.load(run / 'samples' / SAMPLES / '00000.npz')['arr_0']) == 50
+
+
+def test_real_images_compared_with_themselves(run, real):
   np.savez(run / 'real.npz', arr_0=real.images, arr_1=real.labels)
-  fidelity.run(with_settings(samples=str(run / 'real.npz'), count=5000), run)
-  found = report(run)
-  assert found['count'] == len(real)
-  assert abs(found['classifier_frechet_distance']) < 1e-6
-  assert found['classifier_precision'] == found['classifier_recall'] == 1
-  assert found['classifier_accuracy'] > 0.7
+  report = evaluate(run, samples='real.npz', count=5000)
+  assert report['count'] == len(real)
+  assert abs(report['classifier_frechet_distance']) < 1e-6
+  assert report['classifier_precision'] == report['classifier_recall'] == 1
+  assert report['classifier_accuracy'] > 0.7
+
+
+def test_folder_of_png_files_equals_npz_file(run, real):
   (run / 'pngs').mkdir()
   for number, image in enumerate(real.images[:60]):
     Image.fromarray(image[..., 0]).save(run / 'pngs' / f'{number:03d}.png')
   np.savez(run / 'sixty.npz', arr_0=real.images[:60])
-  built = with_settings(samples=str(run / 'pngs'), reference=str(run / 'sixty.npz'))
-  fidelity.run(
-    dataclasses.replace(built, fidelity=dataclasses.replace(built.fidelity, count=60)), run
-  )
-  assert abs(report(run)['classifier_frechet_distance']) < 1e-6
-  assert 'classifier_accuracy' not in report(run)
+  report = evaluate(run, samples='pngs', reference='sixty.npz', count=60)
+  assert abs(report['classifier_frechet_distance']) < 1e-6
+  assert 'classifier_accuracy' not in report
 
 
-def test_statistics_of_others_need_no_images(run, judge):
-  """Moments computed by hand, as an npz with mu and sigma."""
-  real = sources.load(CONFIG.data, 'train')
-  fidelity.run(with_settings(), run)
-  network, params, _ = judge
-  features = np.asarray(network(params, real.images).pool, np.float64)
+def test_reference_statistics_without_images(run, network, real):
+  """An npz file with mu and sigma, computed by NumPy."""
+  statistics = network.statistics(image_sets.from_source(real, ''), 'images', len(real))
+  features = statistics.features.astype(np.float64)
   np.savez(run / 'stats.npz', mu=features.mean(0), sigma=np.cov(features, rowvar=False))
-  fidelity.run(with_settings(name='stats', reference=str(run / 'stats.npz')), run)
-  found, expected = report(run, 'stats'), report(run)
-  np.testing.assert_allclose(
-    found['classifier_frechet_distance'], expected['classifier_frechet_distance'], rtol=1e-4
-  )
-  assert 'classifier_precision' not in found and 'classifier_kid' not in found
-  drawn = np.load(run / 'samples' / '3-inverse=sequential' / '00000.npz')['arr_0']
-  own = np.asarray(network(params, drawn).pool, np.float64)
-  direct = frechet.frechet_distance(
-    own.mean(0), np.cov(own, rowvar=False), features.mean(0), np.cov(features, rowvar=False)
-  )
-  np.testing.assert_allclose(found['classifier_frechet_distance'], direct, rtol=1e-4)
+  np.savez(run / 'samples.npz', arr_0=real.images[:50])
+  report = evaluate(run, samples='samples.npz')
+  from_statistics = evaluate(run, samples='samples.npz', reference='stats.npz')
+  moments = sample_quality.Moments.of(features[:50]), sample_quality.Moments.of(features)
+  for each in (report, from_statistics):
+    distance = each['classifier_frechet_distance']
+    np.testing.assert_allclose(distance, sample_quality.frechet_distance(*moments), rtol=1e-4)
+  assert not {'classifier_precision', 'classifier_kid'} & set(from_statistics)
 
 
-def test_images_of_a_reference_do_not_depend_on_shards_or_batches(run, tmp_path):
-  real = sources.load(CONFIG.data, 'train').images
-  (tmp_path / 'parts').mkdir()
-  for number, part in enumerate(np.split(real[:90], (20, 21, 75))):
-    np.savez(tmp_path / 'parts' / f'{number}.npz', arr_0=part)
-  np.savez(tmp_path / 'whole.npz', arr_0=real[:90])
-  for name, path, size in (('a', 'parts', 32), ('b', 'whole.npz', 7)):
-    built = with_settings(name=name, samples=str(tmp_path / path), batch_size=size)
-    fidelity.run(built, run)
+def test_metrics_do_not_depend_on_files_or_batch_size(run, real):
+  (run / 'parts').mkdir()
+  for number, part in enumerate(np.split(real.images[:90], (20, 21, 75))):
+    np.savez(run / 'parts' / f'{number}.npz', arr_0=part)
+  np.savez(run / 'all.npz', arr_0=real.images[:90])
+  a = evaluate(run, samples='parts', batch_size=32)
+  b = evaluate(run, samples='all.npz', batch_size=7)
   for name in NAMES[:-1]:
-    a, b = (report(run, each)[f'classifier_{name}'] for each in 'ab')
-    np.testing.assert_allclose(a, b, rtol=1e-5, err_msg=name)
+    values = a[f'classifier_{name}'], b[f'classifier_{name}']
+    np.testing.assert_allclose(*values, rtol=1e-5, err_msg=name)
 
 
-def test_a_killed_job_ends_in_the_same_report(run, tmp_path):
-  """A real process, killed while it looks at the samples that it has drawn; the same bytes."""
-  whole = tmp_path / 'whole'
-  shutil.copytree(run, whole)
-  program = """
-import os, signal
-from farmer_jax.evaluation import feature_statistics as looking
-call, calls = looking.Extractor.__call__, []
-def killing(self, gather, count, kept, what, *more):
-  if what == 'samples' and KILL:
-    os.kill(os.getpid(), signal.SIGKILL)
-  return call(self, gather, count, kept, what, *more)
-looking.Extractor.__call__ = killing
-from farmer_jax import config
-from farmer_jax.jobs import fidelity
-"""
-
-  def do(workdir, kill):
-    built = config.to_dict(with_settings())
-    call = f'fidelity.run(config.from_config_dict({built!r}), {str(workdir)!r})'
-    command = [sys.executable, '-c', f'KILL = {kill}\n{program}\n{call}']
-    return subprocess.run(command, capture_output=True, env=os.environ)
-
-  killed = do(run, True)
+@pytest.mark.faults
+def test_report_after_sigkill_is_bit_exact(run, tmp_path):
+  """The first process is killed after it has drawn the samples."""
+  uninterrupted = shutil.copytree(run, tmp_path / 'uninterrupted')
+  config_file = runs.write_config(with_fidelity(), tmp_path / 'config.json')
+  program = [sys.executable, '-m', 'tests.support.programs.fidelity_job', config_file]
+  killed = subprocess.run([*program, run, '--kill'], capture_output=True)
   assert killed.returncode == -9, killed.stderr.decode()
-  assert not (run / 'fidelity' / 'found.json').exists()
-  for workdir in (run, whole):
-    done = do(workdir, False)
-    assert done.returncode == 0, done.stderr.decode()
-  found = [(w / 'fidelity' / 'found.json').read_bytes() for w in (run, whole)]
-  assert found[0] == found[1]
+  assert not (run / 'fidelity' / 'results.json').exists()
+  for workdir in (run, uninterrupted):
+    subprocess.run([*program, workdir], check=True)
+  reports = [(w / 'fidelity' / 'results.json').read_bytes() for w in (run, uninterrupted)]
+  assert reports[0] == reports[1]
 
 
-def test_images_of_other_kinds_are_refused(run):
-  for array, message in (
-    (np.zeros((20, 8, 8, 1), np.float32), 'float32'),
-    (np.zeros((20, 8, 8), np.uint8), r'images are uint8 \[n, H, W'),
-    (np.zeros((20, 16, 16, 1), np.uint8), '16 × 16 pixels'),
-  ):
-    np.savez(run / 'other.npz', arr_0=array)
-    with pytest.raises(errors.ConfigError, match=message):
-      fidelity.run(with_settings(samples=str(run / 'other.npz')), run)
+def test_different_samples_have_different_reports(run, real):
+  """Names of sample folders contain dots, and different paths end in the same name."""
+  paths = [run / name for name in ('a/3-scale=1.25', 'a/3-scale=1.5', 'b/3-scale=1.5')]
+  for path in paths:
+    path.mkdir(parents=True)
+    np.savez(path / '00000.npz', arr_0=real.images[:20])
+    fidelity.run(with_fidelity(name=None, samples=str(path)), run)
+  assert len(list((run / 'fidelity').glob('*.json'))) == len(paths)
 
 
-def test_settings_have_files_of_their_own(run, tmp_path):
-  """Scales in folder names have dots; files elsewhere may have the same name."""
-  real = sources.load(CONFIG.data, 'train').images
-  for scale in (1.25, 1.5):
-    built = with_settings(name=None, count=20)
-    guidance = config.Guidance(scale=scale)
-    sampling = dataclasses.replace(built.sampling, guidance=guidance)
-    fidelity.run(dataclasses.replace(built, sampling=sampling), run)
-  for folder in 'ab':
-    (tmp_path / folder).mkdir()
-    np.savez(tmp_path / folder / 'x.npz', arr_0=real[:20])
-    fidelity.run(with_settings(name=None, samples=str(tmp_path / folder / 'x.npz')), run)
-  assert len(list((run / 'fidelity').glob('*.json'))) == 4
-
-
-@pytest.mark.parametrize(
-  'changes, message',
-  [
-    (dict(network='inception'), 'pt_inception-2015-12-05-6726825d.pth'),
-    (dict(samples='/nowhere'), '/nowhere does not exist'),
-    (dict(reference='/nowhere.npz'), 'cannot read /nowhere.npz'),
-  ],
-)
-def test_mistakes(trained, changes, message):
-  with pytest.raises(errors.ConfigError, match=message) as caught:
-    fidelity.run(with_settings(**changes), trained)
+def test_missing_weights_are_refused(run):
+  with pytest.raises(errors.ConfigError, match='config.fidelity.weights') as caught:
+    evaluate(run, network='inception')
   assert '\n' not in str(caught.value)
 
 
-def test_statistics_of_another_network_are_refused(run):
-  np.savez(run / 'stats.npz', mu=np.zeros(2048), sigma=np.eye(2048))
-  with pytest.raises(errors.ConfigError, match='2048 features, and the classifier has 128'):
-    fidelity.run(with_settings(reference=str(run / 'stats.npz')), run)
-  np.savez(run / 'stats.npz', something=np.zeros(3))
-  with pytest.raises(errors.ConfigError, match='nor statistics'):
-    fidelity.run(with_settings(reference=str(run / 'stats.npz')), run)
-  assert inception.CHANNELS == 2048
+@pytest.mark.parametrize(
+  'key, arrays, name',
+  [
+    ('samples', None, '/file.npz'),
+    ('samples', dict(arr_0=np.zeros((20, 8, 8, 1), np.float32)), 'float32'),
+    ('samples', dict(arr_0=np.zeros((20, 8, 8), np.uint8)), r'\[20, 8, 8\]'),
+    ('samples', dict(arr_0=np.zeros((20, 16, 16, 1), np.uint8)), '16 × 16'),
+    ('reference', None, '/file.npz'),
+    ('reference', dict(mu=np.zeros(2048), sigma=np.eye(2048)), '2048 features'),
+    ('reference', dict(something=np.zeros(3)), 'file.npz'),
+    ('reference', dict(mu=np.zeros(3)), 'file.npz'),
+  ],
+)
+def test_missing_and_unsuitable_files_are_refused(run, key, arrays, name):
+  if arrays:
+    np.savez(run / 'file.npz', **arrays)
+  with pytest.raises(errors.DataError, match=name) as caught:
+    evaluate(run, **{key: 'file.npz'})
+  assert '\n' not in str(caught.value)

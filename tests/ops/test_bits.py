@@ -10,9 +10,9 @@ from farmer_jax.ops import bits
 @pytest.mark.parametrize(
   'nats_per_dim, expected',
   [
-    (math.log(2), 8),  # uniform on [-1, 1]: density 1/2 everywhere, 256 equally likely levels
-    (0, 7),  # uniform on half of that range: 128 levels
-    (math.log(2 / 256), 0),  # uniform on a single bin: nothing left to say
+    (math.log(2), 8),  # uniform on [-1, 1]: density 1/2, 256 equally likely levels
+    (0.0, 7),  # uniform on half of that range: 128 levels
+    (math.log(2 / 256), 0),  # uniform on one level
   ],
 )
 def test_uniform_densities(nats_per_dim, expected):

@@ -1,4 +1,4 @@
-"""Jacobi iteration against the triangular system solved token by token."""
+"""Jacobi iteration compared with a direct solution of triangular systems."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ N = 12
 
 @pytest.fixture(scope='module')
 def system(x64):
-  """x = L x + c with L strictly lower triangular, three examples of rising strength."""
+  """x = L x + c with L strictly lower triangular, three examples with increasing norms."""
   rng = np.random.default_rng(0)
   lower = np.tril(rng.normal(size=(3, N, N)), -1) * np.asarray([0.02, 0.2, 1.5])[:, None, None]
   constant = rng.normal(size=(3, N, 1))
@@ -25,23 +25,25 @@ def system(x64):
   return jnp.asarray(lower), jnp.asarray(constant), exact
 
 
-def solve(lower, constant, tolerance, start=None, rounds=None):
+def solve(lower, constant, tolerance, start=None, max_rounds=None):
   def update(x, count):
     return lower @ x + constant, count + 1
 
   start = constant if start is None else start
-  return jax.jit(lambda: fixed_point.solve(update, start, 0, tolerance, rounds))()
+  return jax.jit(
+    lambda: fixed_point.solve(update, start, jnp.zeros((), int), tolerance, max_rounds)
+  )()
 
 
-def test_as_many_rounds_as_tokens_are_exact(system):
+def test_n_rounds_are_exact(system):
   lower, constant, exact = system
   found = solve(lower, constant, 0.0)
   np.testing.assert_allclose(found.x, exact, atol=1e-12)
   assert (np.asarray(found.rounds) <= N).all() and (np.asarray(found.residual) == 0).all()
 
 
-def test_stops_early_within_the_tolerance(system):
-  """Each example after its own number of rounds, its residual being the last change."""
+def test_examples_stop_within_the_tolerance(system):
+  """Each example has its own number of rounds, and its residual is its last change."""
   lower, constant, exact = system
   found = solve(lower, constant, 1e-6)
   assert (abs(found.x - exact) < 1e-5).all()
@@ -59,7 +61,7 @@ def test_stops_early_within_the_tolerance(system):
   assert int(found.aux) == rounds.max()
 
 
-def test_a_better_start_needs_fewer_rounds(system):
+def test_closer_start_needs_fewer_rounds(system):
   lower, constant, exact = system
   near = exact + 1e-4 * np.random.default_rng(1).normal(size=exact.shape)
   close, far = (solve(lower, constant, 1e-6, start) for start in (jnp.asarray(near), constant))
@@ -69,25 +71,25 @@ def test_a_better_start_needs_fewer_rounds(system):
 
 
 @pytest.mark.parametrize('rounds', [1, 3])
-def test_stops_after_the_allowed_rounds(system, rounds):
+def test_max_rounds(system, rounds):
   lower, constant, _ = system
-  found, x = solve(lower, constant, 0.0, rounds=rounds), constant
+  found, x = solve(lower, constant, 0.0, max_rounds=rounds), constant
   for _ in range(rounds):
     x = lower @ x + constant
   np.testing.assert_allclose(found.x, x, atol=1e-13)
   assert (found.rounds == rounds).all() and (found.residual > 0).all()
 
 
-def test_an_example_does_not_depend_on_its_neighbours(system):
+def test_examples_are_independent(system):
   lower, constant, _ = system
-  together = solve(lower, constant, 1e-3)
+  batched = solve(lower, constant, 1e-3)
   for i in range(3):
-    alone = solve(lower[i : i + 1], constant[i : i + 1], 1e-3)
-    np.testing.assert_allclose(together.x[i], alone.x[0], atol=1e-14)
-    assert together.rounds[i] == alone.rounds[0]
+    single = solve(lower[i : i + 1], constant[i : i + 1], 1e-3)
+    np.testing.assert_allclose(batched.x[i], single.x[0], atol=1e-14)
+    assert batched.rounds[i] == single.rounds[0]
 
 
-def test_what_is_not_finite_ends(system):
+def test_nonfinite_example_stops(system):
   lower, constant, exact = system
   constant = constant.at[1, 3].set(jnp.nan)
   found = solve(lower, constant, 1e-6)
@@ -96,6 +98,6 @@ def test_what_is_not_finite_ends(system):
   assert found.rounds[1] == 1
 
 
-def test_one_token_is_exact_at_once():
+def test_one_token_is_exact_after_one_round():
   found = fixed_point.solve(lambda x, _: (x * 0 + 7.0, None), jnp.ones((2, 1, 3)), None, 0.0)
   assert (found.x == 7).all() and (found.residual == 0).all() and (found.rounds == 1).all()

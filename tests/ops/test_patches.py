@@ -1,4 +1,4 @@
-"""Images to tokens and back."""
+"""Conversion of images to tokens and back."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +17,8 @@ def test_unpatchify_undoes_patchify(size, patch, channels):
 
 
 @pytest.mark.parametrize('height, width', [(4, 6), (6, 4), (4, 4)])
-def test_tokens_in_raster_order_and_pixels_within_them_too(height, width):
-  """Loops spell the order out: a transposed image would pass a round trip."""
+def test_raster_order_of_tokens_and_pixels(height, width):
+  """Written out in loops, because a transposed image would pass a round trip."""
   patch, channels = 2, 3
   images = np.arange(2 * height * width * channels).reshape(2, height, width, channels)
   tokens = np.asarray(patches.patchify(jnp.asarray(images), patch))

@@ -1,4 +1,6 @@
-"""Small models with weights that look trained: an output layer of zeros would hide all mistakes."""
+"""Tiny models with random parameters, because zero output layers would hide errors."""
+
+import dataclasses
 
 import flax.linen as nn
 import jax
@@ -8,62 +10,60 @@ import numpy as np
 from farmer_jax import config, sampling
 from farmer_jax.nn import flow, prior, transformer
 
-SMALL = dict(layers=1, width=8, head_dim=4, mlp_ratio=2.0, dtype=jnp.dtype('float64'))
+_STACK = dict(layers=1, width=8, head_dim=4, mlp_ratio=2.0)
+_PRIOR = dict(condition_copies=2, components=3, informative_channels=2, redundant_components=4)
 
 
-def make_transformer(**changes):
-  return transformer.Transformer(**(SMALL | changes))
+def _split(section_class, values):
+  """Builds a configuration section and a `StackConfig` from one dict with the keys of both."""
+  values = _STACK | values
+  fields = {field.name for field in dataclasses.fields(section_class)}
+  section = section_class(**{key: value for key, value in values.items() if key in fields})
+  stack = {key: value for key, value in values.items() if key in _STACK or key not in fields}
+  stack['dtype'] = jnp.dtype(stack.get('dtype', 'float64'))
+  return section, transformer.StackConfig(**stack)
 
 
-def make_block(**changes):
-  return flow.FlowBlock(**(SMALL | dict(tokens=4, channels=2) | changes))
+def make_transformer(causal=True, **changes):
+  stack = _STACK | dict(dtype=jnp.dtype('float64')) | changes
+  return transformer.Transformer(transformer.StackConfig(**stack), causal)
 
 
-def make_flow(**changes):
-  return flow.Flow(**(SMALL | dict(blocks=3, tokens=4, channels=2) | changes))
+def make_block(num_tokens=4, channels=2, block_class=flow.FlowBlock, **changes):
+  return block_class(*_split(config.Flow, changes), num_tokens, channels)
 
 
-def make_prior(**changes):
-  settings = dict(
-    tokens=4,
-    channels=3,
-    num_classes=3,
-    condition_copies=2,
-    components=3,
-    informative_channels=2,
-    redundant='mixture',
-    redundant_components=4,
-    scale_floor=1e-3,
-  )
-  return prior.Prior(**(SMALL | settings | changes))
+def make_flow(num_tokens=4, channels=2, num_classes=0, **changes):
+  """Returns a flow, which is class-conditional if there are classes."""
+  changes = dict(blocks=3, class_conditional=num_classes > 0) | changes
+  return flow.Flow(*_split(config.Flow, changes), num_tokens, channels, num_classes)
 
 
-def model_settings(flow_changes=None, prior_changes=None, **changes):
-  """The `config.Model` of a small model, changed here and there."""
-  stack = dict(layers=1, width=8, head_dim=4, mlp_ratio=2.0)
-  flow_settings = dict(blocks=2) | (flow_changes or {})
-  prior_settings = dict(
-    condition_copies=2, components=3, informative_channels=2, redundant_components=4
-  ) | (prior_changes or {})
+def make_prior(num_tokens=4, channels=3, num_classes=3, **changes):
+  return prior.Prior(*_split(config.Prior, _PRIOR | changes), num_tokens, channels, num_classes)
+
+
+def model_config(flow_changes=None, prior_changes=None, **changes):
+  """Returns the section `model` of the configuration of a tiny model."""
   return config.Model(
     **(dict(patch_size=2, dtype='float64') | changes),
-    flow=config.Flow(**(stack | flow_settings)),
-    prior=config.Prior(**(stack | prior_settings)),
+    flow=config.Flow(**(_STACK | dict(blocks=2) | (flow_changes or {}))),
+    prior=config.Prior(**(_STACK | _PRIOR | (prior_changes or {}))),
   )
 
 
 def filled_parameters(module, *args, seed=0):
-  """Parameters of the shapes that `module` wants for `args`, every one of them random and non-zero.
+  """Returns random parameters without zeros. `args` are arguments of the `__call__` of `module`.
 
-  Kernels keep the size of their input, norms scale by about 1, everything else is moderate; so are
-  the layers that give log-scales, lest a density be too wide or too narrow to integrate.
+  Kernels preserve the size of their input, and norms scale by about 1. The outputs of projections
+  to log-scales are small enough that densities can be integrated.
   """
   shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *args)['params'])
   rng = np.random.default_rng(seed)
 
   def fill(path, leaf):
     names, normal = [key.key for key in path], rng.normal(size=leaf.shape)
-    if {'out', 'out_proj'} & set(names):  # these read vectors of unit length
+    if {'out', 'out_proj'} & set(names):  # their inputs have unit length
       value = (0.35 if names[-1] == 'kernel' else 0.15) * normal
     elif names[-1] == 'kernel':
       value = normal / leaf.shape[-2] ** 0.5
@@ -76,10 +76,10 @@ def filled_parameters(module, *args, seed=0):
   return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def make_draws(seed, batch, tokens):
-  """Unguided draws for the prior."""
+def make_draws(seed, batch, num_tokens):
+  """Returns draws without guidance."""
   keys = jax.random.split(jax.random.key(seed), batch)
-  return sampling.Draws(keys, jnp.zeros(tokens), 1.0, config.Guidance())
+  return sampling.GuidedDraws(keys, jnp.zeros(num_tokens), 1.0, config.Guidance())
 
 
 def normals(*shape, seed=0):

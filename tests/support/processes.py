@@ -1,9 +1,8 @@
-"""Runs of the command line in processes of their own: started, killed, compared."""
+"""Starts the command line in separate processes, kills them, and compares their results."""
 
 import json
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -20,55 +19,120 @@ SETTINGS = (
   ' model.flow.head_dim=8 model.prior.layers=1 model.prior.width=16 model.prior.head_dim=8'
   ' model.prior.condition_copies=2 model.prior.components=4 model.prior.informative_channels=4'
   ' model.prior.redundant_components=4 data.flip=True'
-  f' train.steps={STEPS} train.batch_size=16 train.accumulate=1 train.log_every=1'
+  f' train.steps={STEPS} train.batch_size=16 train.accumulation_steps=1 train.log_every=1'
   ' train.validate_every=4 train.valid_batch_size=50 train.sample_every=0 train.checkpoint_every=2'
   ' train.keep_checkpoints=4 train.ema_decay=0.9 train.optimizer.learning_rate=0.001'
 ).split()
+# Metrics that measure time.
+TIMES = {'time', 'step_seconds', 'images_per_second', 'input_wait_seconds'}
 
 
-def start(workdir, *arguments, devices=2, processes=1, before=None):
-  """Starts the command of the README in each of several processes, after a line of Python."""
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    port = free.getsockname()[1]
-  environment = os.environ | {
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-    'JAX_PLATFORMS': 'cpu',
-  }
-  started = []
-  for process in range(processes):
-    program = ['-m', 'farmer_jax.main']
-    if before:
-      program = ['-c', f'{before}\nfrom farmer_jax import main; main.run()']
-    command = [sys.executable, *program, f'--workdir={workdir}', *arguments]
+def environment(devices):
+  """Returns the environment of a process with `devices` virtual CPU devices."""
+  flags = f'--xla_force_host_platform_device_count={devices}'
+  return os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+
+
+def run_program(name, *arguments, devices=1):
+  """Runs tests/support/programs/NAME.py. Returns its standard output."""
+  command = [sys.executable, '-m', f'tests.support.programs.{name}', *map(str, arguments)]
+  done = subprocess.run(command, cwd=ROOT, env=environment(devices), capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+class Job:
+  """The command line in one or several processes.
+
+  Args:
+    workdir: the workdir. Standard output and error of process i are appended to WORKDIR-i.log.
+    *arguments: arguments of the command line.
+    devices: virtual CPU devices of each process.
+    processes: the number of processes.
+    program: the name of a file in tests/support/programs to start instead of farmer_jax.main, and
+      its arguments.
+  """
+
+  def __init__(self, workdir, *arguments, devices=2, processes=1, program=()):
+    with socket.socket() as unused:
+      unused.bind(('localhost', 0))
+      port = unused.getsockname()[1]
+    module = f'tests.support.programs.{program[0]}' if program else 'farmer_jax.main'
+    command = [sys.executable, '-m', module, *map(str, program[1:]), f'--workdir={workdir}']
+    command += arguments
     if processes > 1:
       command += [f'--coordinator=localhost:{port}', f'--num_processes={processes}']
-      command += [f'--process_id={process}']
-    with pathlib.Path(f'{workdir}-{process}.log').open('ab') as log:
-      started.append(
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-      )
-  return started
+    self.logs = [pathlib.Path(f'{workdir}-{i}.log') for i in range(processes)]
+    self.processes = []
+    for i, log in enumerate(self.logs):
+      number = [f'--process_id={i}'] if processes > 1 else []
+      with log.open('ab') as file:
+        started = subprocess.Popen(
+          [*command, *number],
+          cwd=ROOT,
+          env=environment(devices),
+          stdout=file,
+          stderr=subprocess.STDOUT,
+        )
+      self.processes.append(started)
+
+  def log(self, process=0):
+    return self.logs[process].read_text()
+
+  def codes(self, timeout=400):
+    """Waits for all processes. Returns their exit codes."""
+    return [process.wait(timeout=timeout) for process in self.processes]
+
+  def finish(self, timeout=400):
+    """Waits until all processes have succeeded."""
+    for number, process in enumerate(self.processes):
+      assert process.wait(timeout=timeout) == 0, self.log(number)[-3000:]
+    return self
+
+  def wait_for(self, condition, seconds=300):
+    """Waits until condition() is true. Fails if a process ends earlier."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+      assert time.monotonic() < deadline, self.log()[-3000:]
+      assert all(process.poll() is None for process in self.processes), self.log()[-3000:]
+      time.sleep(0.02)
+
+  def kill(self):
+    for process in self.processes:
+      process.kill()
+      process.wait()
 
 
-def finish(started, workdir):
-  for number, process in enumerate(started):
-    code = process.wait(timeout=400)
-    assert code == 0, pathlib.Path(f'{workdir}-{number}.log').read_text()[-3000:]
+def train(workdir, *overrides, **how):
+  """Starts a small training run. `how` contains keyword arguments of `Job`."""
+  keys = [f'--config.{override}' for override in (*SETTINGS, *overrides)]
+  return Job(workdir, '--config=configs/quickstart.py', *keys, **how)
 
 
-def train(workdir, *more, **how):
-  arguments = ['--config=configs/quickstart.py', *(f'--config.{s}' for s in (*SETTINGS, *more))]
-  return start(workdir, *arguments, **how)
+def fault(name, *arguments):
+  """Returns the argument `program` of `Job` for a fault of programs/faulty_main.py."""
+  return 'faulty_main', f'{name}={",".join(map(str, arguments))}'
 
 
 def records(workdir):
-  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  """Returns the records in metrics.jsonl, or an empty list if there is no file."""
+  path = workdir / 'metrics.jsonl'
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def state(workdir):
-  """The last checkpoint, whatever devices it was written by."""
-  path = workdir / 'checkpoints' / str(STEPS) / 'state'
+def resumed_step(before, workdir):
+  """Returns the last step whose record in `before` is unchanged after the run has resumed."""
+  after = records(workdir)
+  return max((record['step'] for record in before if record in after), default=0)
+
+
+def last_checkpoint(workdir):
+  return workdir / 'checkpoints' / str(STEPS)
+
+
+def final_state(workdir):
+  """Returns the arrays of the last checkpoint by path, whichever devices wrote them."""
+  path = last_checkpoint(workdir) / 'state'
   with ocp.PyTreeCheckpointer() as reader:
     as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     tree = reader.metadata(path).item_metadata.tree
@@ -77,54 +141,23 @@ def state(workdir):
   return {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
 
 
-def assert_alike(one, other):
-  """The same metrics at the same steps, and the same state, but for rounding on another mesh."""
-  assert [(r['step'], r['split']) for r in records(one)] == [
-    (r['step'], r['split']) for r in records(other)
-  ]
+def assert_close(one, other):
+  """Asserts that two runs have equal steps, and losses and states that are equal up to rounding."""
   for a, b in zip(records(one), records(other), strict=True):
+    assert (a['step'], a['split']) == (b['step'], b['split'])
     np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-4)
-  for (path, a), b in zip(state(one).items(), state(other).values(), strict=True):
+  for (path, a), b in zip(final_state(one).items(), final_state(other).values(), strict=True):
     np.testing.assert_allclose(a, b, atol=2e-4, err_msg=path)
 
 
-CLOCK = ('time', 'step_seconds', 'images_per_second', 'input_wait_seconds')
-
-
-def timeless(workdir):
-  return [{k: v for k, v in r.items() if k not in CLOCK} for r in records(workdir)]
-
-
-def position(workdir):
-  path = workdir / 'checkpoints' / str(STEPS) / 'dataset' / 'metadata'
-  return json.loads(path.read_text())
-
-
 def assert_equal(one, other):
-  """Parameters, optimizer, place in the data and metrics, exactly."""
-  first, second = state(one), state(other)
+  """Asserts that two runs have bit-equal parameters, optimizer and iterator states, and metrics."""
+  first, second = final_state(one), final_state(other)
   assert first.keys() == second.keys()
   assert any('params' in path for path in first) and any('opt_state' in path for path in first)
   for path, leaf in first.items():
     np.testing.assert_array_equal(leaf, second[path], err_msg=path)
-  assert position(one) == position(other)
-  assert timeless(one) == timeless(other)
-
-
-def log(workdir, process=0):
-  return pathlib.Path(f'{workdir}-{process}.log').read_text()
-
-
-def wait_for(started, workdir, happened, seconds=300):
-  """Waits until happened() is true; the processes must not end meanwhile."""
-  deadline = time.monotonic() + seconds
-  while not happened():
-    assert time.monotonic() < deadline, log(workdir)[-3000:]
-    assert all(process.poll() is None for process in started), log(workdir)[-3000:]
-    time.sleep(0.02)
-
-
-def kill(started):
-  for process in started:
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+  states = [last_checkpoint(run) / 'data_iterator' / 'metadata' for run in (one, other)]
+  assert json.loads(states[0].read_text()) == json.loads(states[1].read_text())
+  for a, b in zip(records(one), records(other), strict=True):
+    assert {k: a[k] for k in a.keys() - TIMES} == {k: b[k] for k in b.keys() - TIMES}

@@ -1,18 +1,78 @@
-"""A tiny run, for jobs to work on."""
+"""A run of a tiny model, for tests of jobs and of the Python API."""
 
-from farmer_jax import config
+import dataclasses
+import json
 
-CONFIG = config.Config(
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from farmer_jax import checkpoints
+from farmer_jax import config as config_lib
+from farmer_jax.data import pipeline
+from farmer_jax.jobs import training_run
+from farmer_jax.nn import farmer
+from farmer_jax.training import optimizer as optimizer_lib
+from farmer_jax.training import state as state_lib
+from tests.support import models
+
+CONFIG = config_lib.Config(
   name='tiny',
-  data=config.Data(source='digits', image_size=8),
-  model=config.Model(
+  data=config_lib.Data(source='digits', image_size=8),
+  model=config_lib.Model(
     patch_size=2,
-    flow=config.Flow(blocks=2, layers=1, width=16, head_dim=8),
-    prior=config.Prior(
+    flow=config_lib.Flow(blocks=2, layers=1, width=16, head_dim=8),
+    prior=config_lib.Prior(
       layers=1, width=16, head_dim=8, condition_copies=2, components=3, informative_channels=2
     ),
   ),
-  train=config.Train(
+  train=config_lib.Train(
     steps=3, batch_size=16, ema_decay=0.5, validate_every=0, sample_every=0, checkpoint_every=3
   ),
 )
+
+
+def save_run(workdir):
+  """Writes a workdir like the workdir of a finished training run, and returns it.
+
+  No training step is compiled. The EMA has random values without zeros. The parameters that only
+  training uses are zero.
+  """
+  resources = training_run.Resources.load(CONFIG)
+  claimed = training_run.claim(CONFIG, workdir, resources)
+  inputs = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, int)
+  params = models.filled_parameters(farmer.build(CONFIG), *inputs)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  state = state_lib.TrainState(
+    jnp.int32(3), zeros, optimizer_lib.create(CONFIG.train).init(zeros), params
+  )
+  iterator = pipeline.TrainIterator(resources.train, CONFIG.data, CONFIG.train.batch_size, 0)
+  checkpointer = checkpoints.Checkpointer(claimed, CONFIG.train)
+  checkpointer.restore_latest(state, iterator)
+  checkpointer.save(3, state, iterator)
+  checkpointer.close()
+  iterator.close()
+  return workdir
+
+
+def with_sampling(config=CONFIG, **changes):
+  """Returns `config` with other sampling settings. Default: 25 images, sequential inverse."""
+  settings = dict(count=25, batch_size=8, inverse='sequential') | changes
+  return dataclasses.replace(config, sampling=config_lib.Sampling(**settings))
+
+
+def write_config(config, file):
+  """Writes a configuration as JSON, for a program of `tests.support.programs`."""
+  file.write_text(json.dumps(config_lib.to_dict(config)))
+  return file
+
+
+def read_config(file):
+  """Reads a configuration that `write_config` wrote."""
+  return config_lib.from_config_dict(json.loads(open(file).read()))
+
+
+def read_samples(folder):
+  """Returns all arrays in a folder of samples, by their names in the npz files."""
+  shards = [np.load(file) for file in sorted(folder.glob('*.npz'))]
+  return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0].files}

@@ -1,6 +1,7 @@
-"""The optimizer step against hand-written arithmetic."""
+"""Comparison of the training step with explicit formulas."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from farmer_jax import config
 from farmer_jax.training import optimizer as optimizer_lib
+from farmer_jax.training import skipping
 from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
 
@@ -17,7 +19,7 @@ TRAIN = config.Train(steps=100, batch_size=8)
 
 
 def quadratic(params, batch, step, part):
-  """A loss without randomness, so that parts of a batch add up to the whole."""
+  """A loss without randomness. Its mean over the parts of a batch is the loss of the full batch."""
   del step, part
   loss = ((batch['image'] @ params['kernel'] - batch['label']) ** 2).mean()
   return loss, {'loss': loss}
@@ -29,10 +31,15 @@ def _batch():
   return {'image': rng.normal(size=(8, 3)), 'label': rng.normal(size=8)}
 
 
+def start(loss, train, optimizer=None):
+  """Returns the initial state, with three parameters, and the compiled training step."""
+  optimizer = optimizer or optimizer_lib.create(train)
+  init = state_lib.initializer(lambda key: {'kernel': jnp.ones(3)}, optimizer, train.ema_decay)
+  return init(jax.random.key(0)), jax.jit(step_lib.make_train_step(loss, optimizer, train))
+
+
 def run(train, batch, steps=1):
-  optimizer = optimizer_lib.create(train)
-  state = state_lib.create({'kernel': jnp.ones(3)}, optimizer, train.ema_decay)
-  step = jax.jit(step_lib.make_train_step(quadratic, optimizer, train))
+  state, step = start(quadratic, train)
   history = [state]
   for _ in range(steps):
     state, metrics = step(state, batch)
@@ -40,15 +47,15 @@ def run(train, batch, steps=1):
   return history, metrics
 
 
-def test_accumulation_equals_the_whole_batch(batch):
-  whole, metrics = run(TRAIN, batch)
-  parts, metrics_of_parts = run(dataclasses.replace(TRAIN, accumulate=4), batch)
-  np.testing.assert_allclose(whole[-1].params['kernel'], parts[-1].params['kernel'], rtol=1e-6)
+def test_accumulated_parts_equal_the_full_batch(batch):
+  full, metrics = run(TRAIN, batch)
+  parts, metrics_of_parts = run(dataclasses.replace(TRAIN, accumulation_steps=4), batch)
+  np.testing.assert_allclose(full[-1].params['kernel'], parts[-1].params['kernel'], rtol=1e-6)
   for name, value in metrics.items():
     np.testing.assert_allclose(value, metrics_of_parts[name], rtol=1e-6)
 
 
-def test_each_accumulated_part_gets_its_own_randomness(batch):
+def test_accumulated_parts_have_different_random_keys(batch):
   seen = []
 
   def noisy(params, batch, step, part):
@@ -56,39 +63,33 @@ def test_each_accumulated_part_gets_its_own_randomness(batch):
     jax.debug.callback(lambda n: seen.append(float(n)), noise)
     return quadratic(params, batch, step, part)
 
-  train = dataclasses.replace(TRAIN, accumulate=4)
-  optimizer = optimizer_lib.create(train)
-  state = state_lib.create({'kernel': jnp.ones(3)}, optimizer, 0.0)
-  jax.block_until_ready(jax.jit(step_lib.make_train_step(noisy, optimizer, train))(state, batch))
+  state, step = start(noisy, dataclasses.replace(TRAIN, accumulation_steps=4))
+  jax.block_until_ready(step(state, batch))
   jax.effects_barrier()
   assert len(set(seen)) == 4
 
 
-def test_average_follows_its_recurrence(batch):
+def test_ema_follows_its_recurrence(batch):
   decay = 0.7
   history, _ = run(dataclasses.replace(TRAIN, ema_decay=decay), batch, steps=3)
   expected = history[0].params['kernel']
   for state in history[1:]:
     expected = decay * expected + (1 - decay) * state.params['kernel']
-  np.testing.assert_allclose(history[-1].average['kernel'], expected, rtol=1e-6)
-  assert history[-1].best_params is history[-1].average
-  assert run(TRAIN, batch)[0][-1].average is None
+  np.testing.assert_allclose(history[-1].ema_params['kernel'], expected, rtol=1e-6)
+  assert history[-1].evaluation_params is history[-1].ema_params
+  assert run(TRAIN, batch)[0][-1].ema_params is None
 
 
-def test_gradients_are_clipped_but_reported_whole(batch):
+def test_gradients_are_clipped_but_the_unclipped_norm_is_reported(batch):
   optimizer = dataclasses.replace(TRAIN.optimizer, clip_norm=1e-3)
   gradient = jax.grad(lambda p: quadratic(p, batch, 0, 0)[0])({'kernel': jnp.ones(3)})
   history, metrics = run(dataclasses.replace(TRAIN, optimizer=optimizer), batch)
   np.testing.assert_allclose(metrics['grad_norm'], optax.global_norm(gradient), rtol=1e-6)
-  moment = next(
-    s.mu['kernel']
-    for s in jax.tree.leaves(history[-1].opt_state, is_leaf=lambda s: hasattr(s, 'mu'))
-    if hasattr(s, 'mu')
-  )
+  moment = optax.tree.get(history[-1].opt_state, 'mu')['kernel']
   np.testing.assert_allclose(jnp.linalg.norm(moment), 0.1 * 1e-3, rtol=1e-4)
 
 
-def test_weight_decay_spares_all_but_kernels():
+def test_only_kernels_decay():
   train = dataclasses.replace(
     TRAIN, optimizer=dataclasses.replace(TRAIN.optimizer, weight_decay=0.5, warmup_steps=1)
   )
@@ -100,12 +101,12 @@ def test_weight_decay_spares_all_but_kernels():
   }
   optimizer = optimizer_lib.create(train)
   zeros = jax.tree.map(jnp.zeros_like, params)
-  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-  touched = {
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params, loss=jnp.zeros(()))
+  changed = {
     jax.tree_util.keystr(path): bool((update != 0).any())
     for path, update in jax.tree_util.tree_leaves_with_path(updates)
   }
-  assert [name for name, moved in touched.items() if moved] == ["['layer']['kernel']"]
+  assert [name for name, moved in changed.items() if moved] == ["['layer']['kernel']"]
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine():
@@ -121,8 +122,61 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
   np.testing.assert_allclose(rate(steps), o.final_learning_rate, rtol=1e-4)
 
 
-def test_noise_anneals_along_half_a_cosine():
-  noise = config.Noise(kind='gaussian', std_start=0.1, std_end=0.005)
-  std = optimizer_lib.noise_std_schedule(noise, 101)
-  np.testing.assert_allclose([std(0), std(50), std(100)], [0.1, 0.0525, 0.005], rtol=1e-6)
-  np.testing.assert_allclose(std(25), 0.005 + 0.095 * 0.5 * (1 + np.cos(np.pi / 4)), rtol=1e-6)
+def linear(params, batch, step, part):
+  """A loss whose gradient is the batch."""
+  del step, part
+  loss = (params['kernel'] * batch).sum()
+  return loss, {'loss': loss}
+
+
+def start_skipping(train):
+  optimizer = skipping.skip_bad_updates(optax.adam(0.1), train.max_grad_norm_ratio)
+  return start(linear, train, optimizer)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, 100.0], ids=str)
+def test_bad_update_is_skipped_and_counted(bad):
+  train = dataclasses.replace(TRAIN, max_grad_norm_ratio=30, ema_decay=0.9)
+  state, step = start_skipping(train)
+  for _ in range(100):
+    state, metrics = step(state, jnp.ones(3))
+  before = state
+  for count in (1, 2):
+    state, metrics = step(state, jnp.array([1.0, bad, 1.0]))
+    assert int(metrics['skipped_updates']) == int(metrics['consecutive_skips']) == count
+  assert int(state.step) == 102
+  for get in (lambda s: s.params, lambda s: s.opt_state.inner, lambda s: s.ema_params):
+    for old, new in zip(jax.tree.leaves(get(before)), jax.tree.leaves(get(state)), strict=True):
+      np.testing.assert_array_equal(old, new)
+  state, metrics = step(state, jnp.ones(3))
+  assert int(metrics['skipped_updates']) == 2 and int(metrics['consecutive_skips']) == 0
+  assert not np.array_equal(state.params['kernel'], before.params['kernel'])
+
+
+def test_loss_that_is_not_finite_skips_the_update():
+  def infinite(params, batch, step, part):
+    loss, metrics = linear(params, batch, step, part)
+    return loss + jnp.inf, metrics
+
+  optimizer = skipping.skip_bad_updates(optax.adam(0.1), 0)
+  state, step = start(infinite, TRAIN, optimizer)
+  assert int(step(state, jnp.ones(3))[1]['skipped_updates']) == 1
+
+
+def test_slowly_growing_gradient_norm_skips_no_update():
+  """The norm grows by 2 % per step. The running mean equals its explicit recurrence."""
+  state, step = start_skipping(TRAIN)
+  mean = 0.0
+  for k in range(300):
+    state, metrics = step(state, 1.02**k * jnp.ones(3))
+    mean += (math.log(math.sqrt(3) * 1.02**k) - mean) / min(k + 1, 100)
+  assert int(metrics['skipped_updates']) == 0
+  np.testing.assert_allclose(state.opt_state.log_norm, mean, rtol=1e-4)
+
+
+@pytest.mark.parametrize('ratio, steps', [(0, 110), (TRAIN.max_grad_norm_ratio, 90)])
+def test_norm_is_not_checked_without_a_ratio_nor_before_100_updates(ratio, steps):
+  state, step = start_skipping(dataclasses.replace(TRAIN, max_grad_norm_ratio=ratio))
+  for _ in range(steps):
+    state, _ = step(state, jnp.ones(3))
+  assert int(step(state, 1e6 * jnp.ones(3))[1]['skipped_updates']) == 0

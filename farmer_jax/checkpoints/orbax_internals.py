@@ -1,0 +1,120 @@
+"""What this project uses of Orbax and TensorStore beyond their public API.
+
+Written for Orbax 0.12.8, TensorStore 0.1.86 and JAX 0.10.2: texts of exceptions, keys of barriers,
+log records, the list of items, and the client of JAX's coordination service.
+tests/checkpoints/test_orbax_internals.py fails where a new version differs.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+
+import jax
+from absl import logging as absl_logging
+from etils import epath
+from orbax.checkpoint._src.multihost import multihost
+
+from farmer_jax import errors
+
+# TensorStore's status codes for faults of the machine, the network or the user's permissions.
+_ENVIRONMENT_STATUS = re.compile(
+  'PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED'
+)
+
+# The key of every barrier at which Orbax waits for the processes that write a checkpoint.
+_SAVE_BARRIER = 'async_'
+
+
+class CorruptCheckpoint(Exception):
+  """A checkpoint differs from what was saved. The message is the reason, without the step."""
+
+
+@contextlib.contextmanager
+def classify_exceptions() -> Iterator[None]:
+  """Turns faults of the environment into `CheckpointError`, others into `CorruptCheckpoint`.
+
+  Orbax and TensorStore raise almost any type of exception for corrupt files.
+  """
+  try:
+    yield
+  except (CorruptCheckpoint, errors.UserError):
+    raise
+  except Exception as error:
+    environment = _ENVIRONMENT_STATUS.search(str(_root_cause(error)))
+    if isinstance(error, PermissionError | MemoryError) or environment:
+      raise errors.CheckpointError(f'cannot read a checkpoint: {describe(error)}') from error
+    raise CorruptCheckpoint(describe(error)) from error
+
+
+def describe(error: BaseException) -> str:
+  """An exception of Orbax or TensorStore in a few words, without long paths."""
+  error = _root_cause(error)
+  text = ' '.join(str(error).split())
+  if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+    return 'a metadata file cannot be read'
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror + (f': {epath.Path(error.filename).name}' if error.filename else '')
+  if system := re.search(r'([^:]+) \[os_error_code', text):
+    return system[1].strip()
+  if status := re.match('([A-Z_]+): ', text):
+    return f'an array cannot be read: {status[1].lower().replace("_", " ")}'
+  return (text if len(text) <= 120 else f'{text[:117]}...') or type(error).__name__
+
+
+def _root_cause(error: BaseException) -> BaseException:
+  while error.__cause__ is not None:
+    error = error.__cause__
+  return error
+
+
+def item_names(folder: epath.Path) -> set[str]:
+  """The names of the items that were saved in a checkpoint, whether or not they still exist."""
+  return set(json.loads((folder / '_CHECKPOINT_METADATA').read_text())['item_handlers'])
+
+
+def make_barrier() -> Callable[..., None] | None:
+  """The `barrier_sync_fn` of `ocp.AsyncOptions`; None for a single process.
+
+  With Orbax's own barrier, processes wait for a process that failed to save until the timeout. This
+  barrier is a numbered rendezvous: each process publishes the key at which it waits. Where the keys
+  differ, one process has left the save; the processes that are still in it raise `OSError`.
+  """
+  if jax.process_count() == 1:
+    return None
+  client = multihost.get_jax_distributed_client()
+  barrier_id, numbers = next(_BARRIER_IDS), itertools.count()
+  process, processes = jax.process_index(), jax.process_count()
+
+  def path(number: int, suffix: object) -> str:
+    return f'farmer_jax/barrier/{barrier_id}/{number}/{suffix}'
+
+  def barrier(*, key: str, timeout_ms: int) -> None:
+    while True:
+      number = next(numbers)
+      client.key_value_set(path(number, process), key)
+      client.wait_at_barrier(path(number, 'all'), timeout_ms)
+      if number:  # All processes have read the previous keys.
+        client.key_value_delete(path(number - 1, process))
+      keys = {client.blocking_key_value_get(path(number, p), timeout_ms) for p in range(processes)}
+      if keys == {key}:
+        return
+      if _SAVE_BARRIER in key:
+        raise OSError('another process could not write its part')
+
+  return barrier
+
+
+_BARRIER_IDS = itertools.count()
+
+
+def hide_orbax_tracebacks() -> None:
+  """Hides, without --verbosity=1, the tracebacks of failures that `Checkpointer` reports."""
+  absl_logging.get_absl_logger().addFilter(_is_not_orbax_error)
+
+
+def _is_not_orbax_error(record: logging.LogRecord) -> bool:
+  is_orbax_error = 'orbax' in record.pathname and record.levelno == logging.ERROR
+  return not is_orbax_error or absl_logging.get_verbosity() >= absl_logging.DEBUG

@@ -1,0 +1,60 @@
+"""All configuration keys: defaults, units and meanings."""
+
+import dataclasses
+from typing import Literal
+
+from farmer_jax.config.fields import Changeable, NonNegativeInt
+from farmer_jax.config.sections.evaluation import Fidelity, Guidance, Likelihood, Sampling
+from farmer_jax.config.sections.model import Data, Flow, Model, Noise, Prior
+from farmer_jax.config.sections.training import Compile, Distill, Mesh, Optimizer, Profile, Train
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The configuration of a run and of the jobs on it."""
+
+  name: str = 'farmer'
+  """Name of the run. The default workdir is runs/<name>."""
+  job: Changeable[Literal['pretrain', 'distill', 'sample', 'likelihood', 'fidelity', 'compile']] = (
+    'pretrain'
+  )
+  """Job to run."""
+  teacher: Changeable[str | None] = None
+  """distill: workdir of the trained run that is the teacher."""
+  seed: NonNegativeInt = 0
+  """Random seed of initialization, data order and noise."""
+  data: Data = Data()
+  noise: Noise = Noise()
+  model: Model = Model()
+  train: Train = Train()
+  mesh: Changeable[Mesh] = Mesh()
+  profile: Changeable[Profile] = Profile()
+  sampling: Changeable[Sampling] = Sampling()
+  distill: Distill = Distill()
+  likelihood: Changeable[Likelihood] = Likelihood()
+  compile: Changeable[Compile] = Compile()
+  fidelity: Changeable[Fidelity] = Fidelity()
+
+  @property
+  def num_tokens(self) -> int:
+    """Number of tokens N of an image."""
+    return self.model.num_tokens(self.data.image_size)
+
+  @property
+  def token_channels(self) -> int:
+    """Number of channels d of a token."""
+    return self.model.token_channels(self.data.channels)
+
+  @property
+  def supports_guidance(self) -> bool:
+    """Whether the model has the densities with and without a class, which guidance compares."""
+    has_classes = self.data.num_classes > 0 and self.model.label_dropout > 0
+    return self.model.prior.kind == 'mixture' and has_classes
+
+  @property
+  def feature_network(self) -> str:
+    """Network of --job=fidelity, 'inception' or 'classifier', with 'auto' resolved."""
+    if self.fidelity.network != 'auto':
+      return self.fidelity.network
+    small = self.data.channels == 1 or self.data.image_size < 32
+    return 'classifier' if small else 'inception'

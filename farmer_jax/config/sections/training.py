@@ -1,0 +1,139 @@
+"""Keys of training, distillation, devices and compilation."""
+
+import dataclasses
+from typing import Literal
+
+from farmer_jax.config.fields import (
+  BelowOne,
+  Changeable,
+  Fraction,
+  NonNegativeFloat,
+  NonNegativeInt,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW with linear warm-up and cosine decay."""
+
+  learning_rate: float = 2e-3
+  """Peak learning rate, reached at the end of the warm-up."""
+  final_learning_rate: NonNegativeFloat = 1e-6
+  """Learning rate at the last step."""
+  warmup_steps: NonNegativeInt = 50
+  """Steps of linear warm-up."""
+  b1: BelowOne = 0.9
+  """AdamW: decay rate of the first moment."""
+  b2: BelowOne = 0.95
+  """AdamW: decay rate of the second moment."""
+  weight_decay: NonNegativeFloat = 0.03
+  """Decoupled weight decay of matrices. Biases and embeddings are not decayed."""
+  clip_norm: NonNegativeFloat = 1.0
+  """Largest global norm of the gradient. 0 does not clip gradients."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """The training loop."""
+
+  steps: int = 1000
+  """Number of optimizer steps."""
+  batch_size: int = 64
+  """Images per step, over all devices."""
+  accumulation_steps: int = 1
+  """Number of equal parts of a batch. The step processes one part at a time and averages the
+  gradients."""
+  ema_decay: BelowOne = 0.0
+  """Decay rate of the EMA of the parameters, which evaluation and sampling use. 0 disables it."""
+  log_every: Changeable[int] = 20
+  """Steps between records of training metrics."""
+  validate_every: Changeable[NonNegativeInt] = 500
+  """Steps between validations. Validation also runs after the last step. 0 disables validation."""
+  sample_every: Changeable[NonNegativeInt] = 500
+  """Steps between sample grids. A grid is also drawn after the last step. 0 draws no grids."""
+  checkpoint_every: Changeable[NonNegativeInt] = 500
+  """Steps between checkpoints. One is also written after the last step. 0 disables checkpoints."""
+  keep_checkpoints: Changeable[int] = 2
+  """Number of newest checkpoints to keep."""
+  keep_best: Changeable[NonNegativeInt] = 0
+  """Number of additional checkpoints to keep: the checkpoints with the lowest validation loss."""
+  keep_every: Changeable[NonNegativeInt] = 0
+  """Checkpoints of steps divisible by this number are never deleted. 0 disables the rule."""
+  max_grad_norm_ratio: NonNegativeFloat = 30.0
+  """Largest ratio of the gradient norm to its running geometric mean. Updates above it are skipped,
+  after the first 100 updates. Updates with a non-finite loss or gradient are always skipped. 0
+  disables the limit."""
+  max_consecutive_skips: Changeable[int] = 10
+  """Consecutive skipped updates that cause a rollback: the run restores its newest checkpoint and
+  continues with another data order."""
+  max_rollbacks: Changeable[NonNegativeInt] = 3
+  """Largest number of rollbacks. One more stops the run with a diagnosis."""
+  valid_batch_size: int = 250
+  """Images per validation batch, over all devices."""
+  valid_examples: Changeable[int | None] = None
+  """Number of validation images, from the start of the split. None uses all images."""
+  optimizer: Optimizer = Optimizer()
+
+  @property
+  def evaluated_params(self) -> str:
+    """Name, in `TrainState` and in checkpoints, of the parameters that evaluation uses."""
+    return 'ema_params' if self.ema_decay else 'params'
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+  """Distillation: --job=distill trains a student that inverts each flow block in one pass."""
+
+  objective: Literal['outputs', 'hidden'] = 'outputs'
+  """outputs: match the output of each student block to the teacher's. hidden: match the hidden
+  states of each student block to the teacher's outputs by a linear map, and only the final output
+  to the image."""
+  input_noise_std: NonNegativeFloat = 0.3
+  """Largest standard deviation of the Gaussian noise added to the student's input. The standard
+  deviation of each image is drawn uniformly between 0 and this value."""
+  generated_fraction: Fraction = 0.0
+  """Fraction of each batch that is sampled from the teacher with the settings of config.sampling.
+  The other images of the batch are training images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """The device mesh, and the sharding rules of the parameters.
+
+  Batches are sharded over the axes data and fsdp. The mesh changes results only by rounding.
+  """
+
+  data: NonNegativeInt = 0
+  """Size of the mesh axis data. 0 uses all remaining devices."""
+  fsdp: NonNegativeInt = 1
+  """Size of the mesh axis fsdp. 0 uses all remaining devices."""
+  tensor: NonNegativeInt = 1
+  """Size of the mesh axis tensor. 0 uses all remaining devices."""
+  embed: str = 'fsdp'
+  """Mesh axes, separated by commas, that shard parameters along the width of a transformer."""
+  hidden: str = 'tensor'
+  """Mesh axes, separated by commas, that shard parameters along the attention heads and along the
+  hidden width of an MLP."""
+  outputs: str = 'tensor'
+  """Mesh axes, separated by commas, that shard output projections along their outputs: shifts,
+  log-scales and mixture parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+  """The JAX profiler."""
+
+  steps: str = ''
+  """First and last training step to record, for example 10,15. The trace is written to
+  WORKDIR/profile, for TensorBoard or XProf. Empty records nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compile:
+  """Ahead-of-time compilation: --job=compile."""
+
+  topology: str | None = None
+  """TPU slice to compile for, for example v5e:16x16 or v5p:4x4x8. The slice need not be available,
+  but libtpu must be installed. None compiles for the available devices."""
+  sampler: bool = False
+  """Compile the sampler in addition to the training step."""

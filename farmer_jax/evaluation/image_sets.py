@@ -1,0 +1,143 @@
+"""Sets of images from npz files, from folders of images and from data sources."""
+
+import dataclasses
+import functools
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int, UInt8
+
+from farmer_jax import config
+from farmer_jax.data import base, sources
+from farmer_jax.errors import DataError
+from farmer_jax.workdir import layout
+
+# What NumPy raises for a damaged npz file, or for one with pickled objects.
+NPZ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+
+Gather = Callable[[Int[np.ndarray, 'B']], UInt8[np.ndarray, 'B H W C']]
+Labels = Int[np.ndarray, 'n']
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+  """An ordered set of images: `gather(indices)` reads some of them.
+
+  Reports show `name`. Sets of different images have different identities.
+  """
+
+  name: str
+  identity: Any
+  gather: Gather
+  count: int
+  labels: Labels | None = None
+
+  def __len__(self) -> int:
+    return self.count
+
+  def first(self, count: int | None) -> 'ImageSet':
+    """The first `count` images, or all images for None or a larger number."""
+    count = min(count or self.count, self.count)
+    labels = None if self.labels is None else self.labels[:count]
+    return dataclasses.replace(self, count=count, labels=labels)
+
+
+def from_source(source: base.Source, name: str) -> ImageSet:
+  """The images of a data source."""
+  labels = getattr(source, 'labels', None)
+  return ImageSet(
+    name, base.fingerprint(source), lambda i: source.gather(i)['image'], len(source), labels
+  )
+
+
+def from_path(path: str | epath.Path, data: config.Data) -> ImageSet:
+  """The images at a path.
+
+  The path is that of an npz file with the images under `arr_0` and, optionally, the labels under
+  `arr_1`; of a folder of such files; or of a folder of image files, which are resized to the size
+  of `data`.
+
+  Raises:
+    DataError: there are no images at the path, or they cannot be read.
+  """
+  path = layout.absolute(path)
+  if not path.exists():
+    raise DataError(f'{path} does not exist; it should be an npz file or a folder of images')
+  files = [path] if path.is_file() else sorted(path.glob('*.npz'))
+  if not files:
+    data = dataclasses.replace(
+      data, source='folder', path=str(path), num_classes=0, valid_fraction=0.0
+    )
+    images = from_source(sources.load(data, 'train'), path.name)
+    return dataclasses.replace(images, labels=None)
+  counts, labels = [_image_count(file) for file in files], [_labels(file) for file in files]
+  known_labels = [part for part in labels if part is not None]
+  return ImageSet(
+    # Names of sample folders can contain dots, so `stem` would cut them.
+    name=path.name.removesuffix('.npz'),
+    identity=[(str(file), file.stat().length, file.stat().mtime) for file in files],
+    gather=_gather_from_npz(files, np.array(counts)),
+    count=sum(counts),
+    labels=np.concatenate(known_labels) if len(known_labels) == len(files) else None,
+  )
+
+
+def open_npz(path: epath.Path) -> Any:
+  """Opens an npz file. Its arrays are read on access, and pickled objects are refused."""
+  try:
+    return np.load(path.open('rb'), allow_pickle=False)
+  except NPZ_ERRORS as error:
+    raise DataError(f'cannot read {path}: {error}') from error
+
+
+def save_npz(path: epath.Path, arrays: Mapping[str, Any]) -> None:
+  """Writes an npz file atomically. Missing folders are created."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with layout.atomic_path(path) as temporary, temporary.open('wb') as file:
+    np.savez(file, **arrays)
+
+
+def _image_count(file: epath.Path) -> int:
+  """The number of images in an npz file, from the header of `arr_0`; the images are not read."""
+  try:
+    with zipfile.ZipFile(file.open('rb')) as archive, archive.open('arr_0.npy') as member:
+      np.lib.format.read_magic(member)
+      shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+  except KeyError:
+    raise DataError(
+      f'{file} has neither images (arr_0) nor statistics of images (mu and sigma)'
+    ) from None
+  except NPZ_ERRORS as error:
+    raise DataError(f'cannot read {file}: {error}') from error
+  if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not shape[0]:
+    raise DataError(
+      f'arr_0 of {file} is {dtype} {list(shape)}; images must be uint8 [n, H, W, 1 or 3]'
+    )
+  return shape[0]
+
+
+def _labels(file: epath.Path) -> Labels | None:
+  try:
+    return open_npz(file).get('arr_1')
+  except NPZ_ERRORS as error:
+    raise DataError(f'cannot read the labels arr_1 of {file}: {error}') from error
+
+
+def _gather_from_npz(files: list[epath.Path], counts: Int[np.ndarray, 'files']) -> Gather:
+  """Returns a function that reads images; one file is in memory at a time."""
+  ends = np.cumsum(counts)
+  starts = ends - counts
+
+  @functools.lru_cache(maxsize=1)
+  def read(number: int) -> UInt8[np.ndarray, 'n H W C']:
+    return open_npz(files[number])['arr_0']
+
+  def gather(indices: Int[np.ndarray, 'B']) -> UInt8[np.ndarray, 'B H W C']:
+    numbers = np.searchsorted(ends, indices, side='right')
+    return np.stack([read(int(n))[i - starts[n]] for i, n in zip(indices, numbers, strict=True)])
+
+  return gather

@@ -1,0 +1,47 @@
+"""Diagnostics of a model whose density has diverged."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from farmer_jax.nn import farmer
+from farmer_jax.nn import flow as flow_lib
+from farmer_jax.ops import affine
+from farmer_jax.ops.arrays import Labels, Values
+
+
+def scale_ranges(
+  model: farmer.Farmer, params: PyTree, images: Values, labels: Labels
+) -> dict[str, Float[Array, '*T 2']]:
+  """Returns the smallest and largest log-scales of a batch.
+
+  The keys are `flow_log_scale` [T, 2] for flow blocks, and `informative_log_scale` [2] and
+  `redundant_log_scale` [2] for mixtures. Keys of components that the model lacks are missing.
+  """
+  model = model.bind({'params': params})
+  ranges = {}
+  if model.config.flow.blocks:
+    tokens = model.images_to_tokens(images)
+    ranges['flow_log_scale'] = _flow_log_scale_ranges(model.flow, tokens, labels)
+  if model.config.prior.kind == 'mixture':
+    z, _ = model.encode(images, labels)
+    informative = z[..., : model.prior.informative_channels]
+    mixtures = model.prior.mixtures(informative, labels)
+    for name, mixture in zip(('informative', 'redundant'), mixtures, strict=True):
+      if mixture is not None:
+        ranges[f'{name}_log_scale'] = _range(mixture.log_scales)
+  return ranges
+
+
+def _flow_log_scale_ranges(flow: flow_lib.Flow, x: Array, labels: Array) -> Array:
+  condition = flow.condition(labels)
+
+  def step(x: Array, params: PyTree) -> tuple[Array, Array]:
+    shift, log_scale, _ = flow.bind_block(params).affine_parameters(x, condition)
+    z, _ = affine.affine_forward(x, shift, log_scale)
+    return z[:, ::-1], _range(log_scale)
+
+  return flow.scan_blocks(step, x)[1]
+
+
+def _range(a: Array) -> Array:
+  return jnp.stack([a.min(), a.max()])

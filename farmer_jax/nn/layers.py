@@ -1,0 +1,190 @@
+"""Layers and conventions that all modules share: dtypes, precision, sharding, rematerialization."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float
+
+# Activations that are stored for the backward pass instead of recomputed. `TransformerLayer` and
+# `attention.attend` assign their names with `checkpoint_name`.
+_save = jax.checkpoint_policies.save_only_these_names
+REMAT_POLICIES = {
+  'dots': _save('qkv', 'attention', 'attention_out', 'mlp_in'),
+  'attention': _save('attention'),
+  'layers': jax.checkpoint_policies.nothing_saveable,
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def param_dtype(dtype: DTypeLike) -> jnp.dtype:
+  """Dtype of parameters and of accumulated products: float32, or float64 if `dtype` is float64."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def precision(dtype: DTypeLike) -> jax.lax.Precision:
+  """Precision of matrix products whose operands have `dtype`.
+
+  float32 and float64 operands need HIGHEST. With the default precision, TPUs round float32 operands
+  to bfloat16 and GPUs round them to TF32. The inverse of the flow would then invert a slightly
+  different flow. bfloat16 operands need DEFAULT: the cotangents of their products are float32, and
+  HIGHEST would make the backward pass six times as expensive on TPUs.
+  """
+  return jax.lax.Precision.DEFAULT if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+
+
+def product(subscripts: str, a: Array, b: Array) -> Array:
+  """`jnp.einsum` of two arrays with the same dtype, accumulated and returned in `param_dtype`."""
+  wide = param_dtype(a.dtype)
+  return jnp.einsum(subscripts, a, b, precision=precision(a.dtype), preferred_element_type=wide)
+
+
+def target_platform() -> str:
+  """Returns the platform that the current function is traced for: cpu, gpu or tpu."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
+def _dot_general(x: Array, kernel: Array, dimension_numbers: Any, **kwargs: Any) -> Array:
+  """`lax.dot_general` of a dense layer. On CPUs, the leading axes of `x` are merged into one.
+
+  XLA's CPU backend transposes activations in memory if the kernel's gradient contracts two axes.
+  With one axis it does not, and training is nearly twice as fast. On TPUs, tokens
+  are often the last axis in memory, so merging the axes would cause a transposition.
+  """
+  assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
+  if target_platform() != 'cpu':
+    return jax.lax.dot_general(x, kernel, dimension_numbers, **kwargs)
+  flat = x.reshape(-1, x.shape[-1])
+  y = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **kwargs)
+  return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def logical_axes(
+  initializer: nn.initializers.Initializer, *axes: str | None
+) -> nn.initializers.Initializer:
+  """Returns an initializer of parameters whose axes have logical names.
+
+  `config.Mesh` maps the names to mesh axes. `embed` is the width of a transformer, `hidden` an
+  inner axis of a layer (attention heads, hidden units of an MLP), and `outputs` the outputs of an
+  output projection. An axis named None is replicated.
+  """
+  return nn.with_logical_partitioning(initializer, axes)
+
+
+def shard_batch(x: Float[Array, 'B ...']) -> Float[Array, 'B ...']:
+  """Constrains `x` to be sharded along its batch axis only.
+
+  Without the constraint XLA may gather batches where it should gather parameters.
+  """
+  return nn.with_logical_constraint(x, ('batch', *(None,) * (x.ndim - 1)))
+
+
+def dense(
+  features: int,
+  dtype: DTypeLike,
+  axes: tuple[str | None, str | None],
+  kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init,
+  use_bias: bool = True,
+) -> nn.Dense:
+  """Returns a dense layer that computes in `dtype`. `axes` are the logical axes of its kernel."""
+  return nn.Dense(
+    features,
+    dtype=dtype,
+    param_dtype=param_dtype(dtype),
+    precision=precision(dtype),
+    dot_general=_dot_general,
+    kernel_init=logical_axes(kernel_init, *axes),
+    bias_init=logical_axes(nn.initializers.zeros, axes[1]),
+    use_bias=use_bias,
+  )
+
+
+class OutputProjection(nn.Module):
+  """A dense layer that multiplies in `dtype`, accumulates in float32 or float64 and returns it.
+
+  Its outputs are means and log-scales. Near a mean of 1, bfloat16 has steps of 1/128, which is far
+  coarser than the narrowest mixture component.
+
+  By default the devices gather the kernel, and each device computes the outputs of its own images.
+  If each image has one input vector and many outputs, the kernel is larger than a batch of vectors.
+  With `shard_outputs`, the devices gather the vectors instead, and each device computes a shard of
+  the outputs. The result does not change.
+  """
+
+  features: int
+  dtype: jnp.dtype
+  kernel_init: nn.initializers.Initializer
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
+  shard_outputs: bool = False
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '*lead width']) -> Float[Array, '*lead features']:
+    """Projects the last axis. With `shard_outputs`, `x` must be [B, width]."""
+    wide = param_dtype(self.dtype)
+    kernel_init = logical_axes(self.kernel_init, 'embed', 'outputs')
+    kernel = self.param('kernel', kernel_init, (x.shape[-1], self.features), wide)
+    bias = self.param('bias', logical_axes(self.bias_init, 'outputs'), (self.features,), wide)
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    if self.shard_outputs:
+      x = nn.with_logical_constraint(x, ('group', None))
+      # The first of these two constraints also fixes the sharding of the gradient.
+      kernel = nn.with_logical_constraint(kernel, ('embed', 'outputs'))
+      kernel = nn.with_logical_constraint(kernel, (None, 'members'))
+    out = bias + _dot_general(
+      x,
+      kernel,
+      (((x.ndim - 1,), (0,)), ((), ())),
+      precision=precision(self.dtype),
+      preferred_element_type=wide,
+    )
+    if self.shard_outputs:
+      out = shard_batch(nn.with_logical_constraint(out, ('group', 'members')))
+    return out
+
+
+def class_embedding(
+  num_classes: int,
+  width: int,
+  dtype: DTypeLike,
+  init: nn.initializers.Initializer = nn.linear.default_embed_init,
+) -> nn.Embed:
+  """Returns an embedding of class labels. Label `num_classes` means "no class"."""
+  return nn.Embed(
+    num_classes + 1,
+    width,
+    dtype=dtype,
+    param_dtype=param_dtype(dtype),
+    embedding_init=logical_axes(init, None, 'embed'),
+  )
+
+
+def norm(dtype: DTypeLike) -> nn.RMSNorm:
+  """Returns a root-mean-square normalization with statistics in float32 or float64."""
+  scale_init = logical_axes(nn.initializers.ones, 'embed')
+  return nn.RMSNorm(dtype=dtype, param_dtype=param_dtype(dtype), scale_init=scale_init)
+
+
+def scan_stack(
+  module: type[nn.Module], length: int, unroll: int, remat: str, in_axes: Any, name: str
+) -> Callable[..., nn.Module]:
+  """Returns a class for a stack of `length` modules, which one scan applies in sequence.
+
+  `__call__` of the module returns (carry, output). `in_axes` is passed to `nn.scan` and applies to
+  the inputs after the carry. One iteration of the compiled loop runs `unroll` modules, so compile
+  time does not grow with `length`. `remat` is `none` or a key of `REMAT_POLICIES`. The parameters
+  of the stack have a leading axis whose logical name is `name`.
+  """
+  if remat != 'none':
+    module = nn.remat(module, policy=REMAT_POLICIES[remat], prevent_cse=False)
+  return nn.scan(
+    module,
+    variable_axes={'params': 0},
+    split_rngs={'params': True},
+    in_axes=in_axes,
+    length=length,
+    unroll=min(unroll, length),
+    metadata_params={nn.PARTITION_NAME: name},
+  )

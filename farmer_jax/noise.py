@@ -1,0 +1,128 @@
+"""The noise model, which converts uint8 images to the real values whose density is modeled.
+
+`build` returns one of two models, `Uniform` and `Gaussian`, with the same methods. All code that
+depends on the kind of noise is in this file.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+
+from farmer_jax import config
+from farmer_jax.ops import dequantize, random
+from farmer_jax.ops.arrays import Images, Index, Labels, Values
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+  """Uniform dequantization: every gray level is spread over a bin of width 2/256 in [-1, 1).
+
+  The mean log-density of the result gives an upper bound on the code length of the discrete image
+  in bits/dim. A curriculum can add Gaussian noise in the first part of training. Without the noise,
+  flat image regions soon have densities hundreds of times narrower than other regions, and their
+  gradients dominate. With the noise, the model learns shapes first.
+  """
+
+  noise: config.Noise
+  steps: int
+
+  has_bits_per_dim = True
+  unit = 'bits/dim'
+  description = 'uniformly dequantized images: an upper bound on the length of a lossless code'
+
+  def training_std(self, step: Index) -> Float[Array, ''] | None:
+    """Returns the standard deviation of the curriculum noise at `step`, or None without one."""
+    if not self.noise.curriculum_std:
+      return None
+    span = self.noise.curriculum_fraction * self.steps
+    return _half_cosine(step, self.noise.curriculum_std, 0.0, span)
+
+  def training_images(self, key: PRNGKeyArray, images: Images, step: Index) -> Values:
+    """Returns the inputs of the model at a training step."""
+    key_bins, key_noise = jax.random.split(key)
+    values = dequantize.dequantize_uniform(key_bins, images)
+    std = self.training_std(step)
+    if std is None:
+      return values
+    return values + std * jax.random.normal(key_noise, images.shape)
+
+  def evaluation_images(self, key: PRNGKeyArray, images: Images) -> Values:
+    """Returns the inputs of the model in evaluation: dequantized, without curriculum noise."""
+    return dequantize.dequantize_uniform(key, images)
+
+  def quantize(self, values: Values) -> Images:
+    """Returns gray levels of real-valued images. Values outside [-1, 1) are clipped."""
+    return dequantize.quantize(values, 'uniform')
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+  """Gaussian noise whose standard deviation falls along half a cosine during training.
+
+  The density of noisy images (arXiv 2510.23588) does not bound a code length. It is reported in
+  nats/dim at the final standard deviation.
+  """
+
+  noise: config.Noise
+  steps: int
+
+  has_bits_per_dim = False
+
+  @property
+  def unit(self) -> str:
+    """The unit of reported densities."""
+    return f'nats/dim at σ = {self.noise.std_end:g}'
+
+  @property
+  def description(self) -> str:
+    """The images whose density is reported."""
+    return f'images in [-1, 1] with Gaussian noise of standard deviation {self.noise.std_end:g}'
+
+  def training_std(self, step: Index) -> Float[Array, '']:
+    """Returns the standard deviation of the noise at `step`."""
+    return _half_cosine(step, self.noise.std_start, self.noise.std_end, self.steps)
+
+  def training_images(self, key: PRNGKeyArray, images: Images, step: Index) -> Values:
+    """Returns the inputs of the model at a training step."""
+    return dequantize.dequantize_gaussian(key, images, self.training_std(step))
+
+  def evaluation_images(self, key: PRNGKeyArray, images: Images) -> Values:
+    """Returns the inputs of the model in evaluation: with noise of the final standard deviation."""
+    return dequantize.dequantize_gaussian(key, images, self.noise.std_end)
+
+  def quantize(self, values: Values) -> Images:
+    """Returns the nearest gray levels of real-valued images. Values outside [-1, 1] are clipped."""
+    return dequantize.quantize(values, 'gaussian')
+
+
+NoiseModel = Uniform | Gaussian
+
+
+def build(noise: config.Noise, steps: int = 1) -> NoiseModel:
+  """Returns the noise model. Only its `training_*` methods depend on the number of steps."""
+  return (Uniform if noise.kind == 'uniform' else Gaussian)(noise, steps)
+
+
+def evaluation_images(
+  model: NoiseModel, images: Images, indices: Labels, seed: int, draw: Index = 0
+) -> Values:
+  """Returns the inputs of the model in evaluation, with one random key per image.
+
+  The noise of an image depends on the seed, the index of the image in its data source and the
+  index of the draw. It does not depend on the batch or on the device.
+  """
+
+  def one_image(image: UInt8[Array, 'H W C'], index: Index) -> Float[Array, 'H W C']:
+    key = random.named_key(seed, 'evaluation', index, draw)
+    return model.evaluation_images(key, image[None])[0]
+
+  return jax.vmap(one_image)(images, indices)
+
+
+def _half_cosine(step: Index, start: float, end: float, span: float) -> Float[Array, '']:
+  """Decays from `start` at step 0 to `end` at step `span` - 1 along half a cosine."""
+  progress = jnp.clip(step / max(span - 1, 1), 0, 1)
+  return end + (start - end) * 0.5 * (1 + jnp.cos(math.pi * progress))

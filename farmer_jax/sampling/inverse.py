@@ -1,0 +1,200 @@
+"""How the flow is inverted when sampling: token by token, in chunks of tokens, or by a student.
+
+`plan_inverse` measures chunk sizes and chooses one for each flow block. `compare_student` measures
+a student. `cached_plan` does either once for a run and stores the result in
+WORKDIR/inverse_plan.json.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from jaxtyping import Array, Float, Int, PyTree
+
+from farmer_jax.config import Config, Sampling
+from farmer_jax.distributed import processes
+from farmer_jax.nn.farmer import Farmer
+from farmer_jax.ops import dequantize
+from farmer_jax.sampling.sampler import Sampler
+from farmer_jax.workdir import layout
+
+Latents = Float[Array, 'B N d']
+Labels = Int[np.ndarray, 'B']
+
+# Every variant is timed this many times after its compilation; the fastest call counts.
+_REPEATS = 3
+
+
+def plan_inverse(
+  model: Farmer, config: Config, params: PyTree, z: Latents, labels: Labels
+) -> dict[str, Any]:
+  """Chooses a chunk size for the inverse of each flow block by measuring a batch of latents.
+
+  Chunks of one token are the sequential inverse, which is exact and the reference for all others.
+  With `config.sampling.inverse` auto, each block gets the fastest chunk size whose error is within
+  the tolerance. With parallel and chunked the chunk size is given, and only its error is measured.
+
+  Returns:
+    A JSON-serializable dict: `chunk_sizes`, one for each block; `trials`, one dict for each block,
+    from chunk size to `ms_per_image`, `passes` (passes over the tokens, the largest of the batch)
+    and `error` (largest difference to the sequential inverse, relative to 1 + |x|); `difference`,
+    the error of the image after all blocks.
+  """
+  sampling = config.sampling
+  candidates = _chunk_size_candidates(sampling, model.num_tokens)
+  invert_block = jax.jit(
+    functools.partial(model.apply, method='invert_block'),
+    static_argnames=('chunk_size', 'tolerance'),
+  )
+  exact = planned = model.final_flow_output(z)
+  chunk_sizes: list[int] = []
+  trials: list[dict[int, dict[str, float]]] = []
+  for block in reversed(range(config.model.flow.blocks)):
+    invert = functools.partial(
+      invert_block, {'params': params}, labels=labels, block=block, tolerance=sampling.tolerance
+    )
+    calls = {size: functools.partial(invert, z=exact, chunk_size=size) for size in candidates}
+    results, milliseconds = _time_alternately(calls)
+    exact = results[1][0]
+    trial = {
+      size: {
+        'ms_per_image': milliseconds[size] / len(z),
+        'passes': float(convergence.passes.max()),
+        'error': _relative_difference(x, exact),
+      }
+      for size, (x, convergence) in results.items()
+    }
+    chunk_size = candidates[-1]
+    if sampling.inverse == 'auto':
+      accurate = [size for size in candidates if trial[size]['error'] <= sampling.tolerance]
+      chunk_size = min(accurate, key=lambda size: trial[size]['ms_per_image'])
+    chunk_sizes.insert(0, chunk_size)
+    trials.insert(0, trial)
+    planned, _ = invert(z=planned, chunk_size=chunk_size)
+  difference = _relative_difference(planned, exact)
+  return {'chunk_sizes': chunk_sizes, 'trials': trials, 'difference': difference}
+
+
+def compare_student(
+  model: Farmer, config: Config, params: PyTree, z: Latents, labels: Labels
+) -> dict[str, float]:
+  """Compares the student's inverse of a batch of latents with the sequential inverse.
+
+  Returns:
+    A JSON-serializable dict: `rmse`, the root mean square difference of pixel values in [-1, 1],
+    and `psnr`, the same in dB; `difference`, the largest difference relative to 1 + |x|;
+    `ms_per_image` and `sequential_ms_per_image`; `speedup`, their quotient.
+  """
+  calls = {}
+  for inverse in ('sequential', 'student'):
+    changed = dataclasses.replace(config.sampling, inverse=inverse, denoise=False)
+    sampler = Sampler(model, dataclasses.replace(config, sampling=changed))
+    calls[inverse] = functools.partial(sampler.images, params, z, labels)
+  samples, milliseconds = _time_alternately(calls)
+  exact, student = samples['sequential'].values, samples['student'].values
+  rmse = float(jnp.sqrt(jnp.nanmean((student - exact) ** 2)))
+  return {
+    'rmse': rmse,
+    'psnr': dequantize.psnr(rmse),
+    'difference': _relative_difference(student, exact),
+    'ms_per_image': milliseconds['student'] / len(z),
+    'sequential_ms_per_image': milliseconds['sequential'] / len(z),
+    'speedup': milliseconds['sequential'] / milliseconds['student'],
+  }
+
+
+def cached_plan(
+  config: Config, workdir: epath.Path, model: Farmer, params: PyTree, step: int, labels: list[int]
+) -> dict[str, Any]:
+  """Measures the inverse for a run, or reads the measurement of an earlier call.
+
+  Process 0 measures, and all processes get its result. A measurement belongs to the settings of
+  the inverse, the checkpoint, the batch size and the device kind. `model` is in its sampling dtype,
+  `step` is the step of `params`, and `labels` are repeated to fill a batch.
+
+  Returns:
+    The result of `plan_inverse` or, for a student, of `compare_student`.
+  """
+  sampling, blocks = config.sampling, config.model.flow.blocks
+  if sampling.inverse == 'sequential' or not blocks:
+    return {'chunk_sizes': [1] * blocks, 'difference': 0.0}
+  key = _plan_key(sampling, step)
+  file = workdir / 'inverse_plan.json'
+  plans = layout.read_json(file, _are_plans) if file.exists() else {}
+  if key not in plans and jax.process_index() == 0:
+    logging.info('Measuring the inverse of the flow ...')
+    numbers = np.arange(sampling.batch_size)
+    batch = np.resize(np.asarray(labels, np.int32), sampling.batch_size)
+    z = Sampler(model, config).latents(params, batch, numbers)
+    measure = compare_student if sampling.inverse == 'student' else plan_inverse
+    plans[key] = measure(model, config, params, z, batch)
+    layout.write_atomically(file, json.dumps(plans, indent=2) + '\n')
+  processes.barrier('plan')
+  plan = json.loads(file.read_text())[key]
+  _log_plan(plan, sampling)
+  return plan
+
+
+def _time_alternately(calls: dict[Any, Any]) -> tuple[dict[Any, Any], dict[Any, float]]:
+  """Calls functions in turn; returns their results and their shortest times in milliseconds."""
+  results = {name: jax.block_until_ready(call()) for name, call in calls.items()}  # compiles
+  milliseconds = dict.fromkeys(calls, float('inf'))
+  for _ in range(_REPEATS):
+    for name, call in calls.items():
+      start = time.perf_counter()
+      jax.block_until_ready(call())
+      milliseconds[name] = min(milliseconds[name], 1e3 * (time.perf_counter() - start))
+  return results, milliseconds
+
+
+def _chunk_size_candidates(sampling: Sampling, num_tokens: int) -> tuple[int, ...]:
+  """Chunk sizes to measure. 1, the reference, is always the first."""
+  unknown = num_tokens - 1  # The first token of a flow block does not change.
+  if sampling.inverse == 'auto':
+    powers = (4**power for power in range(1, unknown.bit_length()))
+    return (1, *(size for size in powers if size < unknown), unknown)
+  given = {'parallel': (unknown,), 'chunked': (sampling.chunk_size,)}
+  return (1, *given.get(sampling.inverse, ()))
+
+
+def _relative_difference(x: Array, reference: Array) -> float:
+  """Largest difference relative to 1 + |reference|, where the reference is finite."""
+  difference = abs(x - reference) / (1 + abs(reference))
+  return float(jnp.where(jnp.isfinite(reference), difference, 0).max(initial=0))
+
+
+def _plan_key(sampling: Sampling, step: int) -> str:
+  details = {
+    'chunked': f' with chunks of {sampling.chunk_size}',
+    'student': f' with {sampling.refinement_rounds} refinement rounds',
+  }
+  return (
+    f'{sampling.inverse}{details.get(sampling.inverse, "")}, tolerance {sampling.tolerance:g},'
+    f' checkpoint {step}, batch size {sampling.batch_size}, {jax.devices()[0].device_kind}'
+  )
+
+
+def _are_plans(value: Any) -> bool:
+  return isinstance(value, dict) and all(isinstance(plan, dict) for plan in value.values())
+
+
+def _log_plan(plan: dict[str, Any], sampling: Sampling) -> None:
+  if sampling.inverse == 'student':
+    logging.info(
+      f'The student is {plan["speedup"]:.1f} times faster than the sequential inverse.'
+      f' PSNR between their images: {plan["psnr"]:.1f} dB.'
+    )
+  else:
+    logging.info(f'Chunk sizes of the inverse, by flow block: {plan["chunk_sizes"]}')
+  if plan['difference'] > sampling.tolerance:
+    logging.warning(
+      f'Samples differ from the sequential inverse by up to {plan["difference"]:.1e} relative to'
+      f' 1 + |x|, which exceeds config.sampling.tolerance={sampling.tolerance:g}.'
+    )

@@ -1,0 +1,62 @@
+"""Labels of samples: classes by name or number. The label `num_classes` is "no class"."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from farmer_jax import config as config_lib
+from farmer_jax.errors import ConfigError, DataError
+
+
+def class_index(label: str | int | None, num_classes: int, class_names: Sequence[str] = ()) -> int:
+  """Returns the label of a class, given by name or number; None is "no class".
+
+  Names match without regard to case if there is no exact match. A model without classes ignores
+  `label`.
+
+  Raises:
+    DataError: there is no such class.
+  """
+  if label is None or not num_classes:
+    return num_classes
+  text = str(label)
+  names = [name.lower() for name in class_names]
+  if text in class_names or text.lower() in names:
+    return class_names.index(text) if text in class_names else names.index(text.lower())
+  if text.isdecimal() and int(text) < num_classes:
+    return int(text)
+  known = f' or a name such as {", ".join(class_names[:20])}' if class_names else ''
+  raise DataError(f'there is no class {text!r}; use a number from 0 to {num_classes - 1}{known}')
+
+
+def parse_labels(config: config_lib.Config, class_names: Sequence[str] = ()) -> list[int]:
+  """The labels that `config.sampling.labels` lists; by default all classes.
+
+  Raises:
+    ConfigError: `config.sampling.labels` names a class that does not exist.
+  """
+  num_classes = config.data.num_classes
+  if not config.sampling.labels:
+    return list(range(num_classes)) or [0]
+  words = [word.strip() for word in config.sampling.labels.split(',')]
+  labels = [None if word == 'none' else word for word in words]
+  try:
+    return [class_index(label, num_classes, class_names) for label in labels]
+  except DataError as error:
+    raise ConfigError(f'config.sampling.labels: {error}, or none for no class') from error
+
+
+def label_name(label: int, num_classes: int, class_names: Sequence[str] = ()) -> str:
+  """Name of a label in figures: empty for "no class"."""
+  if label == num_classes:
+    return ''
+  return class_names[label] if class_names else str(label)
+
+
+def grid_labels(config: config_lib.Config) -> Int[np.ndarray, 'rows columns']:
+  """Labels of a sample grid: one class per row; a model without classes has the label 0."""
+  rows, columns = config.sampling.grid_rows, config.sampling.grid_columns
+  num_rows = min(config.data.num_classes, rows)
+  labels = np.arange(num_rows) if num_rows else np.zeros(rows)
+  return np.repeat(labels.astype(np.int32)[:, None], columns, axis=1)

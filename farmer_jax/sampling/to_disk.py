@@ -1,0 +1,112 @@
+"""Draws many images into npz files, on all devices of all processes, resumably."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jaxtyping import PyTree
+
+from farmer_jax import terminal
+from farmer_jax.config import Sampling
+from farmer_jax.distributed import mesh
+from farmer_jax.sampling.sampler import Sampler
+from farmer_jax.workdir import layout, results
+
+Report = dict[str, Any]
+
+# Settings that do not change what image i is.
+_NOT_IN_NAME = {'count', 'batch_size', 'png', 'figures', 'grid_columns', 'grid_rows'}
+
+# Names of the arrays in the npz files. ADM's evaluator reads images from arr_0 (uint8
+# [n, H, W, C]) and labels from arr_1.
+_ARRAYS = {'images': 'arr_0', 'labels': 'arr_1', 'residual': 'residual', 'finite': 'finite'}
+
+
+def folder_name(sampling: Sampling, step: int) -> str:
+  """Name of the folder of samples: the checkpoint step and all settings that are not default."""
+  return layout.results_name(step, sampling, _NOT_IN_NAME)
+
+
+def open_results(folder: epath.Path, first_shard: int = 0) -> results.ShardedResults:
+  """Opens the samples in a folder: the arrays images, labels, residual and finite."""
+  return results.ShardedResults(folder, _ARRAYS, first_shard)
+
+
+def draw_missing(
+  sampler: Sampler, params: PyTree, labels: list[int], sampling: Sampling, folder: epath.Path
+) -> dict[str, float] | None:
+  """Draws those of the images 0 … `sampling.count` - 1 that are not yet in `folder`.
+
+  The images are divided among the processes by shards. Image i has label number i modulo the
+  number of labels.
+
+  Returns:
+    Seconds for each image, without compilation: `prior` and `inverse`; None if this process drew
+    fewer than two batches.
+  """
+  first_shard, start, end = _share_of_process(sampling.count)
+  if start >= end:
+    return None
+  store = open_results(folder, first_shard)
+  done = min(start + len(store), end)
+  logging.info(f'{done - start} of {end - start} images are already in {folder}')
+  devices = mesh.LocalDevices()
+  params, size, seconds = devices.replicate(params), devices.round_up(sampling.batch_size), []
+  with terminal.progress_bar('sampling', 'image', end - start, done - start) as bar:
+    # Batches start at multiples of their size, so that a resumed job computes the same batches as
+    # an uninterrupted one, and rounds in the same way.
+    for first in range(done - done % size, end, size):
+      numbers = np.arange(first, first + size, dtype=np.int32)
+      batch_labels = np.asarray(labels, np.int32)[numbers % len(labels)]
+      on_devices = devices.shard((batch_labels, numbers))
+      times = [time.perf_counter()]
+      z = jax.block_until_ready(sampler.latents(params, *on_devices))
+      times.append(time.perf_counter())
+      samples = jax.block_until_ready(sampler.images(params, z, on_devices[0]))
+      times.append(time.perf_counter())
+      seconds.append(np.diff(times))
+      new = (numbers >= done) & (numbers < end)
+      arrays = {name: getattr(samples, name) for name in _ARRAYS if name != 'labels'}
+      arrays = jax.device_get(arrays) | {'labels': batch_labels}
+      store.append(**{name: array[new] for name, array in arrays.items()})
+      bar.update(int(new.sum()))
+    store.flush()
+  if len(seconds) < 2:
+    return None
+  prior, inverse = np.median(seconds[1:], axis=0) / size
+  return {'prior': float(prior), 'inverse': float(inverse)}
+
+
+def summarize(
+  folder: epath.Path, sampling: Sampling, step: int, plan: Report, seconds: Report | None
+) -> Report:
+  """Describes the samples in a folder, as a JSON-serializable dict.
+
+  `plan` is the result of `inverse.cached_plan`, and `seconds` the result of `draw_missing`.
+  """
+  store = open_results(folder)
+  nonfinite = np.flatnonzero(~store.read('finite', sampling.count))
+  residuals = store.read('residual', sampling.count)
+  residuals = residuals[~np.isnan(residuals)]  # A student without refinement has none.
+  return {
+    'count': sampling.count,
+    'checkpoint_step': step,
+    'nonfinite_samples': len(nonfinite),
+    'nonfinite_numbers': nonfinite[:100].tolist(),
+    'largest_residual': float(residuals.max()) if len(residuals) else None,
+    'inverse': plan,
+    'seconds_per_image': seconds,
+    'sampling': dataclasses.asdict(sampling),
+  }
+
+
+def _share_of_process(count: int) -> tuple[int, int, int]:
+  """First shard, first image and end of the images that this process draws."""
+  size, num_processes = results.SHARD_SIZE, jax.process_count()
+  shards = -(-count // size)
+  first, end = (shards * (jax.process_index() + i) // num_processes for i in (0, 1))
+  return first, first * size, min(end * size, count)

@@ -1,0 +1,118 @@
+"""Hooks of the training loop: functions that run every n steps."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import optax
+from absl import logging
+from etils import epath
+
+from farmer_jax import config as config_lib
+from farmer_jax.data import pipeline
+from farmer_jax.training import divergence, state, throughput
+from farmer_jax.workdir import metrics as metrics_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInfo:
+  """Argument of a hook: a training step and its results."""
+
+  step: int
+  state: state.TrainState
+  metrics: dict[str, jax.Array]
+  writer: metrics_lib.MetricWriter
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+  """A function that runs after training steps."""
+
+  function: Callable[[StepInfo], None]
+  every: int  # interval in steps; also runs after the last step, unless 0 disables it
+
+  def is_due(self, step: int, last_step: int) -> bool:
+    """Returns whether the hook runs after `step`."""
+    return self.every > 0 and (step % self.every == 0 or step == last_step)
+
+
+class Validation:
+  """Hook that evaluates the parameters. `metrics` holds the results of the last evaluation."""
+
+  def __init__(self, evaluator: Callable[[state.Params], dict[str, float]]):
+    self._evaluator = evaluator
+    self._step: int | None = None
+    self.metrics: dict[str, float] = {}
+
+  def evaluate(self, params: state.Params) -> None:
+    """Evaluates `params` and stores the results in `metrics`."""
+    self.metrics = self._evaluator(params)
+
+  def __call__(self, info: StepInfo) -> None:
+    """Evaluates the parameters, then writes and logs the metrics."""
+    self.evaluate(info.state.evaluation_params)
+    self._step = info.step
+    info.writer.write(info.step, 'valid', self.metrics)
+    shown = '  '.join(f'{name} {value:.4f}' for name, value in self.metrics.items())
+    logging.info(f'step {info.step}  validation: {shown}')
+
+  def loss_at(self, step: int) -> float | None:
+    """Returns the validation loss at `step`, or None if validation did not run at this step."""
+    return self.metrics['loss'] if self._step == step else None
+
+
+class MetricLogger:
+  """Hook that writes the metrics of a training step."""
+
+  def __init__(
+    self,
+    schedule: optax.Schedule,
+    rates: throughput.Throughput,
+    monitor: divergence.DivergenceMonitor,
+    iterator: pipeline.TrainIterator,
+  ):
+    self._schedule, self._rates = schedule, rates
+    self._monitor, self._iterator = monitor, iterator
+
+  def __call__(self, info: StepInfo) -> None:
+    """Fetches the metrics from the devices and writes them."""
+    values = dict(jax.device_get(info.metrics))
+    del values['consecutive_skips']
+    updates = info.step - 1 - int(values['skipped_updates'])
+    values |= self._rates.rates() | {'learning_rate': self._schedule(max(updates, 0))}
+    # Faults and rollbacks are rare, so only values above zero are written.
+    faults = self._iterator.counts() | {'data_order': self._iterator.order}
+    values |= {name: count for name, count in faults.items() if count}
+    info.writer.write(info.step, 'train', values)
+    self._monitor.check_log_dets(info.step, values)
+
+
+class Profiler:
+  """Records a trace of a range of steps for TensorBoard and XProf.
+
+  The training loop calls `start` before each step and the hook after it.
+  """
+
+  def __init__(self, profile: config_lib.Profile, workdir: epath.Path):
+    self._folder = workdir / 'profile'
+    self._first, self._last = config_lib.step_range(profile.steps) or (0, 0)
+    self._running = False
+
+  def start(self, step: int) -> None:
+    """Starts the trace if `step` is in the range and no trace is running."""
+    if self._first <= step <= self._last and not self._running:
+      jax.profiler.start_trace(str(self._folder))
+      self._running = True
+
+  def __call__(self, info: StepInfo) -> None:
+    """Stops the trace after the last step of the range."""
+    if info.step == self._last:
+      jax.block_until_ready(info.metrics)
+      self.close()
+
+  def close(self) -> None:
+    """Stops the trace if it is running."""
+    if self._running:
+      jax.profiler.stop_trace()
+      self._running = False
+      logging.info(f'Trace of training steps: {self._folder}')

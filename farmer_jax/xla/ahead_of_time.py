@@ -1,0 +1,113 @@
+"""Ahead-of-time compilation: devices that are not attached, and what a compiled program needs."""
+
+import os
+import time
+from typing import Any
+
+import jax
+
+from farmer_jax import errors
+from farmer_jax.xla import chips, hlo
+
+# Number of operations whose share of the time is reported.
+_COSTLIEST_OPERATIONS = 25
+
+
+def topology_devices(topology: str | None) -> list[jax.Device]:
+  """The devices of a TPU slice such as v5e:16x16, attached or not; for None the attached devices.
+
+  Raises:
+    ConfigError: there is no such slice, or libtpu is missing.
+  """
+  if topology is None:
+    return jax.devices()
+  from jax.experimental import topologies
+
+  # libtpu must neither wait for a metadata server nor lock a device that nobody uses.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  try:
+    return topologies.get_topology_desc(topology, platform='tpu').devices
+  except Exception as error:  # The type depends on what is wrong: no libtpu, or an unknown name.
+    raise errors.ConfigError(
+      f'cannot compile for config.compile.topology={topology} ({_one_line(error)}); the name must'
+      ' look like v5e:16x16, and the compiler is in: pip install "farmer_jax[tpu]"'
+    ) from error
+
+
+def compile_and_measure(
+  name: str,
+  lowered: jax.stages.Lowered,
+  device_kind: str,
+  compiler_options: dict[str, str | bool] | None = None,
+) -> dict[str, Any]:
+  """Compiles a program and returns what it needs on each device, as a JSON-serializable dict.
+
+  Times are estimates of the compiler, without waiting for collectives. `fits` and the times are
+  None where the chip is unknown.
+
+  Raises:
+    ConfigError: the program needs more memory than a device has.
+  """
+  start = time.monotonic()
+  try:
+    compiled = lowered.compile(compiler_options)
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise errors.ConfigError(
+      f'the {name} does not fit into the memory of a device ({_one_line(error)}); use a smaller'
+      ' config.train.batch_size, a larger config.mesh.fsdp or another config.model.remat'
+    ) from error
+  compile_seconds = round(time.monotonic() - start, 1)
+  memory: Any = compiled.memory_analysis()
+  cost = hlo.cost(str(compiled.as_text()))
+  arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+  # Donated results reuse the memory of the arguments.
+  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  total = arguments + temporaries + results
+  clock, capacity = chips.clock(device_kind), chips.memory(device_kind)
+  return {
+    'compile_seconds': compile_seconds,
+    'argument_bytes': arguments,
+    'temporary_bytes': temporaries,
+    'result_bytes': results,
+    'total_bytes': total,
+    'fits': None if capacity is None else total < capacity,
+    'collectives': {
+      kind: {'count': count, 'bytes': cost.bytes[kind]} for kind, count in cost.count.items()
+    },
+    'estimated_cycles': cost.cycles or None,
+    'estimated_seconds': cost.cycles / clock if clock and cost.cycles else None,
+    'loops_of_unknown_length': cost.unknown_loops,
+    'instructions_without_estimate': cost.unknown_cycles,
+    'costliest': {
+      operation: cycles / cost.cycles
+      for operation, cycles in cost.operations.most_common(_COSTLIEST_OPERATIONS)
+    },
+  }
+
+
+def describe(name: str, program: dict[str, Any]) -> str:
+  """Describes a result of `compile_and_measure` in a few lines of text."""
+  gib = {key: program[f'{key}_bytes'] / 2**30 for key in ('total', 'argument', 'temporary')}
+  fits = {None: '', True: '; it fits', False: '; IT DOES NOT FIT'}[program['fits']]
+  lines = [
+    f'{name}: compiled in {program["compile_seconds"]:.0f} s',
+    f'  memory per device: {gib["total"]:.2f} GiB (arguments {gib["argument"]:.2f}, temporaries'
+    f' {gib["temporary"]:.2f}){fits}',
+  ]
+  for kind, collective in program['collectives'].items():
+    total = collective['bytes'] / 2**30
+    lines.append(f'  {kind}: {collective["count"]} calls, {total:.2f} GiB in total')
+  if program['estimated_seconds']:
+    mfu = f', {program["estimated_mfu"]:.0%} MFU' if 'estimated_mfu' in program else ''
+    lines.append(
+      '  estimated time, without waiting for collectives or data:'
+      f' {program["estimated_seconds"] * 1e3:.1f} ms{mfu}'
+    )
+  return '\n'.join(lines)
+
+
+def _one_line(error: Exception) -> str:
+  return ' '.join(str(error).split())[:200]

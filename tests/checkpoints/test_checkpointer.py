@@ -1,0 +1,242 @@
+"""Checkpoints of a small state: saved, restored, corrupted, refused, deleted; full disks."""
+
+import json
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+from farmer_jax import checkpoints as checkpoints_lib
+from farmer_jax import errors
+from tests.support import checkpoints, filesystems
+from tests.support.checkpoints import Iterator, assert_restored, list_steps, make_state
+
+SHAPES = jax.eval_shape(lambda: make_state(0)['params'])
+
+
+def restore_params(run, step=None):
+  return checkpoints_lib.restore_params(epath.Path(run), 'params', SHAPES, step)
+
+
+def assert_refused(match, function, *args):
+  with pytest.raises(errors.CheckpointError, match=match) as error:
+    function(*args)
+  assert '\n' not in str(error.value)
+
+
+def item(*parts):
+  return lambda run: run.joinpath('checkpoints', '6', *parts)
+
+
+def read_files(folder):
+  return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def flip_first_byte(*parts):
+  return lambda run: checkpoints.flip_bit(item(*parts)(run), 0)
+
+
+def change_json(name, **changes):
+  return lambda run: checkpoints.change_json(run, 6, name, **changes)
+
+
+CORRUPTIONS = {
+  'flipped bit in an array': lambda run: checkpoints.flip_bit(checkpoints.largest_file(run, 6)),
+  'truncated file': lambda run: checkpoints.truncate(run, 6),
+  'missing file': lambda run: checkpoints.largest_file(run, 6).unlink(),
+  'empty checkpoint': lambda run: checkpoints.make_empty(run, 6),
+  'missing state': lambda run: shutil.rmtree(item('state')(run)),
+  'missing iterator state': lambda run: shutil.rmtree(item('data_iterator')(run)),
+  'missing manifest': lambda run: shutil.rmtree(item('manifest')(run)),
+  'flipped bit in the metadata of the state': flip_first_byte('state', '_METADATA'),
+  'flipped bit in the list of items': flip_first_byte('_CHECKPOINT_METADATA'),
+  'changed iterator state': change_json('data_iterator', batches=5),
+  'changed validation loss': change_json('manifest', loss=0.5),
+}
+
+
+@pytest.mark.parametrize('corrupt', CORRUPTIONS.values(), ids=CORRUPTIONS)
+def test_corrupt_checkpoint_is_quarantined_and_the_previous_one_restored(run, corrupt, caplog):
+  corrupt(run)
+  before = read_files(item()(run))
+  assert_restored(checkpoints.restore(run), 4)
+  warnings = ' '.join(record.message for record in caplog.records)
+  quarantined = run / 'checkpoints_quarantine' / '6'
+  assert 'heckpoint 6 is corrupt' in warnings and 'step 4' in warnings
+  assert str(quarantined) in warnings
+  assert read_files(quarantined) == before
+  caplog.clear()
+  checkpoints.save(run, [6])
+  assert_restored(checkpoints.restore(run), 6)
+  assert 'corrupt' not in caplog.text
+
+
+@pytest.mark.faults
+def test_flipped_bit_anywhere_is_detected_or_has_no_effect(run):
+  """Three positions in every file of a checkpoint."""
+  rng = np.random.default_rng(0)
+  num_detected = 0
+  for name, valid in read_files(item()(run)).items():
+    path = item(name)(run)
+    for position in rng.random(3):
+      checkpoints.flip_bit(path, position)
+      restored = checkpoints.restore(run)
+      assert_restored(restored, restored[1])
+      if restored[1] != 6:
+        num_detected += 1
+        shutil.move(run / 'checkpoints_quarantine' / '6', run / 'checkpoints' / '6')
+      path.write_bytes(valid)
+  assert num_detected > 10
+
+
+def test_two_corrupt_checkpoints_and_one_step_that_was_quarantined_before(run, caplog):
+  quarantine = run / 'checkpoints_quarantine'
+  for name in ('6', '6.1'):
+    (quarantine / name).mkdir(parents=True)
+  checkpoints.truncate(run, 6)
+  checkpoints.make_empty(run, 4)
+  assert_restored(checkpoints.restore(run), 2)
+  assert 'heckpoint 4 is corrupt (it is empty)' in caplog.text
+  assert sorted(path.name for path in quarantine.iterdir()) == ['4', '6', '6.1', '6.2']
+  assert (quarantine / '6.2/state/manifest.ocdbt').exists()
+
+
+def test_no_valid_checkpoint_is_an_error_at_each_start(run):
+  checkpoints.truncate(run, 2)
+  checkpoints.make_empty(run, 4)
+  change_json('data_iterator', batches=5)(run)
+  for _ in range(2):
+    assert_refused('checkpoints .*step 4: it is empty', checkpoints.restore, run)
+    assert list_steps(run) == [2, 4, 6]
+
+
+def test_old_corrupt_checkpoints_do_not_prevent_saves(run):
+  checkpoints.make_empty(run, 2)
+  path = run / 'checkpoints/4/_CHECKPOINT_METADATA'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'commit_timestamp_nsecs': 'soon'}))
+  checkpoints.save(run, [8], {8: 1.0}, keep=2, keep_best=1)
+  assert_restored(checkpoints.restore(run), 8)
+  assert list_steps(run) == [6, 8]
+
+
+def test_incomplete_checkpoint_is_deleted(run, caplog):
+  caplog.set_level(logging.INFO, logger='absl')
+  shutil.copytree(item('state')(run), run / 'checkpoints/7.orbax-checkpoint-tmp/state')
+  assert_restored(checkpoints.restore(run), 6)
+  assert 'incomplete checkpoint 7' in caplog.text
+  assert list_steps(run) == [2, 4, 6]
+
+
+def test_checkpoint_of_another_model_is_refused_and_not_quarantined(run):
+  larger, smaller = make_state(0), make_state(0)
+  larger['params']['kernel'] = jnp.zeros((48, 41))
+  del smaller['params']['scale']
+  for state, path in (larger, 'params/kernel'), (smaller, 'params/scale'):
+    checkpointer = checkpoints.open_checkpointer(run)
+    assert_refused(path, checkpointer.restore_latest, state, Iterator())
+  assert list_steps(run) == [2, 4, 6]
+
+
+@pytest.mark.parametrize('with_checksums', [True, False])
+def test_checkpoint_of_an_earlier_version_is_refused(run, with_checksums):
+  """Format 1 had the items state, dataset and checksums; format 0 had no checksums."""
+  iterator_state = ocp.args.JsonSave(Iterator(8).get_state())
+  items = {'state': ocp.args.StandardSave(make_state(8)), 'dataset': iterator_state}
+  if with_checksums:
+    items['checksums'] = ocp.args.JsonSave({'format': 1})
+  with ocp.CheckpointManager(run / 'checkpoints') as manager:
+    manager.save(8, args=ocp.args.Composite(**items))
+  for read in checkpoints.restore, restore_params:
+    assert_refused('checkpoints/8 .*earlier version', read, run)
+  assert list_steps(run) == [2, 4, 6, 8]
+
+
+def test_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints_lib.restore, 'FORMAT', 3)
+    checkpoints.save(tmp_path, [2])
+  assert_refused('format 3', checkpoints.restore, tmp_path)
+
+
+def test_restore_during_a_run(tmp_path):
+  """A checkpoint turns out to be corrupt, as after a divergence; then it is saved again."""
+  checkpointer = checkpoints.open_checkpointer(tmp_path)
+  for step in (2, 4):
+    checkpointer.save(step, make_state(step), Iterator(step))
+  checkpointer.wait()
+  checkpoints.truncate(tmp_path, 4)
+  assert_restored(checkpoints.restore(tmp_path, checkpointer), 2)
+  checkpointer.save(4, make_state(4), Iterator(4))
+  assert_restored(checkpoints.restore(tmp_path, checkpointer), 4)
+  checkpointer.close()
+
+
+def test_restore_params_passes_over_corruption_and_moves_nothing(run, caplog):
+  checkpoints.flip_bit(checkpoints.largest_file(run, 6))
+  params, step = restore_params(run)
+  assert step == 4
+  jax.tree.map(np.testing.assert_array_equal, params, make_state(4)['params'])
+  assert 'heckpoint 6 is corrupt' in caplog.text
+  assert list_steps(run) == [2, 4, 6]
+  assert restore_params(run, 2)[1] == 2
+  for folder, step, named in (run, 6, '6'), (run, 5, 'step 5'), (run / 'none', None, 'none'):
+    assert_refused(named, restore_params, folder, step)
+
+
+def test_retention(tmp_path):
+  """Validation does not run at every step. A run that resumes knows the earlier losses."""
+  losses = {2: 1.0, 6: 2.0, 8: float('nan'), 10: 2.5}
+  for name, train, expected in (
+    ('latest', dict(keep=2), [10, 12]),
+    ('best', dict(keep=1, keep_best=2), [2, 6, 12]),
+    ('all', dict(keep=1, keep_every=4, keep_best=1), [2, 4, 8, 12]),
+  ):
+    checkpoints.save(tmp_path / name, range(2, 14, 2), losses, **train)
+    assert list_steps(tmp_path / name) == expected
+  checkpoints.save(tmp_path / 'best', [14, 16], {16: 1.5}, keep=1, keep_best=2)
+  assert list_steps(tmp_path / 'best') == [2, 16]
+
+
+def test_failed_save_is_reported_and_the_next_save_succeeds(run, caplog):
+  checkpointer = checkpoints.open_checkpointer(run, keep=2)
+  with checkpoints.file_size_limit(1000):
+    for step in (8, 10):
+      checkpointer.save(step, make_state(step), Iterator(step))
+    checkpointer.wait()
+  for step in (8, 10):
+    failure = f'saving checkpoint {step} failed (File too large); the newest checkpoint is 6'
+    assert failure in caplog.text
+  assert list_steps(run) == [2, 4, 6]
+  assert_restored(checkpoints.restore(run), 6)
+  checkpointer.save(12, make_state(12), Iterator(12))
+  checkpointer.close()
+  assert list_steps(run) == [6, 12]
+  assert_restored(checkpoints.restore(run), 12)
+
+
+def test_failure_of_the_last_save_is_an_error(run):
+  checkpointer = checkpoints.open_checkpointer(run)
+  with checkpoints.file_size_limit(1000):
+    checkpointer.save(8, make_state(8), Iterator(8))
+    assert_refused(f'checkpoint 8 .*{run}', checkpointer.close)
+  assert_restored(checkpoints.restore(run), 6)
+
+
+@pytest.mark.faults
+def test_full_disk(tmp_path, caplog):
+  """The disk fills up and then gets free space."""
+  run = tmp_path / 'run'
+  with filesystems.small_disk(run, '2m'):
+    checkpoints.save(run, [2])
+    filesystems.fill(run / 'filler')
+    assert_refused('No space left on device', checkpoints.save, run, [4, 6])
+    assert 'checkpoint 4 failed' in caplog.text
+    assert_restored(checkpoints.restore(run), 2)
+    (run / 'filler').unlink()
+    checkpoints.save(run, [4])
+    assert_restored(checkpoints.restore(run), 4)

@@ -1,0 +1,111 @@
+"""Runs the command line with one fault, or with one slow part replaced.
+
+    python -m tests.support.programs.faulty_main FAULT=ARGUMENT,... [arguments of farmer_jax.main]
+
+FAULT is the name of a function in this file.
+"""
+
+import os
+import pathlib
+import resource
+import signal
+import sys
+import time
+
+import jax
+from orbax.checkpoint import path as ocp_path
+
+from farmer_jax import checkpoints, main
+from farmer_jax.checkpoints import orbax_internals
+from farmer_jax.data import base
+from farmer_jax.distributed import preemption
+from farmer_jax.evaluation import classifier
+
+
+def slow_commit(step, signal_file):
+  """Before checkpoint `step` gets its final name, creates the file and waits for ten minutes."""
+  temporary_path = ocp_path.atomicity.AtomicRenameTemporaryPath
+  finalize = temporary_path.finalize
+
+  async def slow_finalize(self, *args, **kwargs):
+    if self.get_final().name == step:
+      hang(signal_file)
+    return await finalize(self, *args, **kwargs)
+
+  temporary_path.finalize = slow_finalize
+
+
+def slow_barrier(step, signal_file):
+  """Process 1 writes its shard of checkpoint `step`, creates the file and waits for ten minutes."""
+  make_barrier = orbax_internals.make_barrier
+
+  def make_slow_barrier():
+    barrier = make_barrier()
+
+    def wait(*, key, timeout_ms):
+      if 'async_write_complete' in key and step in key and jax.process_index():
+        hang(signal_file)
+      return barrier(key=key, timeout_ms=timeout_ms)
+
+    return wait
+
+  orbax_internals.make_barrier = make_slow_barrier
+
+
+def small_files(step, size):
+  """Process 1 cannot write files of more than `size` bytes in checkpoint `step`."""
+  save = checkpoints.Checkpointer.save
+
+  def save_with_limit(self, saved_step, *args, **kwargs):
+    self.wait()
+    if jax.process_index():
+      limit = int(size) if saved_step == int(step) else resource.RLIM_INFINITY
+      resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    save(self, saved_step, *args, **kwargs)
+
+  checkpoints.Checkpointer.save = save_with_limit
+
+
+def sigterm(step, process):
+  """Process `process` sends SIGTERM to itself after step `step`."""
+  should_stop = preemption.PreemptionListener.should_stop
+
+  def should_stop_after_sigterm(self, current_step):
+    if current_step == int(step) and jax.process_index() == int(process):
+      os.kill(os.getpid(), signal.SIGTERM)
+    return should_stop(self, current_step)
+
+  preemption.PreemptionListener.should_stop = should_stop_after_sigterm
+
+
+def hang(signal_file):
+  """Creates the file and waits for ten minutes."""
+  pathlib.Path(signal_file).touch()
+  time.sleep(600)
+
+
+def slow_step(signal_file):
+  """The first step creates the file and then waits for ten minutes."""
+  preemption.PreemptionListener.should_stop = lambda self, step: hang(signal_file)
+
+
+def short_classifier(steps):
+  """The classifier of --job=fidelity trains for a few steps."""
+  assert classifier._STEPS
+  classifier._STEPS = int(steps)
+
+
+def images_in_files():
+  """Images are read from files instead of being cached in memory."""
+  base.IN_MEMORY_BYTES = 0
+
+
+def no_tensorboard():
+  """TensorFlow, which takes several seconds to load, cannot be imported."""
+  sys.modules['clu.metric_writers'] = None
+
+
+if __name__ == '__main__':
+  name, _, arguments = sys.argv.pop(1).partition('=')
+  globals()[name](*filter(None, arguments.split(',')))
+  main.run()

@@ -1,0 +1,119 @@
+"""Compares a training step on meshes of eight devices with a step on one device. Prints JSON.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+      python -m tests.support.programs.mesh_comparison 2x2x2 1x8x1
+
+The arguments are the sizes of the axes data, fsdp and tensor.
+"""
+
+import functools
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from farmer_jax import config, losses
+from farmer_jax.distributed import mesh as mesh_lib
+from farmer_jax.nn import farmer
+from farmer_jax.training import optimizer as optimizer_lib
+from farmer_jax.training import state as state_lib
+from farmer_jax.training import step as step_lib
+from tests.support import models
+
+CONFIG = config.Config(
+  data=config.Data(image_size=8, num_classes=3, flip=True),
+  model=models.model_config(
+    dict(blocks=3, layers=2, width=16, head_dim=8),
+    dict(layers=2, width=16, head_dim=8, components=8, redundant_components=16),
+    dtype='float32',
+    remat='dots',
+  ),
+  train=config.Train(batch_size=16, accumulation_steps=2, steps=10, ema_decay=0.9),
+)
+MODEL = farmer.build(CONFIG)
+MLP_KERNEL = 'flow.*mlp_in.*kernel'
+# The kernel of the redundant mixture, [16, 80], in a collective.
+REDUNDANT_KERNEL = re.compile(r'\[(16,80|80,16)\].* all-(gather|reduce)\(')
+
+
+def init_params(key):
+  """Returns random boxed parameters without zeros."""
+  params = farmer.init_boxed_params(key, MODEL)
+  return jax.tree.map(lambda a: a + 0.3 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), params)
+
+
+def take_step(mesh):
+  """Runs a step. Returns values to compare, the new state, the batch, and the compiled HLO text."""
+  rng = np.random.default_rng(0)
+  arrays = {
+    'image': rng.integers(0, 256, (16, 8, 8, 1), np.uint8),
+    'label': rng.integers(0, 3, 16).astype(np.int32),
+  }
+  optimizer = optimizer_lib.create(CONFIG.train)
+  init = state_lib.initializer(init_params, optimizer, CONFIG.train.ema_decay)
+  loss = functools.partial(losses.nll_loss, model=MODEL, config=CONFIG)
+  key = jax.random.key(0)
+  with mesh.activate():
+    shardings = mesh.shardings(jax.eval_shape(init, key))
+    state = jax.jit(lambda key: mesh_lib.unboxed(init(key)), out_shardings=shardings)(key)
+    batch = mesh.global_batch(arrays)
+  step = step_lib.make_train_step(loss, optimizer, CONFIG.train)
+  compiled = step_lib.lower(step, mesh, state, batch).compile()
+  values = {'initial parameters': jax.device_get(state.params)}
+  state, metrics = compiled(state, batch)
+  values |= jax.device_get({'metrics': metrics, 'loss': metrics['loss']})
+  # After the first step, the first moments of Adam are proportional to the gradients.
+  values['gradients'] = jax.device_get(select(state.opt_state, r'\.mu'))
+  return values, state, batch, compiled.as_text()
+
+
+def select(tree, pattern):
+  """Returns the arrays whose path matches the pattern."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [a for path, a in leaves if re.search(pattern, jax.tree_util.keystr(path))]
+
+
+def shard_shape(tree, pattern):
+  """Returns the shape of a shard of the only array whose path matches the pattern."""
+  (array,) = select(tree, pattern)
+  return list(array.sharding.shard_shape(array.shape))
+
+
+def difference(a, b):
+  """Returns the largest difference between two trees, relative to the largest value."""
+  a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (a, b))
+  return float(abs(a - b).max() / abs(a).max())
+
+
+def largest_share(state):
+  """Returns the largest fraction of the state that one device holds."""
+  shards = [s for a in jax.tree.leaves(state) for s in a.addressable_shards]
+  sizes = [sum(s.data.size for s in shards if s.device == device) for device in jax.devices()]
+  return max(sizes) / sum(a.size for a in jax.tree.leaves(state))
+
+
+def main():
+  expected, *_ = take_step(mesh_lib.Mesh(config.Mesh(), jax.devices()[:1]))
+  results = {}
+  for name in sys.argv[1:]:
+    data, fsdp, tensor = map(int, name.split('x'))
+    mesh = mesh_lib.Mesh(config.Mesh(data=data, fsdp=fsdp, tensor=tensor))
+    values, state, batch, text = take_step(mesh)
+    results[name] = {
+      'differences': {key: difference(expected[key], values[key]) for key in expected},
+      'mlp': shard_shape(state.params, MLP_KERNEL),
+      'moments': shard_shape(state.opt_state, r'\.mu.*' + MLP_KERNEL),
+      'share_of_state': largest_share(state),
+      'gathers': text.count('all-gather('),
+      'gathers_redundant_kernel': bool(REDUNDANT_KERNEL.search(text)),
+      'batch': [s.data.shape[0] for s in batch['image'].addressable_shards],
+      'process_share': list(mesh.process_share()),
+    }
+  print(json.dumps(results))
+
+
+if __name__ == '__main__':
+  main()

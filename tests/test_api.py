@@ -1,0 +1,127 @@
+"""The Python API on a tiny run. tests/jobs/test_sample.py compares `Run.sample` with the job."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+import farmer_jax
+from farmer_jax import config, errors
+from farmer_jax.data import pipeline, sources
+from farmer_jax.evaluation import likelihood, scoring
+from farmer_jax.ops import bits
+from tests.support.runs import CONFIG
+
+SETTINGS = {'sampling.batch_size': 8, 'likelihood.batch_size': 20}
+
+
+@pytest.fixture(scope='module')
+def loaded(trained):
+  return farmer_jax.load(trained, overrides=SETTINGS)
+
+
+@pytest.fixture(scope='module')
+def source():
+  return sources.load(CONFIG.data, 'valid')
+
+
+@pytest.fixture(scope='module')
+def examples(source):
+  return source.gather(np.arange(20))
+
+
+def test_attributes_of_a_run(loaded, trained):
+  assert isinstance(loaded, farmer_jax.Run) and loaded.step == 3
+  assert str(loaded.workdir) == str(trained) and loaded.class_names == tuple('0123456789')
+  assert loaded.config.model == CONFIG.model and loaded.config.sampling.batch_size == 8
+  assert set(loaded.params) == {'flow', 'prior'} and loaded.model.num_tokens == 16
+  assert all(leaf.any() for leaf in jax.tree.leaves(loaded.params))  # the EMA, see `runs`
+
+
+def test_log_prob_equals_the_scores_of_the_likelihood_job(loaded, run, source, examples):
+  settings = config.Likelihood(examples=20, batch_size=20)
+  built = dataclasses.replace(CONFIG, likelihood=settings)
+  rows = scoring.Scoring(built, epath.Path(run), loaded.params, 3).score(source, 'images')
+  found = loaded.log_prob(examples['image'], examples['label'])
+  np.testing.assert_allclose(found.bits_per_dim, rows['bits_per_dim'], rtol=1e-6)
+  np.testing.assert_allclose(found.bits_per_dim, bits.bits_per_dim(-found.nats / 64), rtol=1e-6)
+
+
+def test_log_prob_equals_validation(loaded, source):
+  """The mean over the validation images is the figure that training reports."""
+  evaluate = likelihood.LikelihoodEvaluator(loaded.model, CONFIG)
+  expected = evaluate(loaded.params, pipeline.evaluation_batches(source, 60))
+  batch = source.gather(np.arange(len(source)))
+  found = loaded.log_prob(batch['image'], batch['label'], seed=CONFIG.seed)
+  assert found.bits_per_dim.mean() == pytest.approx(expected['bits_per_dim'], abs=1e-5)
+  assert -found.nats.mean() / 64 == pytest.approx(expected['loss'], abs=1e-5)
+
+
+def test_log_prob_of_one_image(loaded, examples):
+  """It does not depend on the other images of the batch, but on the label and on the draws."""
+  images, labels = examples['image'], examples['label']
+  found = loaded.log_prob(images, labels, num_draws=2).nats
+  others = loaded.log_prob(images[[0, *range(19, 0, -1)]], labels, num_draws=2).nats
+  assert found[0] == pytest.approx(others[0], rel=1e-5) and found[1] != others[1]
+  assert found[0] != loaded.log_prob(images, labels).nats[0]
+  no_class = loaded.log_prob(images).nats
+  np.testing.assert_array_equal(no_class, loaded.log_prob(images, [None] * 20).nats)
+  assert (no_class != loaded.log_prob(images, labels).nats).all()
+
+
+def test_decode_inverts_encode(loaded, examples):
+  latents = loaded.encode(examples['image'], examples['label'])
+  assert latents.shape == (20, 16, 4) and latents.dtype == np.float32
+  images = loaded.decode(latents, examples['label'])
+  np.testing.assert_array_equal(images, examples['image'])
+
+
+WRONG_IMAGES = [((2, 8, 8, 3), 'uint8'), ((2, 8, 8, 1), 'float32'), ((8, 8, 1), 'uint8')]
+WRONG_IMAGES += [((0, 8, 8, 1), 'uint8')]
+
+
+@pytest.mark.parametrize(
+  ('method', 'array', 'labels', 'named'),
+  [
+    *(
+      (name, wrong, [0, 1], r'uint8 \[B, 8, 8, 1\]')
+      for name in ('log_prob', 'encode')
+      for wrong in WRONG_IMAGES
+    ),
+    ('decode', ((2, 16, 3), 'float32'), [0, 1], r'\[B, 16, 4\]'),
+    ('decode', ((2, 16, 4), 'int32'), [0, 1], r'\[B, 16, 4\]'),
+    ('log_prob', ((20, 8, 8, 1), 'uint8'), range(19), '19 labels for 20 images'),
+    *(('sample', None, [0, label], str(label)) for label in (10, -1, 'dragon')),
+  ],
+)
+def test_wrong_arrays_and_labels(loaded, method, array, labels, named):
+  arrays = [np.zeros(*array)] if array else []
+  with pytest.raises(errors.DataError, match=named) as caught:
+    getattr(loaded, method)(*arrays, labels)
+  assert '\n' not in str(caught.value)
+
+
+def test_wrong_overrides_runs_and_checkpoints(trained, tmp_path):
+  for overrides, error, named in (
+    ({'sampling.seeed': 1}, errors.ConfigError, 'sampling.seeed.*sampling.seed'),
+    ({'sampling.batch_size': 0}, errors.ConfigError, 'sampling.batch_size'),
+    ({'model.patch_size': 4}, errors.WorkdirError, 'model.patch_size'),
+  ):
+    with pytest.raises(error, match=named):
+      farmer_jax.load(trained, overrides=overrides)
+  with pytest.raises(errors.WorkdirError, match=str(tmp_path)):
+    farmer_jax.load(tmp_path)
+  with pytest.raises(errors.CheckpointError, match='7'):
+    farmer_jax.load(trained, step=7).params  # noqa: B018
+
+
+def test_float64_needs_x64(trained, loaded, examples):
+  run = farmer_jax.load(trained, overrides=SETTINGS | {'likelihood.dtype': 'float64'})
+  with pytest.raises(errors.ConfigError, match='config.likelihood.dtype.*jax_enable_x64'):
+    run.log_prob(examples['image'])
+  with jax.enable_x64(True):
+    double = run.log_prob(examples['image'])
+  assert double.nats.dtype == np.float64
+  np.testing.assert_allclose(double.nats, loaded.log_prob(examples['image']).nats, rtol=1e-5)

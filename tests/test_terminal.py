@@ -1,0 +1,93 @@
+"""Log lines, results and progress bars."""
+
+import logging
+import pathlib
+
+import jax
+import pytest
+from absl import flags
+from absl import logging as absl_logging
+
+from farmer_jax import terminal
+
+PACKAGE = pathlib.Path(terminal.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _restored_logging():
+  jax.devices()  # JAX logs while it initializes its devices.
+  root, absl_logger = logging.getLogger(), absl_logging.get_absl_logger()
+  before = list(root.handlers), root.level, absl_logger.level
+  yield
+  root.handlers[:], level, absl_level = before
+  root.setLevel(level)
+  absl_logger.setLevel(absl_level)
+  flags.FLAGS['verbosity'].unparse()
+
+
+def log(level, package='farmer_jax', logger='absl'):
+  """Logs 'message' from a file of `package`, at a level that the logger does not discard."""
+  file = PACKAGE.parent / package / 'file.py'
+  target = logging.getLogger(logger)
+  if target.isEnabledFor(level):
+    target.handle(logging.LogRecord(logger, level, str(file), 1, 'message', None, None))
+
+
+@pytest.mark.parametrize('process', [0, 1])
+@pytest.mark.parametrize(
+  ('level', 'package', 'logger', 'printed'),
+  [
+    (logging.INFO, 'farmer_jax', 'absl', 'message\n'),
+    (logging.INFO, 'orbax', 'absl', ''),
+    (logging.INFO, 'jax', 'jax._src.dispatch', ''),
+    (logging.WARNING, 'farmer_jax', 'absl', 'WARNING: message\n'),
+    (logging.WARNING, 'jax', 'jax._src.dispatch', 'WARNING: message\n'),
+    (logging.ERROR, 'grain', 'absl', 'ERROR: message\n'),
+  ],
+)
+def test_log_lines(monkeypatch, capsys, process, level, package, logger, printed):
+  """INFO lines of this package come from process 0, warnings from every process and package."""
+  monkeypatch.setattr(jax, 'process_index', lambda: process)
+  terminal.configure_logging()
+  terminal.configure_logging()  # The second call adds no second handler.
+  log(level, package, logger)
+  expected = '' if process and level == logging.INFO else printed
+  assert capsys.readouterr() == ('', expected)
+
+
+@pytest.mark.parametrize(
+  ('verbosity', 'level', 'printed'),
+  [
+    (0, logging.INFO, 'message\n'),
+    (-1, logging.INFO, ''),
+    (-1, logging.WARNING, 'WARNING: message\n'),
+    (-2, logging.WARNING, ''),
+  ],
+)
+@pytest.mark.parametrize('package', ['farmer_jax', 'orbax'])
+def test_verbosity_applies_to_all_packages(capsys, verbosity, level, printed, package):
+  absl_logging.use_absl_handler()
+  flags.FLAGS['verbosity'].parse(str(verbosity))
+  terminal.configure_logging()
+  log(level, package)
+  assert capsys.readouterr() == ('', printed)
+
+
+def test_results_are_on_stdout_of_process_zero(monkeypatch, capsys):
+  terminal.print_result('3.98 bits/dim')
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  terminal.print_result('3.98 bits/dim')
+  assert capsys.readouterr() == ('3.98 bits/dim\n', '')
+
+
+@pytest.mark.parametrize('process', [0, 1])
+def test_progress_bar_prints_lines_in_process_zero(monkeypatch, capsys, process):
+  monkeypatch.setattr(jax, 'process_index', lambda: process)
+  with terminal.progress_bar('training', 'step', 10, initial=4) as bar:
+    bar.update(6)
+  out, err = capsys.readouterr()
+  lines = err.splitlines()
+  assert out == '' and '\r' not in err
+  assert any('training' in line and '4/10' in line for line in lines) == (process == 0)
+  assert any('10/10' in line for line in lines) == (process == 0)
+  assert process == 0 or err == ''
