@@ -171,13 +171,13 @@ def _relative_difference(x: Array, reference: Array) -> float:
 
 
 def _plan_key(sampling: Sampling, step: int) -> str:
-  details = {
-    'chunked': f' with chunks of {sampling.chunk_size}',
-    'student': f' with {sampling.refinement_rounds} refinement rounds',
-  }
+  name = {
+    'chunked': f'chunked with chunks of {sampling.chunk_size}',
+    'student': f'student with {sampling.refinement_rounds} refinement rounds',
+  }.get(sampling.inverse, sampling.inverse)
   return (
-    f'{sampling.inverse}{details.get(sampling.inverse, "")}, tolerance {sampling.tolerance:g},'
-    f' checkpoint {step}, batch size {sampling.batch_size}, {jax.devices()[0].device_kind}'
+    f'{name}, tolerance {sampling.tolerance:g}, checkpoint {step}, batch size'
+    f' {sampling.batch_size}, {jax.devices()[0].device_kind}'
   )
 
 

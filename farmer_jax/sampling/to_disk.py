@@ -63,12 +63,11 @@ def draw_missing(
       numbers = np.arange(first, first + size, dtype=np.int32)
       batch_labels = np.asarray(labels, np.int32)[numbers % len(labels)]
       on_devices = devices.shard((batch_labels, numbers))
-      times = [time.perf_counter()]
+      start_time = time.perf_counter()
       z = jax.block_until_ready(sampler.latents(params, *on_devices))
-      times.append(time.perf_counter())
+      middle_time = time.perf_counter()
       samples = jax.block_until_ready(sampler.images(params, z, on_devices[0]))
-      times.append(time.perf_counter())
-      seconds.append(np.diff(times))
+      seconds.append((middle_time - start_time, time.perf_counter() - middle_time))
       new = (numbers >= done) & (numbers < end)
       arrays = {name: getattr(samples, name) for name in _ARRAYS if name != 'labels'}
       arrays = jax.device_get(arrays) | {'labels': batch_labels}

@@ -10,7 +10,10 @@ from farmer_jax.distributed import mesh as mesh_lib
 from tests.support import processes
 
 FAST, SLOW = ('2x2x2',), ('8x1x1', '1x8x1', '2x4x1')
-MESHES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+MESHES = [
+  *(pytest.param(name, marks=pytest.mark.faults) for name in FAST),
+  *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+]
 
 
 @functools.cache

@@ -78,6 +78,7 @@ def test_many_candidates_give_the_guided_density(scale):
     assert total_variation(draws, lambda x: log_density(CONDITIONAL, x)) > 0.05
 
 
+@pytest.mark.slow
 def test_more_candidates_come_closer():
   """The paper's 5 + 5 candidates; docs/benchmarks.md has distances for several scales."""
   distances = [
