@@ -1,1 +1,1 @@
-"""Programs that measure; their results stand in docs/benchmarks.md."""
+"""Benchmarks. The results are in docs/benchmarks.md and docs/scaling.md."""

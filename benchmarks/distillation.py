@@ -1,9 +1,9 @@
-"""Measures students: time, difference to the exact inverse, and Fréchet distance of samples.
+"""Measures students: time, difference from the exact inverse, and Fréchet distance of samples.
 
     python -m benchmarks.distillation --runs=STUDENT,STUDENT2,…
 
-The first table compares the student of the first run with the exact ways to invert the flow. The
-second table has one row for each run. Prints Markdown tables.
+Prints two Markdown tables. The first table compares the student of the first run with the exact
+inverses of the flow. The second table has one row per run.
 """
 
 import functools
@@ -18,17 +18,17 @@ from farmer_jax.ops import dequantize
 from farmer_jax.xla import host
 
 _RUNS = flags.DEFINE_list('runs', None, 'Workdirs of distillation runs.', required=True)
-_COUNT = flags.DEFINE_integer('count', 5000, 'Number of samples, and of held-out images.')
+_COUNT = flags.DEFINE_integer('count', 5000, 'Number of samples and of held-out images.')
 _BATCH = flags.DEFINE_integer('batch', 250, 'Batch size for samples and held-out images.')
-_BATCHES = flags.DEFINE_list('batches', ['1', '8', '64'], 'Batch sizes that are timed.')
-_REPEATS = flags.DEFINE_integer('repeats', 9, 'Timed calls of each variant.')
+_BATCHES = flags.DEFINE_list('batches', ['1', '8', '64'], 'Batch sizes to time.')
+_REPEATS = flags.DEFINE_integer('repeats', 9, 'Timed calls per variant.')
 
 # Images for the PSNR between samples of the student and of the exact inverse.
 _COMPARED_SAMPLES = 500
 
 
 def make_samplers(run, **settings):
-  """Returns a sampler for each way to invert the flow, with other sampling settings."""
+  """Returns {inverse of the flow: sampler}. `settings` replace sampling settings of the run."""
 
   def student(rounds):
     changes = dict(inverse='student', refinement_rounds=rounds, **settings)
@@ -48,7 +48,7 @@ def make_samplers(run, **settings):
 
 
 class Reconstruction:
-  """Encodes held-out images, and measures how well a sampler recovers them from their latents."""
+  """Encodes held-out images. Measures how well a sampler recovers the images from the latents."""
 
   def __init__(self, run, images):
     images, labels = images['image'][: _COUNT.value], images['label'][: _COUNT.value]
@@ -58,7 +58,7 @@ class Reconstruction:
     self._batches = [(values[i], labels[i], encode(values[i], labels[i])[0]) for i in batches]
 
   def __call__(self, sampler, params):
-    """Returns the PSNR in dB, and the mean number of passes over the tokens by flow block."""
+    """Returns the PSNR in dB, and the mean number of passes over the tokens per flow block."""
     errors, passes = [], []
     for values, labels, latents in self._batches:
       samples = sampler.images(params, latents, labels)
@@ -68,7 +68,7 @@ class Reconstruction:
 
 
 def compare_inverses(run, evaluate, reconstruct, labels):
-  """Yields one row for each way to invert the flow."""
+  """Yields one table row per inverse of the flow."""
   noisy = make_samplers(run, denoise=False)
   times = {name: {} for name in noisy}
   for batch in map(int, _BATCHES.value):
@@ -93,7 +93,7 @@ def compare_inverses(run, evaluate, reconstruct, labels):
 
 
 def student_row(number, run, evaluate, reconstruct, labels):
-  """Returns the cells of a run, by column."""
+  """Returns the table row of a run, {column: cell}."""
   noisy = make_samplers(run, denoise=False)['student']
   held_out, _ = reconstruct(noisy, run.params)
   compared = labels[:_COMPARED_SAMPLES]
@@ -119,7 +119,7 @@ def main(argv):
   """Prints both tables."""
   del argv
   logging.set_verbosity(logging.WARNING)
-  host.keep_freed_memory()
+  host.configure_malloc()
   print(f'{jax.devices()[0].device_kind}, JAX {jax.__version__}\n')
   runs = [api.load(path) for path in _RUNS.value]
   evaluate = sample_quality.SampleEvaluator(runs[0].config, runs[0].workdir)

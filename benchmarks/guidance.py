@@ -2,8 +2,8 @@
 
     python -m benchmarks.guidance --run=RUN --count=5000
 
-The classifier is trained on the training images of the run. The Fréchet distance is between its
-features of samples and of held-out images. Prints a Markdown table.
+The classifier is trained on the training images of the run. The Fréchet distance compares its
+features between samples and held-out images. Prints a Markdown table.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from farmer_jax import config as config_lib
 from farmer_jax.xla import host
 
 _RUN = flags.DEFINE_string('run', None, 'Workdir of a trained run.', required=True)
-_COUNT = flags.DEFINE_integer('count', 5000, 'Samples for each line of the table.')
+_COUNT = flags.DEFINE_integer('count', 5000, 'Samples per row of the table.')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 250, 'Samples drawn at once.')
 _DENOISE = flags.DEFINE_bool(
   'denoise', None, 'Value of config.sampling.denoise. None uses the setting of the run.'
@@ -26,7 +26,7 @@ _SCALES = flags.DEFINE_list('scales', ['0.25', '0.5', '1', '2', '3', '4'], 'Guid
 
 
 def variants() -> Iterator[tuple[str, config_lib.Guidance]]:
-  """Yields the name and the guidance settings of each line of the table."""
+  """Yields the name and the guidance settings of each row of the table."""
   yield 'none', config_lib.Guidance(method='none')
   fifty = dict(conditional_candidates=50, unconditional_candidates=50)
   for name, settings in (
@@ -39,9 +39,9 @@ def variants() -> Iterator[tuple[str, config_lib.Guidance]]:
 
 
 def main(argv: list[str]) -> None:
-  """Draws and evaluates the samples."""
+  """Draws and evaluates samples. Prints the table."""
   del argv
-  host.keep_freed_memory()
+  host.configure_malloc()
   run = api.load(_RUN.value)
   config = run.config
   if _DENOISE.value is not None:

@@ -1,12 +1,11 @@
-"""Measures how fast the input pipeline reads JPEGs like those of ImageNet, as 256x256 crops.
+"""Measures how fast the input pipeline reads JPEGs of ImageNet's size, as 256x256 crops.
 
     apt-get download ukui-wallpapers && dpkg -x ukui-wallpapers*.deb wallpapers
     python -m benchmarks.input --photos=wallpapers
 
-Writes crops of about 500x400 pixels of the photographs as a folder and as a TFDS data set in
-ArrayRecord files. Speeds are images per second of processor time, summed over all threads and
-processes of the pipeline: on a shared machine, processor time varies less than wall-clock time.
-Prints tables in Markdown.
+Writes crops of about 500x400 pixels of the photographs as a folder and as a TFDS dataset in
+ArrayRecord files. Processor time is summed over all threads and processes of the pipeline. On a
+shared machine, processor time varies less than wall-clock time. Prints Markdown tables.
 """
 
 import collections
@@ -35,7 +34,7 @@ _COUNT = flags.DEFINE_integer('count', 512, 'Number of images to write.')
 _BATCH = flags.DEFINE_integer('batch', 64, 'Images per batch.')
 _BATCHES = flags.DEFINE_integer('batches', 12, 'Batches per measurement.')
 _ROUNDS = flags.DEFINE_integer(
-  'rounds', 5, 'Measurements per line of the table; the lines alternate.'
+  'rounds', 5, 'Measurements per row of the table. The rows are measured in turn.'
 )
 _QUALITY = 95
 _SIZE = 256
@@ -43,7 +42,7 @@ _TICKS = os.sysconf('SC_CLK_TCK')
 
 
 def crops(folder, count):
-  """Yields `count` JPEG files of 70 to 200 KB: crops of the photographs at several scales."""
+  """Yields `count` JPEG files of 70 to 200 KB, crops of the photographs at several scales."""
   names = sorted(pathlib.Path(folder).rglob('*.jpg')) + sorted(pathlib.Path(folder).rglob('*.png'))
   photos = [PIL.Image.open(name).convert('RGB') for name in names]
   scaled = [photo.reduce(factor) for photo in photos for factor in range(1, 9)]
@@ -55,13 +54,13 @@ def crops(folder, count):
     left, top = random.integers(photo.width - width + 1), random.integers(photo.height - height + 1)
     crop = photo.crop((left, top, left + width, top + height))
     content = data_lib.encode(crop, 'JPEG', quality=_QUALITY)
-    if 70_000 < len(content) < 200_000:  # Rejects crops without detail.
+    if 70_000 < len(content) < 200_000:  # Rejects crops with little or very much detail.
       count -= 1
       yield content
 
 
 def write(root, files):
-  """Writes the JPEG files in two formats; returns the `config.Data` of each, by name."""
+  """Writes the JPEG files in two formats. Returns {format: `config.Data`}."""
   (root / 'folder').mkdir()
   for index, content in enumerate(files):
     (root / 'folder' / f'{index:04}.jpg').write_bytes(content)
@@ -76,7 +75,7 @@ def write(root, files):
 
 
 def processor_seconds():
-  """Processor time of this process and its children so far."""
+  """Returns the processor time that this process and its children have used, in seconds."""
   total = time.process_time()
   for child in multiprocessing.active_children():
     fields = pathlib.Path(f'/proc/{child.pid}/stat').read_text().rpartition(')')[2].split()
@@ -85,14 +84,14 @@ def processor_seconds():
 
 
 def measure_speed(iterator, batches):
-  """Images per second of processor time and of wall-clock time, over the next batches."""
+  """Returns the images per second of processor time and of wall-clock time."""
   cpu, start = processor_seconds(), time.perf_counter()
   count = sum(len(next(iterator)['label']) for _ in range(batches))
   return count / (processor_seconds() - cpu), count / (time.perf_counter() - start)
 
 
 def measure_pipelines(settings):
-  """Prints the speed for each source and number of threads and workers."""
+  """Prints the speed for each source and numbers of threads and workers."""
   logging.set_verbosity(logging.ERROR)
   lines = list(itertools.product(settings, [(1, 0), (2, 0), (1, 1), (1, 2)]))
   speeds = collections.defaultdict(list)
@@ -117,14 +116,14 @@ def decode_only(content):
 
 
 def decode_reduced(content):
-  """As `images.decode`, but the JPEG decoder halves the image instead of box filters."""
+  """Like `images.decode`, but the JPEG decoder halves large images instead of a box filter."""
   with PIL.Image.open(io.BytesIO(content)) as image:
     image.draft('RGB', (_SIZE, _SIZE))
     return np.array(images.fit(image.convert('RGB'), _SIZE))
 
 
 def measure_decoding(files, title):
-  """Prints the processor time of decoding, and of decoding and resizing in two ways."""
+  """Prints the processor time of decoding alone, and of decoding and resizing in two ways."""
   decode = functools.partial(images.decode, size=_SIZE, channels=3)
   steps = {
     'decoding alone': decode_only,
@@ -152,14 +151,14 @@ def main(_):
   files = list(crops(_PHOTOS.value, _COUNT.value))
   sizes = np.array([len(content) for content in files])
   print(f'{len(files)} JPEGs, quality {_QUALITY}, mean size {sizes.mean() / 1e3:.0f} KB')
-  measure_decoding(files[:128], 'JPEGs of the size of ImageNet')
+  measure_decoding(files[:128], 'JPEGs of the size of ImageNet images')
   large = []
-  for content in files[:32]:  # The short side becomes at least twice that of the crop.
+  for content in files[:32]:  # The short side becomes at least 2 * _SIZE.
     image = decode_only(content)
     image = image.resize((2 * image.width, 2 * image.height))
     large.append(data_lib.encode(image, 'JPEG', quality=_QUALITY))
-  measure_decoding(large, 'JPEGs of twice that size')
-  base.IN_MEMORY_BYTES = 0  # As for ImageNet, which does not fit in memory.
+  measure_decoding(large, 'JPEGs of twice this width and height')
+  base.IN_MEMORY_BYTES = 0  # Images are decoded on each access, like ImageNet.
   with tempfile.TemporaryDirectory() as root:
     measure_pipelines(write(pathlib.Path(root), files))
 

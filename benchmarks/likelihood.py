@@ -20,13 +20,13 @@ from farmer_jax.workdir import layout
 
 _RUN = flags.DEFINE_string('run', None, 'Workdir of a trained run.', required=True)
 _OOD = flags.DEFINE_multi_string(
-  'ood', ['digits', 'synthetic'], 'Out-of-distribution data sets, as for data.source.'
+  'ood', ['digits', 'synthetic'], 'Out-of-distribution datasets, as in --config.data.source.'
 )
-_EXAMPLES = flags.DEFINE_integer('examples', None, 'Images for each row. None scores all images.')
+_EXAMPLES = flags.DEFINE_integer('examples', None, 'Images per row. None scores all images.')
 _MARGINAL_EXAMPLES = flags.DEFINE_integer(
   'marginal_examples',
   None,
-  'Images for each row with condition=marginal and several draws, which is slow. None scores all'
+  'Images per row with condition=marginal and several draws, which is slow. None scores all'
   ' images.',
 )
 _DRAWS = flags.DEFINE_list('draws', ['1', '16'], 'Noise draws per image.')
@@ -46,7 +46,7 @@ def run_job(name: str, **settings: Any) -> dict[str, Any]:
 
 
 def bounds_and_accuracies() -> tuple[list[Row], list[Row]]:
-  """Rows of the tables of bounds and of classification accuracies."""
+  """Returns the rows of the tables of bounds and of classification accuracies."""
   bounds, accuracies = [], []
   for condition in ('label', 'none', 'marginal'):
     for draws in (1,) if condition == 'none' else map(int, _DRAWS.value):
@@ -65,12 +65,12 @@ def bounds_and_accuracies() -> tuple[list[Row], list[Row]]:
 
 
 def ood_detection(source: str, split: str) -> Row:
-  """A row of the table of out-of-distribution detection."""
+  """Returns a row of the table of out-of-distribution detection."""
   settings = dict(condition='none', split=split, ood_source=source, examples=10_000)
   report = run_job(f'{split}-{source}', **settings)['ood']
   return {
     'split': split,
-    'OOD data set': source,
+    'OOD dataset': source,
     'images': report['count'],
     'bits/dim of OOD images': f'{report["bits_per_dim"]["mean"]:.3f}',
     'AUROC, log p': f'{report["auroc"]["log_density"]:.4f}',
@@ -79,7 +79,7 @@ def ood_detection(source: str, split: str) -> Row:
 
 
 def main(argv: list[str]) -> None:
-  """Runs the jobs, which print their results, and prints the tables."""
+  """Runs the jobs and prints the tables."""
   del argv
   detections = [ood_detection(*pair) for pair in itertools.product(_OOD.value, ('valid', 'train'))]
   for rows in (*bounds_and_accuracies(), detections):

@@ -1,4 +1,4 @@
-"""Sample quality in features of the classifier, for several benchmarks."""
+"""Measures sample quality with the features of a classifier, for several benchmarks."""
 
 import dataclasses
 from typing import Any
@@ -21,14 +21,14 @@ Labels = Int[np.ndarray, 'n']
 
 
 class SampleEvaluator:
-  """Compares samples with the held-out images of a run, `images`.
+  """Compares samples with the held-out images of a run.
 
-  `accuracy` is that of the classifier on these images. `training_distance` is the Fréchet distance
-  between the same number of training images and these images: that of perfect samples.
+  `images` is a batch of all held-out images. `accuracy` is the accuracy of the classifier on these
+  images. `training_distance` is the Fréchet distance of the same number of training images.
   """
 
   def __init__(self, config: config_lib.Config, workdir: epath.Path) -> None:
-    """Trains the classifier of the run, or reads its parameters from WORKDIR/fidelity."""
+    """Trains the classifier of the run, or loads it from WORKDIR/fidelity."""
     self._network = feature_networks.load_classifier(config.data, workdir / 'fidelity', _BATCH_SIZE)
     train, valid = (sources.load(config.data, split) for split in ('train', 'valid'))
     self.images = valid.gather(np.arange(len(valid)))
@@ -38,7 +38,7 @@ class SampleEvaluator:
     _, self.training_distance = self(training_images['image'], training_images['label'])
 
   def __call__(self, images: Images, labels: Labels) -> tuple[float, float]:
-    """Returns the accuracy of the classifier on samples, and their Fréchet distance."""
+    """Returns the accuracy of the classifier on samples, and the Fréchet distance."""
     samples = image_sets.ImageSet('samples', None, images.__getitem__, len(images))
     statistics = self._network.statistics(samples, 'samples')
     distance = sample_quality.frechet_distance(statistics.pool, self._reference.pool)
@@ -46,14 +46,14 @@ class SampleEvaluator:
 
 
 def with_sampling(config: config_lib.Config, **changes: Any) -> config_lib.Config:
-  """The configuration with other sampling settings."""
+  """Returns the configuration with other sampling settings."""
   return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **changes))
 
 
 def draw(
   sampler: sampling.Sampler, params: Any, labels: Labels, batch_size: int
 ) -> tuple[Images, int]:
-  """Draws the images 0, 1, … with the given labels; returns them and how many are not finite."""
+  """Draws image i with labels[i]. Returns all images and the number of non-finite images."""
   images, nonfinite = [], 0
   for start in range(0, len(labels), batch_size):
     numbers = np.arange(start, min(start + batch_size, len(labels)))

@@ -1,10 +1,10 @@
-"""Measures the time of sampling: the prior, guidance, and each way to invert the flow.
+"""Measures the time of sampling: the prior, guidance, and each inverse of the flow.
 
     python -m benchmarks.sampling_speed --run=RUN      # a trained run
     python -m benchmarks.sampling_speed                # random weights: 64×64×3, and scaling
 
-Prints Markdown tables. A time is the median of several calls after compilation. The variants of a
-table are called in turn.
+Prints Markdown tables. Each time is the median of several calls after compilation. The variants of
+a table are called in turn.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from farmer_jax.nn import farmer
 from farmer_jax.xla import host
 
 _RUN = flags.DEFINE_string('run', None, 'Workdir of a trained run. None uses random weights.')
-_REPEATS = flags.DEFINE_integer('repeats', 7, 'Timed calls of each variant.')
+_REPEATS = flags.DEFINE_integer('repeats', 7, 'Timed calls per variant.')
 _BATCHES = flags.DEFINE_list('batches', ['1', '8', '64'], 'Batch sizes, with --run.')
 
 
 def inverses_of_run(run):
-  """Yields the time of each way to invert the flow, for several batch sizes."""
+  """Yields one table row per batch size and inverse of the flow."""
   model, params, blocks = run.model, run.params, run.config.model.flow.blocks
   for batch in map(int, _BATCHES.value):
     numbers = np.arange(batch)
@@ -60,7 +60,7 @@ def inverses_of_run(run):
 
 
 def guidance_of_run(run):
-  """Yields the time of the prior with each method of guidance, for several batch sizes."""
+  """Yields one table row per batch size and guidance method, with the time of the prior."""
   for batch in map(int, _BATCHES.value):
     numbers = np.arange(batch)
     calls = {}
@@ -75,7 +75,7 @@ def guidance_of_run(run):
 
 
 def random_model(image_size, flow, prior):
-  """Returns a config, a model for RGB images in patches of 4, and its parameters.
+  """Returns the configuration, model and parameters for RGB images in patches of 4.
 
   Noise on the initial parameters makes the flow different from the identity.
   """
@@ -96,7 +96,7 @@ def random_model(image_size, flow, prior):
 
 
 def prior_and_inverse(config, model, params, batch):
-  """Returns functions that draw latents of a batch and that invert the flow sequentially."""
+  """Returns a function that draws latents and a function that inverts the flow sequentially."""
   numbers = np.arange(batch)
   sampler = sampling.Sampler(model, config)
   z = sampler.latents(params, numbers % 10, numbers)
@@ -107,7 +107,7 @@ def prior_and_inverse(config, model, params, batch):
 
 
 def random_weights():
-  """Prints the time for 64×64×3, and how time grows with the numbers of tokens and of blocks."""
+  """Prints the time for 64×64×3, and the times for several numbers of tokens and blocks."""
   batch, large = 8, dict(layers=3, width=256)
   built = random_model(64, dict(blocks=4, **large), dict(large, informative_channels=24))
   millions = sum(leaf.size for leaf in jax.tree.leaves(built[2])) / 1e6
@@ -138,7 +138,7 @@ def main(argv):
   """Prints the tables."""
   del argv
   logging.set_verbosity(logging.WARNING)
-  host.keep_freed_memory()
+  host.configure_malloc()
   print(f'{jax.devices()[0].device_kind}, JAX {jax.__version__}\n')
   if _RUN.value:
     run = api.load(_RUN.value)

@@ -1,4 +1,4 @@
-"""Prints the table of docs/scaling.md from the reports of `--job=compile`.
+"""Prints the results table of docs/scaling.md from the reports of `--job=compile`.
 
     for model in 1.1b-p16 1.9b-p16 1.1b-p8 1.9b-p8; do for slice in v5e:16x16 v5p:4x4x8; do
       JAX_PLATFORMS=cpu python -m farmer_jax.main --job=compile --config=configs/in256.py:$model \
@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 def row(path):
-  """Returns the cells of a report, by column."""
+  """Returns the table row of a report, {column: cell}."""
   report = json.loads(path.read_text())
   step = report['programs']['training step']
   seconds = step['estimated_seconds']

@@ -1,4 +1,4 @@
-"""Times variants against each other on machines whose speed changes, and prints Markdown tables."""
+"""Compares the times of variants on machines whose speed varies. Prints Markdown tables."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -9,9 +9,9 @@ import numpy as np
 
 
 def medians(variants: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
-  """Calls each function `repeats` times, in turn; returns the median seconds of each.
+  """Calls the functions in turn, `repeats` times. Returns the median seconds of each function.
 
-  A first call of each function, which compiles it, is not timed.
+  The first call of each function, which compiles, is not timed.
   """
   for function in variants.values():
     jax.block_until_ready(function())
@@ -36,7 +36,7 @@ def print_header(*names: str) -> None:
 
 
 def print_table(rows: Iterable[dict[str, Any]]) -> None:
-  """Prints rows, by column, as soon as each is computed."""
+  """Prints each row {column: cell} of a table as soon as the row is computed."""
   for number, row in enumerate(rows):
     if number == 0:
       print_header(*row)

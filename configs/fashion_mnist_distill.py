@@ -5,7 +5,7 @@
     python -m farmer_jax.main --job=sample --config=configs/from_run.py:STUDENT --workdir=STUDENT
 
 RUN is the workdir of a run of configs/fashion_mnist_samples.py. STUDENT is the workdir of the first
-command. Without the student, each flow block needs one pass per token.
+command. The sequential inverse of a flow block needs one pass per token.
 """
 
 from ml_collections import ConfigDict

@@ -6,9 +6,9 @@
 FOLDER and the model are the same as in configs/fashion_mnist.py. RUN is the workdir of the first
 command.
 
-About half of all pixels are exactly black. A model of images without noise spends most of its
-capacity on these pixels. With a final noise of σ = 0.1, the model learns shapes. Sampling removes
-the noise with one denoising step along the gradient of the log-density.
+Half of all pixels are exactly black. Without noise, the model spends most of its capacity on these
+pixels. With a final noise of σ = 0.1, the model learns shapes. Sampling removes the noise with one
+denoising step along the gradient of the log-density.
 
 Hardware: two CPU cores, about 25 minutes.
 Result: -0.494 nats/dim on the 10,000 test images at σ = 0.1, with 1.50 million parameters after

@@ -8,12 +8,12 @@
     python -m farmer_jax.main --job=sample --config=configs/from_run.py:RUN --workdir=RUN \\
       --config.sampling.count=50000
 
-The first command prepares the data set. The last command samples with the published guidance. RUN
+The first command prepares the dataset. The last command samples with the published guidance. RUN
 is the workdir of a run.
 
 Hardware: a TPU pod slice or a GPU cluster.
 Published result: FID of 50,000 samples with guidance, after 320 epochs: 5.40 (1.1b-p16), 5.02
-(1.1b-p8), 3.96 (1.9b-p16), 3.60 (1.9b-p8). These results have not been reproduced with this code.
+(1.1b-p8), 3.96 (1.9b-p16), 3.60 (1.9b-p8). These results have not been reproduced with farmer_jax.
 
 The paper does not state the batch size or the gradient clipping. This file uses 1024 and 1.0.
 """
@@ -40,11 +40,11 @@ _GUIDANCE = {
 
 
 def get_config(variant: str = '1.1b-p16') -> ConfigDict:
-  """Returns the configuration of `variant`, <size>-<patch>."""
+  """Returns the configuration of a variant <size>-<patch>."""
   size, _, patch = variant.partition('-')
   if size not in _SIZES or patch not in _PATCHES:
     known = ', '.join(f'{s}-{p}' for s in _SIZES for p in _PATCHES)
-    raise errors.ConfigError(f'configs/in256.py has no variant {variant!r}; it has {known}')
+    raise errors.ConfigError(f'configs/in256.py has no variant {variant!r}; choose one of {known}')
   c = config.defaults()
   c.name = f'in256-{variant}'
   c.data.source = 'imagenet2012'
@@ -53,21 +53,21 @@ def get_config(variant: str = '1.1b-p16') -> ConfigDict:
   c.data.channels = 3
   c.data.num_classes = 1000
   c.data.flip = True
-  # One core prepares 280 images per second (docs/benchmarks.md). At half of peak FLOPS, training
-  # 1.1b-p16 needs 2,600 images per second (nine cores) on eight H100s, and 500 (two cores) on eight
-  # v5e chips. These workers and threads can use more than twice as many cores.
+  # One core prepares 270 images per second (docs/benchmarks.md). At half of peak FLOPS, training
+  # 1.1b-p16 needs 2,550 images per second (ten cores) on eight H100s, and 508 (two cores) on eight
+  # v5e chips. These workers and threads can use 32 cores.
   c.data.workers = 8
   c.data.threads = 4
   c.data.prefetch = 2
   c.noise.kind = 'gaussian'
   c.model.patch_size = _PATCHES[patch]
   c.model.dtype = 'bfloat16'
-  # The fastest policy, with nearly the smallest memory: docs/scaling.md.
+  # This policy is the fastest and needs little memory (docs/scaling.md).
   c.model.remat = 'layers'
   flow, prior = c.model.flow, c.model.prior
   flow.blocks, flow.layers, prior.layers, prior.width = _SIZES[size]
   flow.width = 768
-  # Unrolls one flow block. Steps are 2 % faster, and compilation takes 1.4 times as long.
+  # Unrolls the layers of a flow block: steps are 2 % faster, compilation takes 1.4 times as long.
   c.model.scan_unroll = flow.layers
   prior.condition_copies = 64
   prior.components = 64

@@ -8,8 +8,8 @@ RUN is the workdir of a run of configs/in256.py with the same variant. STUDENT i
 first or second command. Training takes 60 epochs.
 
 Published result, for a model of 1.1 billion parameters: the inverse takes 0.0076 s instead of
-0.1689 s per image, and FID is 5.63 instead of 5.55. This result has not been reproduced with this
-code.
+0.1689 s per image, and FID is 5.63 instead of 5.55. This result has not been reproduced with
+farmer_jax.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ _EPOCHS = 60
 
 
 def get_config(variant: str = '1.1b-p16') -> ConfigDict:
-  """Returns the configuration of `variant`, <size>-<patch> (see configs/in256.py)."""
+  """Returns the configuration of a variant <size>-<patch> (see configs/in256.py)."""
   c = in256.get_config(variant)
   c.name = f'in256_distill-{variant}'
   c.job = 'distill'

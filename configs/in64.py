@@ -4,12 +4,12 @@
       tfds.builder('downsampled_imagenet/64x64', file_format='array_record').download_and_prepare()"
     python -m farmer_jax.main --config=configs/in64.py
 
-The first command prepares the data set. The flow has the published size of TARFlow for this data
-set: patch size 2, 8 flow blocks of 8 layers, width 768. TARFlow has a standard normal prior and
-reaches 2.99 bits/dim. This configuration has a mixture prior.
+The first command prepares the dataset. The flow has the published size of TARFlow for this dataset:
+patch size 2, 8 flow blocks of 8 layers, width 768. TARFlow has a standard normal prior and reaches
+2.99 bits/dim. This configuration has a mixture prior.
 
 Hardware: a TPU pod slice or a GPU node.
-Result: this configuration has not been run yet.
+Result: none. This configuration has not been trained.
 """
 
 from ml_collections import ConfigDict

@@ -9,7 +9,7 @@ To train a class-conditional model, put the images of each class into a subfolde
 Hardware: a GPU. On a CPU, use a smaller model, for example
 --config.data.image_size=32 --config.model.flow.blocks=4 --config.train.steps=2000. Samples start to
 resemble the photos when the training loss decreases only slowly. Use thousands of images. A model
-of this size memorizes a data set of hundreds of images: the validation loss increases while the
+of this size memorizes a dataset of hundreds of images: the validation loss increases while the
 training loss decreases.
 """
 

@@ -2,7 +2,7 @@
 
     python -m farmer_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-The data set is the 1,797 digits of scikit-learn.
+The dataset contains the 1,797 digits of scikit-learn.
 
 Hardware: two CPU cores, 2.7 minutes.
 Result: 4.42 bits/dim on the 180 held-out images.
@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
   c = config.defaults()
   c.name = 'quickstart'
   c.data.source = 'digits'
-  # Half of all pixels are exactly black. Without the curriculum, the model spends most of its
-  # training on the narrow density of these pixels, and the samples do not resemble digits.
+  # Half of all pixels are exactly black. Without the curriculum, the narrow density of these pixels
+  # dominates training, and samples do not resemble digits.
   c.noise.curriculum_std = 0.4
   c.noise.curriculum_fraction = 0.65
   c.model.patch_size = 2

@@ -7,9 +7,9 @@
     scores = run.log_prob(images, [0, 1, 2])
     scores.nats, scores.bits_per_dim           # float [3] each
     z = run.encode(images, [0, 1, 2])          # latents [3, N, d]
-    run.decode(z, [0, 1, 2])                   # `images` again
+    run.decode(z, [0, 1, 2])                   # equals `images`
 
-Axis letters: B images, H = W pixels a side, C channels, N tokens, d channels of a token.
+Axis letters: B images, H = W pixels per side, C channels, N tokens, d channels of a token.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from farmer_jax.workdir import layout
 
 Images = UInt8[np.ndarray, 'B H W C']
 Latents = Float[np.ndarray, 'B N d']
-# Classes by number or name; None stands for "no class".
+# Classes by index or name. None means "no class".
 Labels = Sequence[int | str | None] | Int[np.ndarray, 'B']
 
 
@@ -42,8 +42,8 @@ Labels = Sequence[int | str | None] | Int[np.ndarray, 'B']
 class LogProb:
   """Log-densities of images.
 
-  `bits_per_dim` bounds the length of a lossless code from above. It is None for a model of images
-  with Gaussian noise, where bits/dim has no meaning.
+  `bits_per_dim` estimates an upper bound on the length of a lossless code. It is None if
+  `config.noise.kind` is 'gaussian'.
   """
 
   nats: Float[np.ndarray, 'B']
@@ -53,21 +53,21 @@ class LogProb:
 def load(
   path: epath.PathLike, step: int | None = None, overrides: Mapping[str, Any] | None = None
 ) -> 'Run':
-  """Opens a trained run for inference. The parameters are restored when first used.
+  """Opens a trained run for inference. The parameters are restored at the first use.
 
   Args:
     path: workdir of the run.
-    step: step of the checkpoint; None takes the newest valid one.
-    overrides: settings by key, for example `{'sampling.guidance.scale': 1.5}`. Settings of the
-      model and of the data cannot change.
+    step: step of the checkpoint. None selects the newest valid checkpoint.
+    overrides: settings by key, for example `{'sampling.guidance.scale': 1.5}`. Settings that
+      affect training cannot change.
 
   Raises:
-    WorkdirError: `path` is not a run.
-    ConfigError: an override is not possible.
+    WorkdirError: `path` is not the workdir of a run, or an override affects training.
+    ConfigError: an override has an unknown key or an invalid value.
   """
   workdir = layout.absolute(path)
   config = config_lib.from_config_dict(layout.read_config(workdir))
-  # Checks that belong to one job, such as those of training, do not matter here.
+  # With job='sample', `config_lib.check` skips the checks of other jobs.
   config = dataclasses.replace(config, job='sample')
   if overrides:
     config = _with_overrides(config, overrides)
@@ -78,14 +78,13 @@ def load(
 class Run:
   """A trained run. Use `load` or `Run.open` to create one.
 
-  Images are processed in batches of the configured size, on all devices of this process.
-  `DataError` is raised for images and latents of another shape or dtype, and for labels that do not
-  exist.
+  Images are processed in batches of the configured size, on all devices of this process. Methods
+  raise `DataError` if the images or latents have a wrong shape or dtype, or a label does not exist.
 
   Attributes:
     config: the configuration.
-    workdir: the workdir, an absolute path.
-    class_names: names of the classes; empty where they are unknown.
+    workdir: absolute path of the workdir.
+    class_names: names of the classes, or () if they are unknown.
   """
 
   def __init__(self, workdir: epath.Path, config: config_lib.Config, step: int | None = None):
@@ -96,11 +95,11 @@ class Run:
   def open(
     cls, workdir: epath.PathLike, config: config_lib.Config, step: int | None = None
   ) -> 'Run':
-    """Opens the run in `workdir` with a configuration that changes no setting of its training.
+    """Opens the run in `workdir`. `config` can change only settings that do not affect training.
 
     Raises:
-      WorkdirError: `workdir` is not a run, or its configuration differs from `config`.
-      ConfigError: the model is in float64 and JAX is not.
+      WorkdirError: `workdir` is not the workdir of a run, or `config` changes another setting.
+      ConfigError: the model needs float64, and the 64-bit mode of JAX is off.
     """
     workdir = layout.open_run(config, workdir)
     _require_x64('config.model.dtype', config.model.dtype)
@@ -108,15 +107,15 @@ class Run:
 
   @functools.cached_property
   def model(self) -> farmer.Farmer:
-    """The model; in a distillation run, a `student.StudentFarmer`."""
+    """The model. A distillation run has a `student.StudentFarmer`."""
     return _build_model(self.config)
 
   @property
   def params(self) -> PyTree:
-    """Parameters that evaluation uses: the EMA where the run has one.
+    """Parameters for evaluation: the EMA if the run has one.
 
-    A distillation run has the parameters of its teacher, and those of the student under the key
-    'student'.
+    A distillation run has the parameters of the teacher and, under the key 'student', of the
+    student.
     """
     return self._restored[0]
 
@@ -127,7 +126,7 @@ class Run:
 
   @property
   def density(self) -> tuple[PyTree, int]:
-    """Parameters of the density and their step: in a distillation run, those of the teacher."""
+    """Parameters of the density and their step. A distillation run uses its teacher."""
     return self._restored if self.config.teacher is None else self._teacher
 
   def log_prob(
@@ -136,8 +135,8 @@ class Run:
     """Computes log-densities log p(x | c) of images.
 
     The density is defined on real-valued images, so noise is added first. The noise of image i
-    depends only on `seed`, i and the number of the draw; the log-densities of `num_draws` draws are
-    averaged. Without labels, all images are scored under "no class". The settings
+    depends only on `seed`, i and the index of the draw. Log-densities are averaged over `num_draws`
+    draws. Without labels, all images are scored under "no class". The settings
     `config.likelihood.dtype`, `.noise_std` and `.batch_size` apply.
     """
     _require_x64('config.likelihood.dtype', self.config.likelihood.dtype)
@@ -151,11 +150,12 @@ class Run:
   def sample(
     self, labels: Labels, *, seed: int = 0, guidance: float | config_lib.Guidance | None = None
   ) -> Images:
-    """Draws one image for each label; for a model without classes, pass `[None] * 16`.
+    """Draws one image per label. For a model without classes, pass `[None] * num_images`.
 
-    Image i depends only on `seed`, its label and i. The settings of `config.sampling` apply;
-    `guidance` replaces the guidance scale, or all settings of guidance. The inverse of the flow is
-    the exact, sequential one, unless `config.sampling.inverse` is student.
+    Image i depends only on `seed`, i and label i. The settings of `config.sampling` apply. A number
+    `guidance` is the guidance scale of all tokens. A `config.Guidance` replaces all guidance
+    settings. The inverse of the flow is sequential and exact, unless `config.sampling.inverse` is
+    'student'.
 
     Raises:
       ConfigError: the model does not support guidance.
@@ -173,9 +173,9 @@ class Run:
     return self._quantized(sampler, self._label_numbers(labels, len(labels)), numbers)
 
   def encode(self, images: Images, labels: Labels | None = None, *, seed: int = 0) -> Latents:
-    """Maps images to latents, after adding the same noise as `log_prob` does.
+    """Adds noise to images and maps them to latents. Only a class-conditional flow uses the labels.
 
-    Only a class-conditional flow uses the labels.
+    The noise equals the first draw of `log_prob`, but `config.likelihood.noise_std` does not apply.
     """
     settings = self.config.sampling
     _require_x64('config.sampling.dtype', settings.dtype)
@@ -184,7 +184,7 @@ class Run:
     return self._map_images(encode, settings.batch_size, images, labels)
 
   def decode(self, latents: Latents, labels: Labels | None = None) -> Images:
-    """Maps latents to images, the inverse of `encode`."""
+    """Maps latents to images without denoising. This is the inverse of `encode`."""
     latents, model = np.asarray(latents), self.config.model
     shape = self.model.num_tokens, model.token_channels(self.config.data.channels)
     _check_array('latents', latents, 'float', shape)
@@ -193,14 +193,14 @@ class Run:
 
   @functools.cached_property
   def _restored(self) -> tuple[PyTree, int]:
-    """All parameters, and the step of the run's own checkpoint."""
+    """All parameters, and the step of the checkpoint in `workdir`."""
     is_student = self.config.teacher is not None
     own, step = teacher.restore_params(self.config, self.workdir, self._step, is_student)
     return (self._teacher[0] | own if is_student else own), step
 
   @functools.cached_property
   def _teacher(self) -> tuple[PyTree, int]:
-    params, record = teacher.load_teacher(self.config, self.workdir)
+    params, record = teacher.restore_teacher(self.config, self.workdir)
     return params, record['step']
 
   @functools.cached_property
@@ -212,13 +212,13 @@ class Run:
     return self._devices.replicate(self.params)
 
   def _sampler(self, **changes: Any) -> sampling.Sampler:
-    """The sampler with changed settings; compiled programs are reused."""
+    """Returns a sampler with changed settings. Reuses compiled programs."""
     settings = dataclasses.replace(self.config.sampling, **changes)
     _require_x64('config.sampling.dtype', settings.dtype)
     return _build_sampler(dataclasses.replace(self.config, sampling=settings))
 
   def _quantized(self, draw: Callable[..., sampling.Samples], *arrays: np.ndarray) -> Images:
-    """Images of the samples that `draw` returns; warns where samples are not finite."""
+    """Returns the images of the samples that `draw` returns. Warns if samples are not finite."""
     fields = operator.attrgetter('images', 'finite')
     batch_size = self.config.sampling.batch_size
     images, finite = self._in_batches(lambda *args: fields(draw(*args)), batch_size, *arrays)
@@ -239,7 +239,7 @@ class Run:
   def _in_batches(self, function: Callable[..., Any], batch_size: int, *arrays: np.ndarray) -> Any:
     """Applies `function(params, *batch)` to batches of rows, and joins the results on the host.
 
-    All batches have one size, so that `function` is compiled once. The last one is filled up with
+    All batches have one size, so that `function` is compiled once. The last batch is padded with
     copies of the last row.
     """
     count = len(arrays[0])
@@ -254,14 +254,14 @@ class Run:
   def _label_numbers(self, labels: Labels | None, count: int) -> Int[np.ndarray, 'B']:
     labels = [None] * count if labels is None else list(labels)
     if len(labels) != count or not count:
-      raise errors.DataError(f'there are {len(labels)} labels for {count} images')
+      raise errors.DataError(f'{len(labels)} labels for {count} images; pass one label per image')
     num_classes = self.config.data.num_classes
     indices = [sampling.class_index(label, num_classes, self.class_names) for label in labels]
     return np.array(indices, np.int32)
 
 
 def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> None:
-  """Checks that an array is a batch of rows of a shape."""
+  """Raises DataError unless the array is a batch of rows with this dtype and shape."""
   if not array.dtype.name.startswith(dtype) or array.shape[1:] != shape or not len(array):
     raise errors.DataError(
       f'{name} are {array.dtype} {list(array.shape)}; this run needs {dtype}'
@@ -281,7 +281,7 @@ def _build_sampler(config: config_lib.Config) -> sampling.Sampler:
 
 @functools.lru_cache(maxsize=16)
 def _loss_function(config: config_lib.Config, num_draws: int, seed: int) -> Callable[..., Any]:
-  """Compiled function from parameters, images, labels and indices to nats/dim [B]."""
+  """Returns a compiled function (params, images, labels, indices) -> loss in nats/dim [B]."""
   scorer = likelihood.Scorer(farmer.build(config), config, num_draws, 'label', seed)
 
   def loss(params: PyTree, *batch: jax.Array) -> jax.Array:
@@ -294,7 +294,7 @@ def _loss_function(config: config_lib.Config, num_draws: int, seed: int) -> Call
 
 @functools.lru_cache(maxsize=16)
 def _encoder(model: farmer.Farmer, settings: config_lib.Noise, seed: int) -> Callable[..., Any]:
-  """Compiled function from parameters, images, labels and indices to latents."""
+  """Returns a compiled function (params, images, labels, indices) -> latents."""
   noise_model = noise.build(settings)
 
   def encode(params: PyTree, images: jax.Array, labels: jax.Array, indices: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Errors that a user can correct. Each message is one line and names the correction.
 
 `main` prints the message of a `UserError` and exits with code 1. With `--debug` it also prints the
-traceback. Any other exception is a bug.
+traceback. Any other exception except `preemption.Preempted` is a bug.
 """
 
 
@@ -10,11 +10,11 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-  """A setting is invalid, individually or in combination. The message names the key."""
+  """A setting or a combination of settings is invalid. The message names the key."""
 
 
 class DataError(UserError):
-  """Images, labels or other input files are unusable. The message names the file or record."""
+  """Images, labels or other inputs are unusable. The message names the file, record or array."""
 
 
 class WorkdirError(UserError):
@@ -26,7 +26,7 @@ class CheckpointError(UserError):
 
 
 class DivergenceError(UserError):
-  """Training does not recover from skipped updates."""
+  """Training diverged again after the allowed number of rollbacks."""
 
 
 class ProcessError(UserError):

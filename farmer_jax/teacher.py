@@ -1,8 +1,8 @@
-"""The teacher of a student's run: the run whose flow a student learns to invert.
+"""The teacher of a distillation run: another run, whose flow the student learns to invert.
 
 A distillation run records the configuration and the checkpoint step of its teacher in
 WORKDIR/teacher.json. After a restart, and in every later job, the parameters of the teacher come
-from exactly this checkpoint.
+from this checkpoint.
 """
 
 import functools
@@ -20,45 +20,45 @@ from farmer_jax.workdir import layout
 
 _TEACHER_FILE = 'teacher.json'
 
-# Settings that a student and its teacher must have in common: key prefixes.
+# Key prefixes of the settings that a student and its teacher must share.
 _SHARED_SETTINGS = (
   *('model.patch_size', 'model.label_dropout', 'model.flow.', 'model.prior.'),
   *('noise.kind', 'noise.std_end', 'data.image_size', 'data.channels', 'data.num_classes'),
 )
 
 
-def load_teacher(
+def restore_teacher(
   config: config_lib.Config, workdir: epath.PathLike
 ) -> tuple[PyTree, dict[str, Any]]:
-  """Restores the parameters of the teacher `config.teacher` of a student's run.
+  """Restores the parameters of the teacher `config.teacher` of a distillation run.
 
-  `workdir` is the workdir of the student's run, which does not have to exist yet.
+  `workdir` is the workdir of the distillation run. It can be missing.
 
   Returns:
-    The parameters of the teacher, and the record for `save_teacher_record`: a dict of its `step`
-    and `config`.
+    The parameters of the teacher, and the record for `save_teacher_record`: a dict with the `step`
+    and the `config` of the teacher.
 
   Raises:
-    WorkdirError: there is no teacher, or it is not the run that this student learned from.
-    ConfigError: the model of the teacher differs from the model of the student.
-    CheckpointError: the teacher has no usable checkpoint.
+    WorkdirError: `config.teacher` is not a run, or not the recorded teacher.
+    ConfigError: the teacher and the student have different settings of the model or of the data.
+    CheckpointError: the checkpoint of the teacher is missing or corrupt.
   """
   teacher_workdir = layout.absolute(config.teacher)
   try:
     saved = layout.read_config(teacher_workdir)
   except errors.UserError as error:
-    raise type(error)(f'{error}; name the run of the teacher: --config.teacher=RUN') from None
+    raise type(error)(f'{error}; name the workdir of the teacher: --config.teacher=RUN') from None
   if found := layout.differences(config, saved, _SHARED_SETTINGS):
     raise errors.ConfigError(
-      f'the teacher {teacher_workdir} has another model than the student ({"; ".join(found)});'
-      ' use the same settings for both'
+      f'the teacher {teacher_workdir} and the student have different settings'
+      f' ({"; ".join(found)}); use the settings of the teacher'
     )
   teacher = config_lib.from_config_dict(saved)
   file = layout.absolute(workdir) / _TEACHER_FILE
   record = layout.read_json(file, _is_record) if file.exists() else {}
   if record and (found := layout.differences(teacher, record['config'])):
     raise errors.WorkdirError(
-      f'the teacher {teacher_workdir} is not the run that this student learned from'
+      f'the teacher {teacher_workdir} is not the run from which this student learned'
       f' ({"; ".join(found)}); name that run: --config.teacher=RUN'
     )
   params, step = restore_params(teacher, teacher_workdir, record.get('step'))
@@ -66,16 +66,17 @@ def load_teacher(
 
 
 def save_teacher_record(workdir: epath.Path, record: dict[str, Any]) -> None:
-  """Records the teacher of a student's run in its workdir."""
+  """Records the teacher in the workdir of a distillation run."""
   layout.write_atomically(workdir / _TEACHER_FILE, json.dumps(record, indent=2) + '\n')
 
 
 def restore_params(
   config: config_lib.Config, workdir: epath.Path, step: int | None = None, student: bool = False
 ) -> tuple[PyTree, int]:
-  """Restores the parameters that are evaluated, and their step; by default the newest valid one.
+  """Restores the parameters for evaluation, by default of the newest valid checkpoint.
 
-  The checkpoints of a student's run contain only the parameters of the student.
+  Also returns the step of the checkpoint. With `student`, restores the parameters of the student,
+  which are the only parameters in checkpoints of a distillation run.
   """
   init_params = functools.partial(farmer.init_params, model=farmer.build(config))
   shapes = jax.eval_shape(init_params, jax.random.key(0))

@@ -15,8 +15,8 @@ def configure_logging() -> None:
   """Makes `absl.logging` print plain lines on stderr, above a progress bar.
 
   The handler prints warnings and errors of all packages and processes, and INFO lines of this
-  package from process 0. With `--verbosity`, the level of that flag applies to all packages. An
-  INFO line of this package needs the process index, which initializes the devices of JAX.
+  package from process 0. With `--verbosity`, the level of this flag applies to all packages. To
+  print an INFO line of this package, the handler reads the process index, which initializes JAX.
   """
   root, handler = logging.getLogger(), _TerminalHandler()
   for installed in list(root.handlers):
@@ -102,6 +102,6 @@ class _LineStream:
 
 
 def _is_process_zero() -> bool:
-  import jax  # Imported here, because `main` reports wrong flags before it imports JAX.
+  import jax  # Imported here, because `main` reports errors in flags before it imports JAX.
 
   return jax.process_index() == 0

@@ -4,15 +4,15 @@
 #     launch/local.sh 2 --config=configs/quickstart.py --workdir=runs/two
 #
 # The lines of process i start with [i]. When a process fails, the script stops the other processes
-# and exits with the exit code of the failed one. After exit code 75 (preempted, checkpoint saved)
-# the script restarts all processes, at most RESTARTS times. SIGTERM and SIGINT are forwarded to the
-# processes; the script then exits without a restart.
+# and exits with the exit code of the failed process. After exit code 75 (preempted, checkpoint
+# saved) the script restarts all processes, at most RESTARTS times. The script forwards SIGTERM and
+# SIGINT to the processes, and then exits without a restart.
 #
 # Environment: RESTARTS (10). PORT of the coordinator (a free port). GRACE: seconds between SIGTERM
 # and SIGKILL (60). DRY_RUN=1 prints the commands. Needs bash 5.1.
 set -euo pipefail
-# Job control gives each process its own process group: Ctrl-C reaches a process only through the
-# trap below, and bash does not make background processes ignore SIGINT.
+# With job control, each process has its own process group. Ctrl-C then reaches a process only
+# through the trap below, and bash does not make background processes ignore SIGINT.
 set -m
 
 die() {
@@ -51,14 +51,14 @@ send() {
   done
 }
 
-# Runs all processes; sets `code` to the exit code of the first process that failed, or to 0.
+# Runs all processes. Sets `code` to the exit code of the first process that failed, or to 0.
 run_all() {
   local i output status ended number timer='' printers=()
   choose_port
   code=0
   for ((i = 0; i < count && !stopping; i++)); do
     set_command "$i"
-    # sed ignores signals: after Ctrl-C it still prints the last lines of the process.
+    # sed ignores signals, so that it prints the last lines of the process after Ctrl-C.
     exec {output}> >(trap '' HUP INT TERM && exec sed -u "s/^/[$i] /")
     printers+=($!)
     "${command[@]}" >&"$output" 2>&1 </dev/null &
@@ -67,7 +67,7 @@ run_all() {
   done
   while ((${#processes[@]})); do
     status=0
-    # 2>/dev/null: bash would print a line for a process that a signal ended.
+    # Without 2>/dev/null, bash prints a line for a process that a signal ended.
     wait -n -p ended "${!processes[@]}" $timer 2>/dev/null || status=$?
     if [[ -z ${ended-} ]]; then # A trap interrupted the wait.
       continue
@@ -78,12 +78,12 @@ run_all() {
     fi
     number=${processes[$ended]}
     unset "processes[$ended]"
-    # Children of the process, such as data workers, would hold its devices and its output.
+    # Child processes, such as data workers, would keep devices and the output open.
     kill -KILL -- "-$ended" 2>/dev/null || true
     if ((status && !code)); then
       code=$status
       echo "local.sh: process $number ended with exit code $code" >&2
-      # After 75 the other processes exit by themselves.
+      # After exit code 75, the other processes exit without a signal.
       ((code == 75)) || send TERM
       sleep "${GRACE:-60}" &
       timer=$!
@@ -103,7 +103,7 @@ if [[ ${DRY_RUN-} == 1 ]]; then
   exit
 fi
 
-processes=() # process id -> number of the process
+processes=() # PID -> index of the process in the job
 stopping=0
 trap 'stopping=1; send TERM' HUP TERM
 trap 'stopping=1; send INT' INT

@@ -5,19 +5,19 @@
 #       --config=configs/in256.py --workdir=gs://bucket/run
 #
 # After exit code 75 (preempted, checkpoint saved) the script restarts the job, at most RESTARTS
-# times. The loop runs here, not on the workers: only here is it known that all workers have exited,
-# and a rebooted worker would lose its loop. Run the script on a machine that stays up, for example
-# in tmux on a small VM. Ctrl-C ends only this script; end the job with
+# times. It runs outside the slice, because it must wait until all workers have exited, and must
+# survive a reboot of a worker. Run the script on a machine that stays up, for example in tmux on a
+# small VM. Ctrl-C ends only this script. This command ends the job:
 #
 #     gcloud compute tpus tpu-vm ssh $TPU_NAME --zone=$ZONE --worker=all \
 #       --command="pkill -f '[f]armer_jax.main'"
 #
 # gcloud needs the key in ssh-agent to reach several workers: ssh-add ~/.ssh/google_compute_engine
-# A preempted Spot slice is deleted: create it again, then run the same command.
+# Google deletes a preempted Spot slice. Create the slice again, then run the same command.
 #
 # Environment: PROJECT (default of gcloud). REPO: the checkout on each worker (~/farmer_jax).
 # PYTHON: the interpreter on each worker (python). RESTARTS (10). DRY_RUN=1 prints the command.
-# Not tested on a real slice.
+# The script has not been tested on a slice.
 set -euo pipefail
 
 die() {
@@ -29,7 +29,7 @@ die() {
 [[ -n ${ZONE-} ]] || die 'set ZONE to the zone of the TPU'
 (($#)) || die 'give the arguments of farmer_jax.main: launch/tpu_pod.sh --config=...'
 
-# The shell of the workers expands a leading ~/ in REPO and nothing else.
+# The shell of the workers must expand a leading ~/ in REPO and nothing else.
 repo=${REPO:-\~/farmer_jax}
 case $repo in
   \~/*) printf -v remote 'cd ~/%q' "${repo#\~/}" ;;
@@ -48,7 +48,7 @@ fi
 restarts=0
 while :; do
   code=0
-  # gcloud waits for all workers, and exits with the code of the first worker that failed.
+  # gcloud waits for all workers and exits with the exit code of the first worker that failed.
   "${command[@]}" || code=$?
   ((code == 75 && restarts < ${RESTARTS:-10})) || exit "$code"
   restarts=$((restarts + 1))

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Runs one job on a TPU slice of a GKE cluster that was created by xpk:
+# Runs one job on TPU slices of a GKE cluster that xpk created:
 #
 #     NAME=run CLUSTER=tpus ZONE=us-east5-a TPU_TYPE=v5litepod-16 IMAGE=gcr.io/project/farmer \
 #       launch/xpk.sh --config=configs/in256.py --workdir=gs://bucket/run
 #
 # IMAGE has farmer_jax[tpu] installed and this repository as its working directory. The workload
-# restarts after exit code 75 (preempted, checkpoint saved), and, as all workloads of xpk, after 42
-# and 127 to 255 (killed, or aborted by JAX because another host is gone).
+# restarts after exit code 75 (preempted, checkpoint saved). Like all workloads of xpk, it also
+# restarts after 42 and 127 to 255 (killed, or aborted by JAX because another host was lost).
 #
 # Environment: PROJECT (default of gcloud). NUM_SLICES (1). RESTARTS (10). DRY_RUN=1 prints the
-# command. The manifest of xpk 1.16 was inspected; not tested on a cluster.
+# command. The manifest that xpk 1.16 writes was inspected. The script has not been tested on a
+# cluster.
 set -euo pipefail
 
 die() {
@@ -22,7 +23,7 @@ for variable in NAME CLUSTER ZONE TPU_TYPE IMAGE; do
 done
 (($#)) || die 'give the arguments of farmer_jax.main: launch/xpk.sh --config=...'
 
-# exec: xpk sends SIGTERM to the process that it starts, which must be Python and not a shell.
+# With exec, the process that receives SIGTERM from xpk is Python and not a shell.
 printf -v job ' %q' python -m farmer_jax.main --distributed "$@"
 command=(xpk workload create "--workload=$NAME" "--cluster=$CLUSTER" "--zone=$ZONE"
   ${PROJECT:+"--project=$PROJECT"} "--tpu-type=$TPU_TYPE" "--num-slices=${NUM_SLICES:-1}"

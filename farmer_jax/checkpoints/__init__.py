@@ -1,21 +1,20 @@
 """Checkpoints of the training state and of the data iterator, written by Orbax.
 
-Both are independent of the mesh and of the number of processes, so that a run can resume with
-others.
+A run can resume with another mesh and another number of processes.
 
-Orbax 0.12.8 provides: asynchronous saving by several processes, the atomic rename of a complete
-checkpoint, the file format, retention policies. It does not provide what this package adds:
+Orbax 0.12.8 provides asynchronous saving by several processes, the atomic rename of a complete
+checkpoint, the file format, and retention policies. This package adds:
 
-* `checksums`: Orbax restores a flipped bit of an array as a wrong number. The checksums of all
+* `checksums`: if a bit of a stored array flips, Orbax restores a wrong value. The checksums of all
   arrays are saved as the item `manifest` and are compared after each restore.
 * `restore`: `CheckpointManager.restore` does not fall back to an older checkpoint when the newest
   one is corrupt. `Checkpointer.restore_latest` does, in all processes together.
 * `checkpointer`: after a failed save, `CheckpointManager` can neither save nor close.
   `Checkpointer` reports the failure, reopens the manager and saves the next checkpoint. The
-  validation losses that decide which checkpoints are kept come from the manifests: the manager
-  would read the metadata of every checkpoint, one of which may be corrupt.
-* `orbax_internals`: processes that wait for a failed process do so until a timeout of minutes. A
-  barrier that compares keys raises at once.
+  retention policy reads validation losses from the manifests, because the manager would read the
+  metadata of every checkpoint, which may be corrupt.
+* `orbax_internals`: at Orbax's barriers, processes wait several minutes for a failed process. The
+  barrier of this module raises an error at once.
 """
 
 from farmer_jax.checkpoints.checkpointer import Checkpointer as Checkpointer

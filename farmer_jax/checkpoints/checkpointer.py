@@ -19,10 +19,10 @@ from farmer_jax.distributed import processes
 
 _QUARANTINE = 'checkpoints_quarantine'
 
-# Seconds for which processes wait for each other while a checkpoint is written.
+# Timeout, in seconds, for processes that wait for each other during a save.
 _TIMEOUT = 1200
 
-orbax_internals.hide_orbax_tracebacks()
+orbax_internals.hide_orbax_errors()
 
 
 class DataIterator(Protocol):
@@ -48,18 +48,18 @@ class Checkpointer:
     self._last_failure: str | None = None  # why the last save failed
 
   def restore_latest(self, state: PyTree, iterator: DataIterator) -> tuple[PyTree, int]:
-    """The newest valid checkpoint and its step; `state` and 0 if there is no checkpoint.
+    """Restores the newest valid checkpoint.
 
-    Newer corrupt checkpoints are moved to WORKDIR/checkpoints_quarantine/. Incomplete checkpoints
-    are deleted.
+    Moves newer corrupt checkpoints to WORKDIR/checkpoints_quarantine/ and deletes incomplete ones.
+    Returns the restored state and its step, or `state` and 0 if there is no checkpoint.
 
     Args:
       state: arrays or `jax.ShapeDtypeStruct`, which give shapes, dtypes and shardings.
       iterator: receives the saved iterator state.
 
     Raises:
-      CheckpointError: there are checkpoints, but none is valid; or they belong to another model or
-        to another version of this program.
+      CheckpointError: all checkpoints are corrupt, or a checkpoint cannot be read or moved, or
+        belongs to another model or version of farmer_jax.
     """
     self.wait()
     self._close_manager()  # A manager remembers checkpoints that are now quarantined.
@@ -77,9 +77,10 @@ class Checkpointer:
   def save(
     self, step: int, state: PyTree, iterator: DataIterator, loss: float | None = None
   ) -> None:
-    """Starts to save `state`, the state of `iterator` and the validation `loss`, if there is one.
+    """Starts to save `state`, the state of `iterator` and, if finite, the validation `loss`.
 
-    If the previous save or this one fails, a warning is logged; older checkpoints are not affected.
+    Logs a failure of the previous save or of this save. Older checkpoints are not affected. With
+    several processes, a failure at the start of this save is raised.
     """
     self.wait()
     iterator_state = iterator.get_state()
@@ -103,7 +104,7 @@ class Checkpointer:
     try:
       self._open_manager().save(step, args=ocp.args.Composite(**items), force=True)
     except Exception as error:
-      # In several processes, the others are still inside of the save: only an exit ends their wait.
+      # The other processes wait inside the save. Only the exit of this process ends their wait.
       if jax.process_count() > 1:
         raise
       self._abandon(step, orbax_internals.describe(error))
@@ -122,7 +123,7 @@ class Checkpointer:
     self._pending_step = None
 
   def close(self) -> None:
-    """Waits until everything is on disk.
+    """Waits until the last save has ended, and closes the manager.
 
     Raises:
       CheckpointError: the last save failed.
@@ -131,11 +132,11 @@ class Checkpointer:
     self._close_manager()
     if self._last_failure:
       raise errors.CheckpointError(
-        f'{self._last_failure}; free disk space for {self._workdir} and run the same command again'
+        f'{self._last_failure}; check the disk of {self._workdir} and run the same command again'
       )
 
   def _abandon(self, step: int, reason: str) -> None:
-    """Reports a failed save and discards the manager, which cannot be used any more."""
+    """Reports a failed save, and discards the manager, which cannot be used again."""
     self._pending_step = None
     self._losses.pop(step, None)
     with contextlib.suppress(Exception):  # The manager raises the reported failure again.
@@ -148,9 +149,9 @@ class Checkpointer:
     processes.on_process_zero(lambda: _remove_incomplete(self._workdir))
 
   def _open_manager(self) -> ocp.CheckpointManager:
-    """Orbax's manager of WORKDIR/checkpoints, opened at the first use."""
+    """Returns Orbax's manager of WORKDIR/checkpoints. The first call opens the manager."""
     if self._manager is None:
-      # Once more: a thread of a failed save may have written after `_abandon`.
+      # A thread of a failed save may have written files after `_abandon` deleted them.
       processes.on_process_zero(lambda: _remove_incomplete(self._workdir))
       kept: list[policies.PreservationPolicy] = [
         policies.LatestN(self._train.keep_checkpoints),
@@ -160,7 +161,7 @@ class Checkpointer:
         kept.append(policies.EveryNSteps(self._train.keep_every))
       options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(kept),
-        # The metadata of old checkpoints are not read: they may be corrupt.
+        # Orbax must not read the metadata of old checkpoints, which may be corrupt.
         lightweight_initialize=True,
         async_options=ocp.AsyncOptions(
           timeout_secs=_TIMEOUT, barrier_sync_fn=orbax_internals.make_barrier()
@@ -211,13 +212,13 @@ def _remove_incomplete(workdir: epath.Path) -> None:
   """Deletes checkpoints that a killed process or a full disk left incomplete.
 
   An incomplete checkpoint has a temporary name or, on object stores, lacks its commit file. Orbax's
-  `cleanup_tmp_directories` does not name the deleted steps and raises where one cannot be deleted.
+  `cleanup_tmp_directories` does not name the deleted steps, and stops if it cannot delete one.
   """
   folder, complete = workdir / restore.FOLDER, set(restore.list_steps(workdir))
   for path in folder.iterdir() if folder.exists() else ():
     step, suffix, _ = path.name.partition(ocp.path.atomicity_types.TMP_DIR_SUFFIX)
     if not step.isdecimal() or (not suffix and int(step) in complete):
       continue
-    with contextlib.suppress(OSError):  # Tried again when the manager is opened.
+    with contextlib.suppress(OSError):  # `_open_manager` tries again.
       path.rmtree()
       logging.info(f'Deleted the incomplete checkpoint {step}.')

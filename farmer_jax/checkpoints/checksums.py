@@ -1,4 +1,4 @@
-"""Checksums of arrays that detect a change of any single element, on any sharding."""
+"""Checksums of sharded arrays, which detect a change of any single 32-bit word."""
 
 import functools
 import hashlib
@@ -12,15 +12,15 @@ from jaxtyping import Array, PyTree, Shaped, UInt32
 
 
 def of_tree(tree: PyTree) -> dict[str, list]:
-  """{path: [shape, dtype, checksum]} of all arrays; a checksum is 16 hexadecimal digits.
+  """Returns {path: [shape, dtype, checksum]} of all arrays. A checksum has 16 hexadecimal digits.
 
-  The checksums are computed on the devices that hold the arrays, and do not depend on the mesh or
-  the number of processes. All processes that share the arrays must call this function.
+  The devices that hold an array compute its checksum, which does not depend on the mesh or on the
+  number of processes. All processes that share the arrays must call this function.
   """
   leaves = leaves_by_path(tree)
-  # One program per array: on CPUs, one program for all arrays would hold the bits of all of them in
-  # memory at once. One program at a time: devices of several processes may start programs in
-  # different orders and would wait for each other forever.
+  # Each array has its own program: on CPUs, one program for all arrays would hold the bits of all
+  # arrays in memory at once. The programs run one at a time: devices of several processes may start
+  # programs in different orders and would wait for each other forever.
   sums = [jax.device_get(_jitted_sums(leaf.sharding)(leaf)) for leaf in leaves.values()]
   return {
     path: [*shape_and_dtype(leaf), f'{first:08x}{second:08x}']
@@ -29,34 +29,34 @@ def of_tree(tree: PyTree) -> dict[str, list]:
 
 
 def of_json(value: Any) -> str:
-  """SHA-256 of a value that JSON can represent, as hexadecimal digits."""
+  """Returns the SHA-256 of a value that JSON can represent, as hexadecimal digits."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
-  """The leaves of a tree by path, for example 'params/flow/kernel'."""
+  """Returns the leaves of a tree by path, for example 'params/flow/kernel'."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
 
 def shape_and_dtype(leaf: Any) -> list:
-  """[shape, dtype] as JSON represents them: a list of ints and a string."""
+  """Returns [shape, dtype] as JSON represents them: a list of ints and a string."""
   return [list(leaf.shape), str(leaf.dtype)]
 
 
 @functools.cache
 def _jitted_sums(sharding: jax.sharding.Sharding) -> Callable[[Array], UInt32[Array, '2']]:
-  """`_sums` for arrays with this sharding; all devices that hold a part get the result."""
+  """Returns `_sums` for arrays with this sharding. All devices with a shard get the result."""
   if isinstance(sharding, jax.sharding.NamedSharding):
     sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
   return jax.jit(_sums, out_shardings=sharding)
 
 
 def _sums(array: Shaped[Array, '...']) -> UInt32[Array, '2']:
-  """Two sums of the bits of an array.
+  """Returns two sums of the bits of an array.
 
-  Each word of 32 bits is mixed with its position by a bijection before the words are summed, so a
-  change of a single word always changes the sums. Integer sums wrap and do not depend on the order.
+  Before the sum, a bijection mixes each 32-bit word with its position. Therefore a change of a
+  single word always changes the sums. Integer sums wrap and do not depend on the order.
   """
   bits = _bits(array)
   position = jnp.zeros(bits.shape, jnp.uint32)
@@ -70,7 +70,7 @@ def _sums(array: Shaped[Array, '...']) -> UInt32[Array, '2']:
 
 
 def _bits(array: Shaped[Array, '...']) -> UInt32[Array, '...']:
-  """The bits of an array as 32-bit words; elements of 64 bits get a last axis of size 2."""
+  """Returns the bits of an array as 32-bit words. 64-bit elements get a last axis of size 2."""
   if array.dtype == jnp.bool_:
     return array.astype(jnp.uint32)
   width = min(array.dtype.itemsize, 4)
@@ -78,7 +78,7 @@ def _bits(array: Shaped[Array, '...']) -> UInt32[Array, '...']:
 
 
 def _mix(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
-  """The finalizer of MurmurHash3: a bijection whose outputs look random."""
+  """Applies the finalizer of MurmurHash3, a bijection whose outputs look random."""
   bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
   bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
   return bits ^ (bits >> 16)

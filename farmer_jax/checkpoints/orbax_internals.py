@@ -1,8 +1,8 @@
-"""What this project uses of Orbax and TensorStore beyond their public API.
+"""Uses of Orbax, TensorStore and JAX beyond their public interfaces.
 
-Written for Orbax 0.12.8, TensorStore 0.1.86 and JAX 0.10.2: texts of exceptions, keys of barriers,
-log records, the list of items, and the client of JAX's coordination service.
-tests/checkpoints/test_orbax_internals.py fails where a new version differs.
+This module depends on texts of exceptions, keys of barriers, log records, the list of items, and
+the client of JAX's coordination service. It is written for Orbax 0.12.8, TensorStore 0.1.86 and JAX
+0.10.2. tests/checkpoints/test_orbax_internals.py fails if a new version differs.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ _ENVIRONMENT_STATUS = re.compile(
   'PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED'
 )
 
-# The key of every barrier at which Orbax waits for the processes that write a checkpoint.
+# Part of the key of every barrier at which Orbax waits for processes that write a checkpoint.
 _SAVE_BARRIER = 'async_'
 
 
 class CorruptCheckpoint(Exception):
-  """A checkpoint differs from what was saved. The message is the reason, without the step."""
+  """A checkpoint differs from the saved values. The message is the reason, without the step."""
 
 
 @contextlib.contextmanager
 def classify_exceptions() -> Iterator[None]:
-  """Turns faults of the environment into `CheckpointError`, others into `CorruptCheckpoint`.
+  """Converts faults of the environment to `CheckpointError`, and others to `CorruptCheckpoint`.
 
   Orbax and TensorStore raise almost any type of exception for corrupt files.
   """
@@ -50,7 +50,7 @@ def classify_exceptions() -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-  """An exception of Orbax or TensorStore in a few words, without long paths."""
+  """Describes an exception of Orbax or TensorStore in a few words, without long paths."""
   error = _root_cause(error)
   text = ' '.join(str(error).split())
   if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
@@ -71,16 +71,16 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def item_names(folder: epath.Path) -> set[str]:
-  """The names of the items that were saved in a checkpoint, whether or not they still exist."""
+  """Returns the names of the items that were saved in a checkpoint, even if they are missing."""
   return set(json.loads((folder / '_CHECKPOINT_METADATA').read_text())['item_handlers'])
 
 
 def make_barrier() -> Callable[..., None] | None:
-  """The `barrier_sync_fn` of `ocp.AsyncOptions`; None for a single process.
+  """Returns the `barrier_sync_fn` of `ocp.AsyncOptions`, or None for a single process.
 
-  With Orbax's own barrier, processes wait for a process that failed to save until the timeout. This
-  barrier is a numbered rendezvous: each process publishes the key at which it waits. Where the keys
-  differ, one process has left the save; the processes that are still in it raise `OSError`.
+  At Orbax's own barrier, processes wait until the timeout for a process that failed to save. At
+  this barrier, each process publishes the key at which it waits. If the keys differ, one process
+  has left the save, and the processes that are still in the save raise `OSError`.
   """
   if jax.process_count() == 1:
     return None
@@ -102,7 +102,7 @@ def make_barrier() -> Callable[..., None] | None:
       if keys == {key}:
         return
       if _SAVE_BARRIER in key:
-        raise OSError('another process could not write its part')
+        raise OSError('another process could not write its shards')
 
   return barrier
 
@@ -110,8 +110,8 @@ def make_barrier() -> Callable[..., None] | None:
 _BARRIER_IDS = itertools.count()
 
 
-def hide_orbax_tracebacks() -> None:
-  """Hides, without --verbosity=1, the tracebacks of failures that `Checkpointer` reports."""
+def hide_orbax_errors() -> None:
+  """Hides tracebacks of failures that `Checkpointer` reports, except with --verbosity=1."""
   absl_logging.get_absl_logger().addFilter(_is_not_orbax_error)
 
 

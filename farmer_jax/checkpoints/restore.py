@@ -1,6 +1,6 @@
-"""Restores the newest valid checkpoint; every array is verified by its checksum.
+"""Restores checkpoints. The checksum of every array is verified.
 
-A restore executes no code from a checkpoint: TensorStore reads the arrays, everything else is JSON.
+A restore executes no code from a checkpoint. TensorStore reads the arrays. All other data are JSON.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from farmer_jax.distributed import processes
 
 FOLDER = 'checkpoints'
 
-# The items of a checkpoint. The manifest has the keys 'format'; 'leaves', the result of
-# `checksums.of_tree` for the state; 'data_iterator', the checksum of that item; 'loss', the
-# validation loss or None; 'digest', the checksum of the other keys.
+# The items of a checkpoint. The manifest has the keys `format`, `leaves` (the result of
+# `checksums.of_tree` for the state), `data_iterator` (the checksum of this item), `loss` (the
+# validation loss or None) and `digest` (the checksum of the other keys).
 STATE, DATA_ITERATOR, MANIFEST = 'state', 'data_iterator', 'manifest'
 
 # Format 2: TrainState(step, params, opt_state, ema_params). Earlier formats had no item `manifest`.
@@ -34,7 +34,7 @@ T = TypeVar('T')
 def restore_state(
   workdir: epath.Path, state: PyTree
 ) -> tuple[tuple[int, tuple[PyTree, dict]] | None, list[int]]:
-  """Restores the newest valid checkpoint, in all processes together; see `Checkpointer`.
+  """Restores the newest valid checkpoint in all processes together. See `Checkpointer`.
 
   Returns (step, (state, iterator state)), or None if there is no checkpoint, and the steps of
   newer, corrupt checkpoints.
@@ -56,14 +56,15 @@ def restore_state(
 def restore_params(
   workdir: epath.Path, name: str, shapes: PyTree, step: int | None = None
 ) -> tuple[PyTree, int]:
-  """Restores 'params' or 'ema_params' to the first local device of each process; and their step.
+  """Restores 'params' or 'ema_params' to the first local device of each process.
 
-  Nothing is moved or written: the run may be training at the same time. `shapes` is a tree of
-  shapes and dtypes. Without `step`, the newest valid checkpoint is restored.
+  No file is changed, because the run may be training at the same time. `shapes` is a tree of shapes
+  and dtypes. Without `step`, the newest valid checkpoint is restored. Returns the parameters and
+  their step.
 
   Raises:
-    CheckpointError: the checkpoint does not exist, is corrupt, or belongs to another model or to
-      another version of this program.
+    CheckpointError: the checkpoint does not exist, is corrupt, cannot be read, or belongs to
+      another model or version of farmer_jax.
   """
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   target = {
@@ -89,12 +90,12 @@ def restore_params(
 
 
 def list_steps(workdir: epath.Path) -> list[int]:
-  """The steps of all complete checkpoints, in increasing order; they may be corrupt."""
+  """Returns the steps of all complete checkpoints, even corrupt ones, in increasing order."""
   return sorted(ocp.utils.checkpoint_steps(workdir / FOLDER))
 
 
 def read_losses(workdir: epath.Path) -> dict[int, float]:
-  """{step: validation loss} of the checkpoints with a valid manifest that holds a loss."""
+  """Returns {step: validation loss} of the checkpoints with a valid manifest and a loss."""
   losses = {}
   for step in list_steps(workdir):
     with (
@@ -102,7 +103,7 @@ def read_losses(workdir: epath.Path) -> dict[int, float]:
       orbax_internals.classify_exceptions(),
     ):
       losses[step] = _read_manifest(workdir / FOLDER / str(step))['loss']
-  # All processes must delete the same checkpoints: process 0 decides. JSON turns keys into strings.
+  # Process 0 decides, so that all processes delete the same checkpoints. JSON keys are strings.
   losses = processes.gather(losses)[0]
   return {int(step): loss for step, loss in losses.items() if loss is not None}
 
@@ -110,9 +111,9 @@ def read_losses(workdir: epath.Path) -> dict[int, float]:
 def _newest_valid(
   workdir: epath.Path, read: Callable[[epath.Path], T]
 ) -> tuple[tuple[int, T] | None, list[int]]:
-  """Calls read(folder) for checkpoints from the newest to the oldest until one is valid.
+  """Calls `read(folder)` for checkpoints from the newest to the oldest until one is valid.
 
-  `read` must raise `CorruptCheckpoint` in all processes or in none. Returns as `restore_state`.
+  `read` must raise `CorruptCheckpoint` in all processes or in none. See `restore_state`.
   """
   corrupt: dict[int, str] = {}
   while True:
@@ -134,31 +135,31 @@ def _newest_valid(
   if corrupt:
     reasons = '; '.join(f'step {step}: {reason}' for step, reason in corrupt.items())
     raise errors.CheckpointError(
-      f'all checkpoints in {workdir / FOLDER} are corrupt ({reasons}); copy a valid one there, or'
-      ' delete the folder to restart from step 0'
+      f'all checkpoints in {workdir / FOLDER} are corrupt ({reasons}); copy a valid checkpoint into'
+      ' this folder, or delete the folder to restart from step 0'
     )
   return None, []
 
 
 def _restore_step(workdir: epath.Path, step: int, read: Callable[[epath.Path], T]) -> T:
-  """read(folder) of the checkpoint `step`; every failure is a `CheckpointError`."""
+  """Returns `read(folder)` of one checkpoint. Converts every failure to a `CheckpointError`."""
   steps = processes.gather(list_steps(workdir))[0]
   if step not in steps:
     raise errors.CheckpointError(
       f'{workdir} has no checkpoint of step {step} (it has {", ".join(map(str, steps)) or "none"});'
-      ' config.train.keep_checkpoints and config.train.keep_every of that run decide which are kept'
+      ' --config.train.keep_checkpoints and --config.train.keep_every define which steps are stored'
     )
   folder = workdir / FOLDER / str(step)
   try:
     return read(folder)
   except CorruptCheckpoint as error:
     raise errors.CheckpointError(
-      f'checkpoint {folder} is corrupt ({error}); replace it with a copy, or name another step'
+      f'checkpoint {folder} is corrupt ({error}); replace it with a copy, or choose another step'
     ) from error
 
 
 def _on_all_processes(action: Callable[[], T]) -> T:
-  """Runs action() in every process. If it fails in one process, all processes raise that error."""
+  """Runs `action()` in every process. If it fails in one process, all processes raise the error."""
   problem: tuple[bool, str] | None = None
   try:
     with orbax_internals.classify_exceptions():
@@ -175,9 +176,9 @@ def _on_all_processes(action: Callable[[], T]) -> T:
 def _read(
   folder: epath.Path, items: dict[str, Any], target: PyTree, exact: bool = False
 ) -> tuple[dict, Any]:
-  """The manifest of a checkpoint and the restored items, not verified.
+  """Returns the manifest of a checkpoint and the restored items, which are not verified yet.
 
-  The checkpoint must have the arrays of `target` and, with `exact`, no others.
+  The checkpoint must contain the arrays of `target` and, with `exact`, no other arrays.
   """
   manifest = _read_manifest(folder)
   saved = {path: described[:2] for path, described in manifest['leaves'].items()}
@@ -187,13 +188,13 @@ def _read(
     if saved.get(path) != expected.get(path):
       raise errors.CheckpointError(
         f'checkpoint {folder} belongs to another model: {path} is {saved.get(path)} in the'
-        f' checkpoint and {expected.get(path)} in this model; use the config of that run'
+        f' checkpoint and {expected.get(path)} in this model; use the configuration of the run'
       )
   return manifest, _restore_items(folder, items)
 
 
 def _read_manifest(folder: epath.Path) -> dict:
-  """The verified manifest; `CheckpointError` if another version wrote the checkpoint."""
+  """Returns the verified manifest. Raises an error if another version wrote the checkpoint."""
   if not any(folder.iterdir()):
     raise CorruptCheckpoint('it is empty')
   if MANIFEST not in orbax_internals.item_names(folder) and not (folder / MANIFEST).exists():
@@ -208,7 +209,7 @@ def _read_manifest(folder: epath.Path) -> dict:
   if manifest['format'] != FORMAT:
     raise errors.CheckpointError(
       f'checkpoint {folder} has format {manifest["format"]}, and this version of farmer_jax reads'
-      f' format {FORMAT}; use the version that wrote it, or choose another --workdir'
+      f' format {FORMAT}; use the version that wrote the checkpoint, or choose another --workdir'
     )
   return manifest
 

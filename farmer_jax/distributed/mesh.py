@@ -25,7 +25,7 @@ class Mesh:
 
   Attributes:
     mesh: the `jax.sharding.Mesh`.
-    batch_shards: the number of parts of a batch.
+    batch_shards: the number of shards of a batch.
     replicated: the sharding of arrays that every device holds completely.
     sharded: the sharding of batches, along their first axis.
 
@@ -39,8 +39,7 @@ class Mesh:
     types = (AxisType.Auto,) * len(AXES)
     self.mesh = jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
     self.batch_shards = sizes[0] * sizes[1]
-    # A group is the set of devices that share one copy of the parameters; its members are the
-    # devices in it.
+    # The devices that share one copy of the parameters are the members of a group.
     self._rules: list[tuple[str, Any]] = [
       *(('batch', ('data', 'fsdp')), ('group', ('data',)), ('members', ('tensor', 'fsdp'))),
       *((name, _parse_rule(name, getattr(mesh, name))) for name in ('embed', 'hidden', 'outputs')),
@@ -50,15 +49,15 @@ class Mesh:
 
   @contextlib.contextmanager
   def activate(self) -> Iterator[None]:
-    """Context in which traced functions resolve their sharding constraints on this mesh."""
+    """Context in which traced functions resolve sharding constraints on this mesh."""
     with jax.set_mesh(self.mesh), nn.logical_axis_rules(self._rules):
       yield
 
   def shardings(self, tree: PyTree) -> PyTree:
-    """The `NamedSharding` of each array of a tree, by the logical axis names in its box.
+    """Returns the `NamedSharding` of each array of a tree, by the logical axis names in its box.
 
-    Arrays without an `nn.Partitioned` box are replicated, and so are axes that cannot be divided
-    evenly. The result has no boxes.
+    Arrays without an `nn.Partitioned` box and axes that cannot be divided evenly are replicated.
+    The result has no boxes.
     """
     specs = nn.logical_to_mesh(nn.get_partition_spec(tree), self._rules)
     uneven, total = 0, 0
@@ -77,12 +76,12 @@ class Mesh:
     if uneven > total / 20:
       logging.info(
         f'{uneven / total:.0%} of the training state is not sharded over all axes of the mesh'
-        f' {dict(self.mesh.shape)}: array sizes are not multiples of the axis sizes.'
+        f' {dict(self.mesh.shape)}, because array sizes are not multiples of the axis sizes.'
       )
     return shardings
 
   def abstract(self, tree: PyTree) -> PyTree:
-    """`jax.ShapeDtypeStruct` for each array of a tree of shapes, with its sharding."""
+    """Returns a `jax.ShapeDtypeStruct` with a sharding for each array of a tree of shapes."""
     return jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
       unboxed(tree),
@@ -90,31 +89,31 @@ class Mesh:
     )
 
   def place(self, tree: PyTree) -> PyTree:
-    """Shards arrays that every process holds completely; removes their boxes."""
+    """Removes the boxes of a tree, and shards its arrays, which every process holds completely."""
     return jax.device_put(unboxed(tree), self.shardings(tree))
 
-  def process_share(self) -> tuple[int, int]:
-    """The part of each batch that this process reads: (index, number of parts).
+  def process_shard(self) -> tuple[int, int]:
+    """Returns the shard of each batch that this process reads: (index, number of shards).
 
-    Processes that differ only along the axis `tensor` read the same part.
+    Processes that differ only along the axis `tensor` read the same shard.
     """
     count = self.batch_shards
     slices = self.sharded.addressable_devices_indices_map((count,)).values()
     rows = sorted({row for part in slices if part for row in range(*part[0].indices(count))})
     size = len(rows)
-    if rows[-1] - rows[0] >= size or rows[0] % size:  # not adjacent, or not a part of equal parts
+    if rows[-1] - rows[0] >= size or rows[0] % size:  # not adjacent, or not one of equal shards
       raise ConfigError(
-        f'config.mesh.tensor={self.mesh.shape["tensor"]} must divide the number of devices of a'
-        f' process, {jax.local_device_count()}, or be a multiple of it'
+        f'--config.mesh.tensor={self.mesh.shape["tensor"]} must be a divisor or a multiple of the'
+        f' number of devices of a process, {jax.local_device_count()}'
       )
     return rows[0] // size, count // size
 
   def global_batch(self, arrays: PyTree) -> PyTree:
-    """Global arrays, sharded along their first axis, from this process's part (NumPy)."""
+    """Assembles global arrays, sharded along their first axis, from each process's NumPy shard."""
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(self.sharded, a), arrays)
 
   def round_up(self, batch_size: int) -> int:
-    """The smallest size of at least `batch_size` that can be sharded evenly."""
+    """Rounds a batch size up to a multiple of the number of shards."""
     return -(-batch_size // self.batch_shards) * self.batch_shards
 
   def _num_shards(self, axes: None | str | tuple[str, ...]) -> int:
@@ -123,33 +122,33 @@ class Mesh:
 
 
 def _axis_sizes(mesh: config_lib.Mesh, num_devices: int) -> tuple[int, ...]:
-  """The sizes of the axes; a size of 0 takes the remaining devices."""
+  """Returns the axis sizes. A configured size of 0 takes the remaining devices."""
   given = [mesh.data, mesh.fsdp, mesh.tensor]
-  # The default data=0 takes no devices where another axis takes the remaining ones.
+  # The default data=0 means 1 if another axis takes the remaining devices.
   sizes = [1 if not given[0] and 0 in given[1:] else given[0], *given[1:]]
   known = math.prod(size for size in sizes if size)
   sizes = [size or max(1, num_devices // known) for size in sizes]
   if math.prod(sizes) != num_devices:
-    keys = ', '.join(f'config.mesh.{a}={n}' for a, n in zip(AXES, given, strict=True))
+    keys = ', '.join(f'--config.mesh.{a}={n}' for a, n in zip(AXES, given, strict=True))
     raise ConfigError(
-      f'the product of {keys} is not the number of devices, {num_devices}; 0 takes the remaining'
-      ' devices'
+      f'the product of {keys} must be the number of devices, {num_devices}; a size of 0 takes the'
+      ' remaining devices'
     )
   return tuple(sizes)
 
 
 def _parse_rule(name: str, rule: str) -> tuple[str, ...] | None:
-  """The mesh axes of config.mesh.<name>, a string such as 'fsdp,tensor'; None if empty."""
+  """Returns the mesh axes in config.mesh.<name>, such as 'fsdp,tensor', or None if it is empty."""
   axes = tuple(filter(None, rule.split(',')))
   if set(axes) - set(AXES) or len(set(axes)) < len(axes):
     raise ConfigError(
-      f'config.mesh.{name}={rule!r} must name axes of {", ".join(AXES)}, each at most once'
+      f'--config.mesh.{name}={rule!r} must list some of {", ".join(AXES)}, each at most once'
     )
   return axes or None
 
 
 def unboxed(tree: PyTree) -> PyTree:
-  """The tree without boxes; unlike `nn.unbox`, it adds no sharding constraints."""
+  """Removes boxes. Unlike `nn.unbox`, this function adds no sharding constraints."""
   return jax.tree.map(
     lambda node: getattr(node, 'value', node) if isinstance(node, nn.meta.AxisMetadata) else node,
     tree,
@@ -158,7 +157,7 @@ def unboxed(tree: PyTree) -> PyTree:
 
 
 class LocalDevices(Mesh):
-  """The devices of this process: batches are sharded over them, other arrays are replicated."""
+  """The devices of this process. Batches are sharded over them. Other arrays are replicated."""
 
   def __init__(self) -> None:
     super().__init__(config_lib.Mesh(), jax.local_devices())

@@ -1,4 +1,4 @@
-"""Preemption: clusters send SIGTERM some time before they take a machine away."""
+"""Handles preemption: clusters send SIGTERM some time before they take a machine away."""
 
 import contextlib
 import ctypes
@@ -14,7 +14,7 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-# EX_TEMPFAIL of sysexits.h: the progress is saved, and running the same command again resumes.
+# EX_TEMPFAIL of sysexits.h. The progress is saved, and the same command resumes the job.
 EXIT_CODE = 75
 
 # A cluster may send one notice twice, to the process and to its process group. A SIGTERM within
@@ -23,7 +23,7 @@ _DUPLICATE_SECONDS = 1.0
 
 
 class Preempted(Exception):
-  """The job has saved its progress and must be started again; main exits with `EXIT_CODE`."""
+  """The job has saved its progress and must be started again. `main` exits with `EXIT_CODE`."""
 
 
 class PreemptionListener:
@@ -37,9 +37,9 @@ class PreemptionListener:
     self._jax_handler: Callable[[int], None] | None = None
 
   def __enter__(self) -> 'PreemptionListener':
-    # In several processes, JAX has installed a signal handler written in C, through which all
-    # processes agree on the step after which they stop. Python does not know that handler, so
-    # `_on_signal` calls it.
+    # With several processes, JAX has installed a signal handler in C, through which all processes
+    # agree on the step after which they stop. Python does not know this handler, so `_on_signal`
+    # calls it.
     if jax.process_count() > 1 and threading.current_thread() is threading.main_thread():
       self._jax_handler = _c_handler()
     self._previous = _set_handler(self._on_signal)
@@ -56,14 +56,14 @@ class PreemptionListener:
         os._exit(128 + number)
       return
     self._first_time = time.monotonic()
-    logging.warning('SIGTERM: saving a checkpoint, then exiting. Another SIGTERM exits at once.')
+    logging.warning('SIGTERM: the job saves a checkpoint and exits. Another SIGTERM exits at once.')
     if self._jax_handler:
       self._jax_handler(number)
 
   def should_stop(self, step: int) -> bool:
-    """Whether to save and exit after `step`. Must be called after each step.
+    """Returns whether to save and exit after `step`. Must be called after each step.
 
-    All processes get True after the same step, once any of them has received SIGTERM.
+    After any process has received SIGTERM, all processes get True at the same step.
     """
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
@@ -72,7 +72,7 @@ class PreemptionListener:
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-  """Context of a job without unsaved progress: SIGTERM exits at once with `EXIT_CODE`."""
+  """Context of a job without unsaved progress. SIGTERM exits at once with `EXIT_CODE`."""
   previous = _set_handler(lambda number, frame: os._exit(EXIT_CODE))
   try:
     yield
@@ -81,16 +81,16 @@ def exit_on_sigterm() -> Iterator[None]:
 
 
 def _set_handler(handler: Any) -> Any:
-  """Sets the handler of SIGTERM; returns the previous one, None if Python does not know it."""
-  # Python allows signal handlers in the main thread only. A job in another thread, for example in a
-  # notebook, does not listen.
+  """Sets the handler of SIGTERM. Returns the previous handler, or None if it is unknown."""
+  # Python allows signal handlers only in the main thread. A job in another thread, for example in a
+  # notebook, does not handle SIGTERM.
   if threading.current_thread() is threading.main_thread():
     return signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
   return None
 
 
 def _c_handler() -> Callable[[int], None] | None:
-  """The SIGTERM handler that C code has installed, as a function; None if there is none."""
+  """Removes the SIGTERM handler of C code. Returns it as a function, or None if there is none."""
   set_handler = ctypes.CDLL(None).signal
   set_handler.restype, set_handler.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
   address = set_handler(signal.SIGTERM, None)

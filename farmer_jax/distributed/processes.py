@@ -1,4 +1,4 @@
-"""The processes of one job: how they connect, exchange values and wait for each other."""
+"""Connects the processes of a job, exchanges values between them, and synchronizes them."""
 
 import json
 from collections.abc import Callable
@@ -16,10 +16,10 @@ T = TypeVar('T')
 def start(
   coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-  """Connects this process to the other processes of the job; must precede any other use of JAX.
+  """Connects this process to the other processes of the job. Must precede any other use of JAX.
 
-  `coordinator` is host:port of process 0. Without arguments, JAX reads them from the environment of
-  TPU pods, SLURM, Open MPI or Kubernetes.
+  `coordinator` is host:port of process 0. If all arguments are None, JAX reads their values from
+  the environment of TPU pods, SLURM, Open MPI or Kubernetes.
 
   Raises:
     ConfigError: the arguments are incomplete or out of range.
@@ -27,7 +27,7 @@ def start(
   """
   if (coordinator, num_processes, process_id) != (None, None, None):
     if coordinator is None or num_processes is None or process_id is None:
-      raise ConfigError('give all three of --coordinator, --num_processes and --process_id')
+      raise ConfigError('set all three of --coordinator, --num_processes and --process_id')
     if not 0 <= process_id < num_processes:
       raise ConfigError(f'--process_id={process_id} must be from 0 to {num_processes - 1}')
   try:
@@ -43,8 +43,8 @@ def start(
 def gather(value: T) -> list[T]:
   """Gathers one value from each process, in the order of the processes.
 
-  `multihost_utils.process_allgather` takes arrays of equal shapes only; this function takes any
-  value that JSON can represent. All processes must call it.
+  A value is anything that JSON can represent. `multihost_utils.process_allgather` takes only arrays
+  of equal shapes. All processes must call this function.
   """
   if jax.process_count() == 1:
     return [value]
@@ -56,9 +56,9 @@ def gather(value: T) -> list[T]:
 
 
 def on_process_zero(action: Callable[[], object]) -> None:
-  """Runs action() in process 0 while the other processes wait.
+  """Runs `action()` in process 0 while the other processes wait.
 
-  If action() raises a `UserError`, the other processes raise `ProcessError`.
+  If the action raises a `UserError`, the other processes raise `ProcessError`.
   """
   error = None
   if not jax.process_index():
@@ -70,10 +70,10 @@ def on_process_zero(action: Callable[[], object]) -> None:
   if error:
     raise error
   if failed:
-    raise ProcessError('process 0 failed; its message names the cause')
+    raise ProcessError('process 0 failed; its error message names the cause')
 
 
 def barrier(name: str) -> None:
-  """Waits until all processes have called barrier(name)."""
+  """Waits until all processes have called `barrier(name)`."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)

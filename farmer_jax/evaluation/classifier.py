@@ -1,7 +1,7 @@
 """A small classifier of the training images, in place of Inception.
 
-Inception is trained on color photographs. For small or gray images the features of this classifier
-are compared instead. It also shows how often a sample is recognized as its class.
+Inception is trained on color photographs. For small or gray images, the features of this classifier
+are compared instead. The classifier also shows how often a sample is recognized as its class.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ Params = dict[str, Any]
 
 
 class Classifier(nn.Module):
-  """Three strided convolutions and a hidden layer, whose units are the features."""
+  """Three strided convolutions and a hidden layer. The hidden units are the features."""
 
   num_classes: int
 
@@ -48,7 +48,7 @@ class Classifier(nn.Module):
 def load_or_train(data: config.Data, train_source: base.Source, folder: epath.Path) -> Params:
   """Returns the parameters of the classifier of the training images.
 
-  The classifier is trained once. Its parameters are written to `folder`, and later calls read them.
+  The first call trains the classifier and writes the parameters to `folder`. Later calls read them.
   """
   images = base.fingerprint(train_source), len(train_source)
   key = *images, data.image_size, data.channels, data.num_classes
@@ -62,14 +62,14 @@ def load_or_train(data: config.Data, train_source: base.Source, folder: epath.Pa
       with file.open('rb') as opened, np.load(opened, allow_pickle=False) as arrays:
         return jax.tree.unflatten(tree, [arrays[f'arr_{i}'] for i in range(len(leaves))])
     except (*image_sets.NPZ_ERRORS, KeyError) as error:
-      logging.warning(f'{file} is damaged ({error}); training the classifier again.')
+      logging.warning(f'{file} is corrupt ({error}). The classifier is trained again.')
   params = _train(network, train_source, initial, data.flip)
   image_sets.save_npz(file, {f'arr_{i}': leaf for i, leaf in enumerate(jax.tree.leaves(params))})
   return params
 
 
 def _train(network: Classifier, source: base.Source, params: Params, flip: bool) -> Params:
-  """Trains with Adam and a cosine schedule, on images that are shifted and mirrored at random."""
+  """Trains with Adam and a cosine schedule on augmented images."""
   optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _STEPS))
 
   @jax.jit
@@ -96,7 +96,7 @@ def _train(network: Classifier, source: base.Source, params: Params, flip: bool)
 
 
 def _augment(images: Images, step: int, flip: bool) -> Images:
-  """Shifts each image by up to two pixels, and mirrors half of them if the model's are mirrored."""
+  """Shifts each image by up to two pixels. With `flip`, mirrors it with probability 1/2."""
   key_shift, key_flip = (random.named_key(_SEED, name, step) for name in ('shift', 'mirror'))
   shifts = jax.random.randint(key_shift, (len(images), 2), -2, 3)
   images = jax.vmap(lambda image, shift: jnp.roll(image, shift, (0, 1)))(images, shifts)

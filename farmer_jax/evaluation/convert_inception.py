@@ -3,8 +3,8 @@
     python -m farmer_jax.evaluation.convert_inception \
       pt_inception-2015-12-05-6726825d.pth inception.npz
 
-The file is in the release fid_weights of github.com/mseitzer/pytorch-fid. The conversion needs
-PyTorch (`pip install torch`); reading the npz file does not.
+The file is in the release fid_weights of github.com/mseitzer/pytorch-fid. Only the conversion needs
+PyTorch (`pip install torch`).
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from farmer_jax.workdir import layout
 
 PYTORCH_FILE = 'pt_inception-2015-12-05-6726825d.pth'
 
-# PyTorch names, by Flax names of the leaves.
+# Flax name of a leaf -> PyTorch name.
 _LEAF_NAMES = dict(kernel='weight', scale='weight', mean='running_mean', var='running_var')
-# Axes of Flax kernels in PyTorch's arrays, by their number: PyTorch has [out, in, height, width].
+# Number of axes -> axes of a PyTorch array, [out, in, height, width], in the order of Flax.
 _AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 
 
@@ -31,7 +31,7 @@ def convert(source: epath.Path, target: epath.Path) -> None:
   """Converts the PyTorch file `source` and writes the npz file `target`.
 
   Raises:
-    DataError: the file cannot be read without executing code, or it holds other tensors.
+    DataError: the file cannot be read without executing code, or it contains other tensors.
     ConfigError: PyTorch is not installed.
   """
   tensors = _read(source)
@@ -59,13 +59,13 @@ def convert(source: epath.Path, target: epath.Path) -> None:
 
 
 def convert_once(source: epath.Path, folder: epath.Path) -> epath.Path:
-  """Returns the npz file in `folder` that belongs to a PyTorch file; converts if it is missing."""
+  """Returns the npz file in `folder` that belongs to a PyTorch file. Creates it if necessary."""
   try:
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
   except OSError as error:
     raise errors.DataError(
       f'cannot read the Inception weights {source} ({error.strerror or error}); set'
-      f' config.fidelity.weights to {PYTORCH_FILE} or to an npz file made from it'
+      f' --config.fidelity.weights to {PYTORCH_FILE} or to an npz file converted from it'
     ) from error
   target = folder / f'inception-{digest[:8]}.npz'
   if not target.exists():
@@ -74,14 +74,14 @@ def convert_once(source: epath.Path, folder: epath.Path) -> epath.Path:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-  """The tensors in a PyTorch file. `weights_only` refuses pickled objects of other types."""
+  """Returns the tensors in a PyTorch file. `weights_only` refuses other pickled objects."""
   try:
     import torch
   except ImportError as error:
     raise errors.ConfigError(
-      f'reading {path} needs PyTorch, which is not installed; where it is, run `python -m'
-      f' farmer_jax.evaluation.convert_inception {path.name} inception.npz` and set'
-      ' config.fidelity.weights=inception.npz'
+      f'reading {path} needs PyTorch, which is not installed; on a machine with PyTorch, run'
+      f' `python -m farmer_jax.evaluation.convert_inception {path.name} inception.npz`, and set'
+      ' --config.fidelity.weights=inception.npz'
     ) from error
   try:
     with path.open('rb') as file:
@@ -90,7 +90,7 @@ def _read(path: epath.Path) -> dict[str, Any]:
       raise TypeError('other objects')
   except MemoryError:
     raise
-  except Exception as error:  # Damaged files raise exceptions of many types.
+  except Exception as error:  # Corrupt files cause exceptions of many types.
     raise errors.DataError(
       f'{path} is not a PyTorch file of named tensors ({type(error).__name__}); get {PYTORCH_FILE}'
       ' from the release fid_weights of github.com/mseitzer/pytorch-fid'
@@ -100,13 +100,13 @@ def _read(path: epath.Path) -> dict[str, Any]:
 
 
 def _pytorch_name(path: str) -> str:
-  """The PyTorch name of a variable such as params/Mixed_5b/branch1x1/bn/scale."""
+  """Returns the PyTorch name of a variable such as params/Mixed_5b/branch1x1/bn/scale."""
   _, *modules, leaf = path.split('/')
   return '.'.join([*modules, _LEAF_NAMES.get(leaf, leaf)])
 
 
 def _first_names(names: set[str]) -> str:
-  """The first names, shortened, and the number of the others."""
+  """Lists the first three names, shortened, and the number of other names."""
   shown = [repr(name[:40]) for name in sorted(names)[:3]]
   return ' and '.join(shown + ([f'{len(names) - 3} more'] if len(names) > 3 else []))
 

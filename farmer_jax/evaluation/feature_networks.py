@@ -1,4 +1,4 @@
-"""Networks whose features are compared: Inception-v3, or a classifier of the training images."""
+"""Networks that compute features: Inception-v3, or a classifier of the training images."""
 
 import dataclasses
 import itertools
@@ -24,8 +24,8 @@ from farmer_jax.evaluation.image_sets import ImageSet, Labels, from_path, from_s
 from farmer_jax.ops import sample_quality
 from farmer_jax.workdir import layout
 
-# Metrics in features of the classifier cannot be compared with metrics in features of Inception, so
-# they have names of their own.
+# Metrics of classifier features are not comparable to metrics of Inception features, so their names
+# differ.
 _CLASSIFIER_NAMES = {
   'fid': 'classifier_frechet_distance',
   'inception_score': 'classifier_score',
@@ -35,18 +35,18 @@ _CLASSIFIER_NAMES = {
 
 @dataclasses.dataclass
 class FeatureNetwork:
-  """A network that turns images into features, on all devices of this process.
+  """A network that computes features of images on all devices of this process.
 
-  `name` is 'inception' or 'classifier'; `num_features` is the number of pool features of an image.
-  `accuracy` is that of a classifier on held-out real images. A network with an `image_size`, in
-  pixels, accepts no other size.
+  `name` is 'inception' or 'classifier'. `num_features` is the number of pool features of an image.
+  `accuracy` is the accuracy of a classifier on held-out real images. A network with an
+  `image_size`, in pixels, accepts no other size.
   """
 
   name: str
   apply: Callable[[Any, UInt8[Array, 'B H W C']], Outputs]
   params: dict[str, Any]
   num_features: int
-  batch_size: int  # is rounded up to a multiple of the number of devices
+  batch_size: int  # rounded up to a multiple of the number of devices
   image_size: int | None = None
   accuracy: float | None = None
 
@@ -59,18 +59,18 @@ class FeatureNetwork:
   def statistics(
     self, images: ImageSet, description: str, max_features: int = 0, with_logits: bool = True
   ) -> Statistics:
-    """Computes the statistics of images in one pass, under a progress bar with a description.
+    """Computes the statistics of images in one pass. A progress bar shows `description`.
 
-    Features are those of `max_features` images, which are evenly spread over the set.
+    The result has the features of `max_features` images, which are evenly spread over the set.
 
     Raises:
-      DataError: the images have another size than the network accepts.
+      DataError: the network does not accept the size of the images.
     """
     height, width = images.gather(np.array([0])).shape[1:3]
     if self.image_size not in (None, height):
       raise DataError(
-        f'the images of {images.name} have {height} × {width} pixels, and the classifier accepts'
-        f' {self.image_size} × {self.image_size}; set config.fidelity.network=inception'
+        f'the images of {images.name} have {height} × {width} pixels, but the classifier accepts'
+        f' {self.image_size} × {self.image_size}; set --config.fidelity.network=inception'
       )
     moments: dict[str, sample_quality.Moments] = {}
     features, logits, count = [], [], len(images)
@@ -90,7 +90,7 @@ class FeatureNetwork:
     return Statistics(**moments, features=np.concatenate(features), logits=all_logits)
 
   def _outputs(self, images: ImageSet) -> Iterator[tuple[np.ndarray, Outputs]]:
-    """Yields indices and outputs of each batch, on the host, while the devices compute the next."""
+    """Yields indices and outputs of each batch while the devices compute the next batch."""
     size = self._size
 
     def compute(start: int) -> tuple[np.ndarray, Outputs]:
@@ -111,9 +111,9 @@ class FeatureNetwork:
     neighbors: int,
     labels: Labels | None = None,
   ) -> dict[str, float | None]:
-    """Compares samples with real images: see `feature_statistics.compare`.
+    """Compares samples with real images. See `feature_statistics.compare`.
 
-    Names of metrics in features of the classifier start with `classifier_`. The classifier adds its
+    Names of metrics of classifier features start with `classifier_`. The classifier adds its
     accuracy on held-out real images and, with the labels of the samples, the fraction of samples
     that it recognizes as their class.
     """
@@ -124,7 +124,7 @@ class FeatureNetwork:
       _CLASSIFIER_NAMES.get(name, f'classifier_{name}'): value for name, value in compared.items()
     }
     metrics['classifier_accuracy_on_real_images'] = self.accuracy
-    # The label of samples without a class is the number of classes.
+    # Samples without a class have the label `num_classes`.
     num_classes = 0 if samples.logits is None else samples.logits.shape[1]
     if labels is not None and labels.max() < num_classes:
       metrics['classifier_accuracy'] = accuracy(samples, labels)
@@ -132,9 +132,9 @@ class FeatureNetwork:
 
 
 def load(config: config_lib.Config, folder: epath.Path) -> FeatureNetwork:
-  """Loads the network that `config.fidelity.network` names.
+  """Loads the network that `config.fidelity.network` selects.
 
-  `folder` stores the trained classifier, or the converted weights of Inception.
+  `folder` stores the trained classifier or the converted weights of Inception.
   """
   if config.feature_network == 'inception':
     return load_inception(config.fidelity.weights, folder, config.fidelity.batch_size)
@@ -142,17 +142,17 @@ def load(config: config_lib.Config, folder: epath.Path) -> FeatureNetwork:
 
 
 def load_inception(weights: str | None, folder: epath.Path, batch_size: int) -> FeatureNetwork:
-  """Loads Inception-v3 from an npz file, or from PyTorch's file after conversion in `folder`.
+  """Loads Inception-v3 from an npz file or a PyTorch file. `folder` stores converted weights.
 
   Raises:
     ConfigError: `weights` is None.
-    DataError: the file is damaged or of another network.
+    DataError: the file is corrupt or belongs to another network.
   """
   if weights is None:
     raise ConfigError(
       'Inception-v3 needs weights: get'
       f' {convert_inception.PYTORCH_FILE} from the release fid_weights of'
-      ' github.com/mseitzer/pytorch-fid, and set config.fidelity.weights to its path'
+      ' github.com/mseitzer/pytorch-fid, and set --config.fidelity.weights to its path'
     )
   path = layout.absolute(weights)
   if path.suffix != '.npz':
@@ -162,7 +162,7 @@ def load_inception(weights: str | None, folder: epath.Path, batch_size: int) -> 
 
 
 def load_classifier(data: config_lib.Data, folder: epath.Path, batch_size: int) -> FeatureNetwork:
-  """Loads the classifier of the training images; trains it if `folder` does not have it."""
+  """Loads the classifier of the training images. Trains it if `folder` does not contain it."""
   train, valid = (sources.load(data, split) for split in ('train', 'valid'))
   module = classifier.Classifier(data.num_classes)
 
@@ -186,10 +186,10 @@ def load_reference(
 ) -> tuple[Statistics, str]:
   """Loads or computes the statistics of the real images that `config.fidelity.reference` names.
 
-  Returns the statistics and a name of the images. `folder` stores computed statistics.
+  Returns the statistics and the name of the images. `folder` stores computed statistics.
 
   Raises:
-    DataError: the reference cannot be read, or its statistics are of another network.
+    DataError: the reference cannot be read, or its statistics belong to another network.
   """
   fidelity = config.fidelity
   if fidelity.reference is None:
@@ -205,13 +205,14 @@ def load_reference(
   num_features = len(statistics.pool.mean)
   if num_features != network.num_features:
     raise DataError(
-      f'config.fidelity.reference={path} has statistics of {num_features} features, and the'
-      f' {network.name} has {network.num_features}; change config.fidelity.network or the reference'
+      f'--config.fidelity.reference={path} has statistics of {num_features} features, but the'
+      f' {network.name} network has {network.num_features}; change --config.fidelity.network or'
+      ' --config.fidelity.reference'
     )
   if 'arr_0' not in arrays:
     return statistics, path.name
-  # ADM's reference batches hold statistics of a whole data set, and some of its images. The moments
-  # come from the statistics; KID, precision and recall need features of images.
+  # ADM's reference batches contain statistics of a full dataset, and some images of the dataset.
+  # The moments come from the statistics. KID, precision and recall need features of images.
   images = from_path(path, config.data)
   features = _of_real_images(images, network, fidelity, folder).features
   return dataclasses.replace(statistics, features=features), images.name
@@ -220,7 +221,7 @@ def load_reference(
 def _of_real_images(
   images: ImageSet, network: FeatureNetwork, fidelity: config_lib.Fidelity, folder: epath.Path
 ) -> Statistics:
-  """Statistics without logits; computed once, then read from `folder`."""
+  """Computes statistics without logits, or reads them from `folder` after the first call."""
   images = images.first(fidelity.reference_count)
   key = network.identity, images.identity, len(images), fidelity.pairwise_images
   file = folder / f'reference-{layout.short_hash(key)}.npz'
@@ -234,6 +235,6 @@ def _of_real_images(
 
 
 def accuracy(statistics: Statistics, labels: Labels) -> float:
-  """The fraction of images whose largest logit is that of their label."""
+  """Returns the fraction of images whose largest logit belongs to their label."""
   assert statistics.logits is not None
   return float((statistics.logits.argmax(-1) == labels).mean())

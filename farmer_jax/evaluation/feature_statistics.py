@@ -1,6 +1,6 @@
 """Statistics of the features of a set of images, and distances between two sets.
 
-Axes: B batch, n images, k of these images, D features, S spatial features.
+Axes: B batch, n images, k selected images, D features, S spatial features.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Outputs:
 class Statistics:
   """Moments of the features of a set of images, pool features of k images, logits of all images.
 
-  The Fréchet distance needs only `pool`; published reference statistics often have nothing else.
+  The Fréchet distance needs only `pool`. Published reference statistics often have nothing else.
   """
 
   pool: sample_quality.Moments
@@ -40,11 +40,11 @@ class Statistics:
 
 
 def compare(generated: Statistics, reference: Statistics, neighbors: int = 3) -> dict[str, float]:
-  """Compares generated with real images, with k = `neighbors` for precision and recall.
+  """Compares generated images with real images. Precision and recall use k = `neighbors`.
 
   Returns:
     `fid` and, with spatial features, `sfid`: Fréchet distances of pool and of spatial features.
-    `inception_score` and `inception_score_std` of the generated images, if their logits are there.
+    `inception_score` and `inception_score_std` of the generated images, if they have logits.
     `kid`, `kid_std`, `precision` and `recall`, if both sets have features.
   """
   metrics = {'fid': sample_quality.frechet_distance(generated.pool, reference.pool)}
@@ -63,7 +63,7 @@ def compare(generated: Statistics, reference: Statistics, neighbors: int = 3) ->
 
 
 def save(path: epath.Path, statistics: Statistics) -> None:
-  """Writes statistics as an npz file. Other tools can read its mu, sigma, mu_s and sigma_s."""
+  """Writes statistics as an npz file. Other tools can read the arrays mu, sigma, mu_s, sigma_s."""
   arrays: dict[str, Any] = {'count': statistics.pool.count}
   for suffix, moments in (('', statistics.pool), ('_s', statistics.spatial)):
     if moments is not None:
@@ -73,13 +73,13 @@ def save(path: epath.Path, statistics: Statistics) -> None:
 
 
 def load(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> Statistics:
-  """Reads statistics from the arrays of an npz file, whose path error messages name.
+  """Reads statistics from the arrays of the npz file at `path`.
 
-  The arrays are those of `save`, or any with `mu` and `sigma`, such as the reference batches of ADM
-  (github.com/openai/guided-diffusion).
+  The file was written by `save`, or is another file with `mu` and `sigma`, such as a reference
+  batch of ADM (github.com/openai/guided-diffusion).
 
   Raises:
-    DataError: the file is damaged or lacks an array.
+    DataError: the file is corrupt or lacks an array.
   """
   try:
     count = int(arrays['count']) if 'count' in arrays else 2

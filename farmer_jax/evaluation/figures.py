@@ -22,7 +22,7 @@ def sample_grid(
   row_names: Sequence[str] = (),
   column_names: Sequence[str] = (),
 ) -> Picture:
-  """Draws a grid of images, with names on the left of rows and above columns."""
+  """Draws a grid of images, with names to the left of rows and above columns."""
   rows, columns, height, width, _ = images.shape
   scale = max(1, _CELL_PIXELS // height)
   images = images.repeat(scale, axis=2).repeat(scale, axis=3)
@@ -46,7 +46,7 @@ def sample_grid(
 
 
 def as_rgb(image: UInt8[np.ndarray, 'H W C']) -> UInt8[np.ndarray, 'H W 3']:
-  """Repeats a gray image in three channels; an RGB image is returned as it is."""
+  """Repeats a gray image in three channels. Returns an RGB image unchanged."""
   return image if image.shape[-1] == 3 else image.repeat(3, axis=-1)
 
 
@@ -61,11 +61,11 @@ def save_png(path: epath.Path, image: Picture) -> None:
 def plot(
   rows: int, columns: int, size: tuple[float, float], **options: Any
 ) -> Iterator[tuple[Any, Any]]:
-  """Yields a matplotlib figure and its array of axes [rows, columns]; closes the figure at the end.
+  """Context with a matplotlib figure and its axes [rows, columns].
 
-  The size is in inches. The options are those of `matplotlib.pyplot.subplots`.
+  `size` is in inches. `matplotlib.pyplot.subplots` receives the options.
   """
-  import matplotlib  # Imported here because it takes a second, and most programs draw no plots.
+  import matplotlib  # The import takes a second, and most jobs draw no plots.
 
   matplotlib.use('Agg')
   from matplotlib import pyplot
@@ -87,7 +87,7 @@ def to_array(figure: Any) -> Picture:
 
 
 def training_curves(path: epath.Path, records: Sequence[dict[str, Any]], title: str) -> None:
-  """Plots the losses in records of metrics.jsonl, and the terms of the training loss, as a PNG."""
+  """Writes a PNG with the losses in records of metrics.jsonl and the terms of the training loss."""
   name = 'bits_per_dim' if any('bits_per_dim' in r for r in records) else 'loss'
   is_likelihood = any('log_det' in r for r in records)
   unit = 'nats/dim' if is_likelihood else 'mean squared error'

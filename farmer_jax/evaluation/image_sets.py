@@ -16,7 +16,7 @@ from farmer_jax.data import base, sources
 from farmer_jax.errors import DataError
 from farmer_jax.workdir import layout
 
-# What NumPy raises for a damaged npz file, or for one with pickled objects.
+# Exceptions of NumPy for an npz file that is corrupt or has pickled objects.
 NPZ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 Gather = Callable[[Int[np.ndarray, 'B']], UInt8[np.ndarray, 'B H W C']]
@@ -25,9 +25,9 @@ Labels = Int[np.ndarray, 'n']
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-  """An ordered set of images: `gather(indices)` reads some of them.
+  """An ordered set of images. `gather(indices)` reads the images at `indices`.
 
-  Reports show `name`. Sets of different images have different identities.
+  Reports show `name`. Sets of different images have different values of `identity`.
   """
 
   name: str
@@ -40,14 +40,14 @@ class ImageSet:
     return self.count
 
   def first(self, count: int | None) -> 'ImageSet':
-    """The first `count` images, or all images for None or a larger number."""
+    """Returns the first `count` images, or all images if `count` is None or too large."""
     count = min(count or self.count, self.count)
     labels = None if self.labels is None else self.labels[:count]
     return dataclasses.replace(self, count=count, labels=labels)
 
 
 def from_source(source: base.Source, name: str) -> ImageSet:
-  """The images of a data source."""
+  """Returns the images of a data source."""
   labels = getattr(source, 'labels', None)
   return ImageSet(
     name, base.fingerprint(source), lambda i: source.gather(i)['image'], len(source), labels
@@ -55,11 +55,10 @@ def from_source(source: base.Source, name: str) -> ImageSet:
 
 
 def from_path(path: str | epath.Path, data: config.Data) -> ImageSet:
-  """The images at a path.
+  """Returns the images of an npz file, of a folder of npz files, or of a folder of image files.
 
-  The path is that of an npz file with the images under `arr_0` and, optionally, the labels under
-  `arr_1`; of a folder of such files; or of a folder of image files, which are resized to the size
-  of `data`.
+  Npz files have the images in `arr_0` and, optionally, the labels in `arr_1`. Image files are
+  resized and cropped to `data.image_size`.
 
   Raises:
     DataError: there are no images at the path, or they cannot be read.
@@ -102,7 +101,7 @@ def save_npz(path: epath.Path, arrays: Mapping[str, Any]) -> None:
 
 
 def _image_count(file: epath.Path) -> int:
-  """The number of images in an npz file, from the header of `arr_0`; the images are not read."""
+  """Reads the number of images in an npz file from the header of `arr_0`."""
   try:
     with zipfile.ZipFile(file.open('rb')) as archive, archive.open('arr_0.npy') as member:
       np.lib.format.read_magic(member)
@@ -128,7 +127,7 @@ def _labels(file: epath.Path) -> Labels | None:
 
 
 def _gather_from_npz(files: list[epath.Path], counts: Int[np.ndarray, 'files']) -> Gather:
-  """Returns a function that reads images; one file is in memory at a time."""
+  """Returns a function that reads images. One file is in memory at a time."""
   ends = np.cumsum(counts)
   starts = ends - counts
 

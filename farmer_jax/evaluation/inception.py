@@ -1,9 +1,9 @@
 """Inception-v3 as the Fréchet inception distance defines it (arXiv 1706.08500).
 
-This is the network of TensorFlow's graph of 2015-12-05. It differs from the published network: the
-average pools exclude the padding, and the last block has a maximum pool where the published network
-has an average pool. Modules have the names of pytorch-fid's weight file, from which
-`convert_inception` makes the npz file that `load` reads.
+This is the network of TensorFlow's graph of 2015-12-05. In contrast to the published network, the
+average pools exclude the padding, and the last block has a maximum pool instead of an average pool.
+Modules have the names in pytorch-fid's weight file. `convert_inception` converts this file to the
+npz file that `load` reads.
 
 Axes: B batch, H W C height, width and channels of an image, h w positions of a feature map.
 """
@@ -35,14 +35,14 @@ FeatureMap = Float[Array, 'B h w C']
 
 @functools.cache
 def variable_shapes() -> dict[str, tuple[int, ...]]:
-  """Shapes of the variables, by path, as in `params/Mixed_5b/branch1x1/bn/scale`."""
+  """Returns the shapes of the variables by path, such as `params/Mixed_5b/branch1x1/bn/scale`."""
   images = jnp.zeros((1, _IMAGE_SIZE, _IMAGE_SIZE, 3))
   variables = jax.eval_shape(Inception().init, jax.random.key(0), images)
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables, sep='/').items()}
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:
-  """SHA-256 of the names, shapes and float32 values of arrays, hexadecimal."""
+  """Returns the SHA-256 of the names, shapes and float32 values of arrays, as hex digits."""
   digest = hashlib.sha256()
   for name in sorted(arrays):
     array = np.asarray(arrays[name], np.float32)
@@ -55,7 +55,7 @@ def load(path: epath.Path) -> dict[str, Any]:
   """Reads the variables of the network from an npz file that `convert_inception` wrote.
 
   Raises:
-    DataError: the file is damaged, its checksum does not match, or it is of another network.
+    DataError: the file is corrupt or belongs to another network.
   """
   shapes = variable_shapes()
   try:
@@ -86,9 +86,9 @@ def extract_features(
 def resize(images: UInt8[Array, 'B H W C']) -> Float[Array, 'B 299 299 3']:
   """Resizes images to the input of the network, in [-1, 1).
 
-  The arithmetic is that of TensorFlow 1's `resize_bilinear`: pixel i of the result lies at
+  The arithmetic is the same as in TensorFlow 1's `resize_bilinear`: pixel i of the result lies at
   i · H / 299 of the image, without the usual offset of half a pixel, and large images are not
-  smoothed before they are reduced.
+  smoothed before downsampling.
   """
   x = jnp.broadcast_to(images, (*images.shape[:-1], 3)).astype(jnp.float32)
   for axis in (2, 1):
@@ -102,10 +102,10 @@ def resize(images: UInt8[Array, 'B H W C']) -> Float[Array, 'B 299 299 3']:
 
 
 class Inception(nn.Module):
-  """The network.
+  """Inception-v3.
 
-  Its outputs are `pool` [B, 2048] for FID, KID, precision and recall; `logits` [B, 1008] for the
-  Inception Score; `spatial` [B, 2023] for sFID, from 17 x 17 positions and 7 channels (ADM,
+  The outputs are `pool` [B, 2048] for FID, KID, precision and recall, `logits` [B, 1008] for the
+  Inception Score, and `spatial` [B, 2023] for sFID, from 17 x 17 positions and 7 channels (ADM,
   arXiv 2105.05233). The last layer has no bias, as in the code of the Inception Score's authors, in
   ADM and in torch-fidelity (`logits_unbiased`).
   """
@@ -165,7 +165,7 @@ class Block(nn.Module):
 
 
 def _branch(x: FeatureMap, *units: tuple[Any, ...]) -> FeatureMap:
-  """Applies units; each has the end of its name, the number of its channels, window and stride."""
+  """Applies units (suffix of the name, number of channels, window, stride) in sequence."""
   for name, *arguments in units:
     x = Unit(*arguments, name=f'branch{name}')(x)
   return x
@@ -222,7 +222,7 @@ def _block_e(x: FeatureMap, pool: Callable[[FeatureMap], FeatureMap]) -> list[Fe
 
 
 def _average_pool(x: FeatureMap) -> FeatureMap:
-  """Mean over 3 x 3 neighbors, without the padding."""
+  """Averages over 3 x 3 neighbors, without the padding."""
   return nn.avg_pool(x, (3, 3), padding='SAME', count_include_pad=False)
 
 

@@ -1,8 +1,6 @@
-"""The likelihood of images: of each image, and the mean of a split.
+"""The likelihood of each image, and the mean over a split.
 
-The noise of an image depends on the seed and on the index of the image only
-(`noise.evaluation_images`). Results therefore do not depend on batches or devices, except for
-rounding.
+Except for rounding, results do not depend on batches or devices, see `noise.evaluation_images`.
 
 Axes: B batch, N tokens, T flow blocks, C classes.
 """
@@ -31,9 +29,8 @@ Values = Float[Array, 'B H W C']
 class Scorer:
   """Computes the likelihood of each image, averaged over noise draws.
 
-  The section `noise` of the configuration defines the density. Its condition is 'label' (the class
-  of the image), 'none' (the model's "no class") or 'marginal' (class unknown, all classes equally
-  likely: log mean_c p(x | c)).
+  `config.noise` defines the density. `condition` is 'label' (the class of the image), 'none' (the
+  label "no class") or 'marginal' (all classes are equally likely: log mean_c p(x | c)).
   """
 
   def __init__(
@@ -50,22 +47,21 @@ class Scorer:
   def __call__(
     self, params: Params, images: UInt8[Array, 'B H W C'], labels: Labels, indices: Int[Array, 'B']
   ) -> Scores:
-    """Scores a batch of images, whose indices in their data source select the noise.
+    """Scores a batch of images. Their indices in the data source select the noise.
 
     Can be compiled with `jax.jit`.
 
     Returns:
       Means over the draws:
-        `loss` [B]: negative log-likelihood, nats/dim.
-        Terms [B] that add up to the loss: those of `losses.nll_terms` and, where the class is
-          unknown, `nll_class`. In that case the other terms are means over the posterior of the
-          class, and `nll_class` is log C minus the entropy of the posterior.
-        `log_dets` [B, T]: terms of the flow blocks in `log_det`, nats/dim.
-        `tokens` [B, N]: informative channels of each token in raster order, nats.
+        `loss` [B]: negative log-likelihood in nats/dim.
+        Terms [B] that add up to the loss: the terms of `losses.nll_terms` and, for 'marginal',
+          `nll_class`, which is log C minus the entropy of the posterior of the class. In this case
+          the other terms are means over the posterior.
+        `log_dets` [B, T]: terms of the flow blocks in `log_det`, in nats/dim.
+        `tokens` [B, N]: terms of the tokens in `nll_informative`, in raster order, in nats.
       `loss_importance` [B], for several draws of uniform dequantization: negative logarithm of the
-        mean density, nats/dim. Its bits/dim are a bound that is at least as tight
-        (arXiv 1509.00519).
-      `predicted` [B], where the class is unknown: the class of the highest likelihood.
+        mean density in nats/dim. This bound is at least as tight as `loss` (arXiv 1509.00519).
+      `predicted` [B], for 'marginal': the class with the highest likelihood.
     """
 
     def one_draw(draw: Int[Array, '']) -> Scores:
@@ -79,14 +75,14 @@ class Scorer:
     if discrete and self._draws > 1:
       result['loss_importance'] = -_log_mean_exp(-scores['loss'] * dims) / dims
     if log_classes is not None:
-      # The mean density over draws is the probability of a discrete image. Noisy images are
-      # different images, whose log-densities are averaged.
+      # The mean density over draws estimates the probability of a discrete image. Draws of Gaussian
+      # noise are different images, so their log-densities are averaged.
       joint = _log_mean_exp(log_classes) if discrete else log_classes.mean(0)
       result['predicted'] = joint.argmax(-1)
     return result
 
   def _score(self, params: Params, images: Values, labels: Labels) -> Scores:
-    """The scores of one draw and, where the class is unknown, log p(x | c), nats [B, C]."""
+    """Returns the scores of one draw and, for 'marginal', log p(x | c) [B, C] in nats."""
     dims, num_classes = images[0].size, self._model.num_classes
     if self._condition == 'marginal' and num_classes:
       return _marginalize(self._densities_by_class(params, images), dims)
@@ -97,7 +93,7 @@ class Scorer:
     return {**losses.nll_terms(density, dims), 'tokens': tokens, 'log_dets': log_dets}
 
   def _densities_by_class(self, params: Params, images: Values) -> farmer.LogDensity:
-    """Log-densities given each class, with a leading axis C."""
+    """Returns log-densities given each class, with a leading axis C."""
     model, variables = self._model, {'params': params}
     labels = jnp.zeros(len(images), jnp.int32)
     if model.config.flow.class_conditional:
@@ -109,7 +105,7 @@ class Scorer:
 
 
 def _marginalize(densities: farmer.LogDensity, dims: int) -> Scores:
-  """Scores of images whose class is unknown, from log-densities with a leading axis C."""
+  """Returns the scores for 'marginal' from log-densities with a leading axis C."""
   log_classes = jax.vmap(lambda density: density.total)(densities)  # [C, B]
   posterior = jax.nn.softmax(log_classes, axis=0)
 
@@ -135,9 +131,9 @@ def _log_mean_exp(values: Float[Array, 'k ...']) -> Float[Array, '...']:
 
 
 class LikelihoodEvaluator:
-  """Computes the mean negative log-likelihood of a split: the validation of training.
+  """Computes the mean negative log-likelihood of a split, for validation during training.
 
-  The density is given the label of each image, with one noise draw per image.
+  The density is given the label of each image. Each image has one noise draw.
   """
 
   def __init__(self, model: farmer.Farmer, config: config_lib.Config) -> None:
@@ -149,8 +145,8 @@ class LikelihoodEvaluator:
     """Evaluates the model on batches of `data.pipeline.evaluation_batches`.
 
     Returns:
-      Means over the images, nats/dim: `loss`, `nll_informative`, `nll_redundant` and `log_det`.
-      Under uniform dequantization also `bits_per_dim`; under Gaussian noise `noise_std`, the
+      Means over the images in nats/dim: `loss`, `nll_informative`, `nll_redundant` and `log_det`.
+      With uniform dequantization also `bits_per_dim`. With Gaussian noise also `noise_std`, the
       standard deviation at which the density is evaluated.
     """
     total: dict[str, float] = {}
@@ -165,9 +161,9 @@ class LikelihoodEvaluator:
 
 
 def _masked_sums(params: Params, batch: dict[str, Array], *, scorer: Scorer) -> Scores:
-  """Sums of each term over the images of a batch, without padding, and their `count`."""
+  """Returns sums of each term over the images of a batch, without padding, and their `count`."""
   scores = scorer(params, batch['image'], batch['label'], batch['index'])
-  # A sum of products with the mask would be nan if padding is nan.
+  # If padding is nan, a sum of products with the mask is nan.
   mask = batch['mask'].astype(bool)
   names = ('loss', 'nll_informative', 'nll_redundant', 'log_det')
   return {name: jnp.where(mask, scores[name], 0).sum() for name in names} | {'count': mask.sum()}

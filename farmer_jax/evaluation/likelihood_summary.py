@@ -1,6 +1,6 @@
 """Statistics, tables and figures of the likelihoods of many images.
 
-Statistics are NumPy, float64, and sums do not depend on the order.
+Statistics are computed in float64. Sums do not depend on the order of the images.
 
 `Rows` are the results of `scoring.Scoring.score`: arrays with one row for each image.
 """
@@ -23,7 +23,7 @@ from farmer_jax.ops import bits
 
 TERMS = ('nll_informative', 'nll_redundant', 'log_det', 'nll_class')
 
-# Rows and columns of the images with the highest, and of those with the lowest likelihood.
+# Rows and columns of the grids of images with the highest and with the lowest likelihood.
 _EXTREME_ROWS, _EXTREME_COLUMNS = 2, 8
 _MAX_CLASSES = 20  # in one figure
 
@@ -33,9 +33,9 @@ Values = Float[np.ndarray, 'n']
 
 
 class Detection(NamedTuple):
-  """Out-of-distribution detection by one score of the images of two data sets.
+  """Out-of-distribution detection by one score of the images of two datasets.
 
-  `auroc` is the probability that an image of the model's data set has a higher score than an
+  `auroc` is the probability that an image of the model's dataset has a higher score than an
   out-of-distribution image.
   """
 
@@ -45,11 +45,11 @@ class Detection(NamedTuple):
 
 
 def summarize(rows: Rows, class_names: Sequence[str] = ()) -> dict[str, Any]:
-  """Means and standard errors over the images of a split, JSON-serializable.
+  """Returns means and standard errors over the images of a split as a JSON-serializable dict.
 
-  A mean over values that are not all finite is None. In that case `nonfinite_images` lists the
-  images, and `mean_of_finite` is the mean of `loss` over the other images. Without names of the
-  classes there are no means by class.
+  A mean is None if a value is not finite. `nonfinite_images` lists the images whose loss is not
+  finite, and `mean_of_finite` is the mean loss of the other images. Without `class_names`, the
+  accuracy and the means by class are missing.
   """
   values = _select(rows, ('bits_per_dim', 'bits_per_dim_importance', 'loss'))
   finite = np.isfinite(rows['loss'])
@@ -75,14 +75,14 @@ def summarize(rows: Rows, class_names: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def detect_ood(rows: Rows, ood_rows: Rows, dims: int) -> dict[str, Detection]:
-  """Out-of-distribution detection by likelihood, from two data sets with `png_bits`.
+  """Detects out-of-distribution images by likelihood.
 
-  Images have `dims` = H·W·C dimensions.
+  The rows of both datasets have `png_bits`. Images have `dims` = H·W·C dimensions.
 
   Returns:
-    Results by the name of the score. `log_density` is log p(x), bits/image. `complexity_corrected`
-    adds the length of the image as a PNG, because simple images have high likelihoods under any
-    model (Serrà et al. 2020, arXiv 1909.11480).
+    Results by the name of the score. `log_density` is log₂ p(x) in bits/image.
+    `complexity_corrected` adds the length of the image as a PNG, because simple images have high
+    likelihoods under any model (Serrà et al. 2020, arXiv 1909.11480).
   """
   pair = rows, ood_rows
   nats_per_dim = [np.asarray(r.get('loss_importance', r['loss']), np.float64) for r in pair]
@@ -101,7 +101,7 @@ def detect_ood(rows: Rows, ood_rows: Rows, dims: int) -> dict[str, Detection]:
 
 
 def png_bits(image: UInt8[np.ndarray, 'H W C']) -> int:
-  """The length of an image as an optimized PNG, in bits."""
+  """Returns the length of an image as an optimized PNG, in bits."""
   stream = io.BytesIO()
   gray = image.shape[-1] == 1
   PIL.Image.fromarray(image[..., 0] if gray else image).save(stream, 'png', optimize=True)
@@ -118,7 +118,7 @@ def with_bits(rows: Rows) -> Rows:
 
 
 def to_csv(rows: Rows) -> str:
-  """A table in CSV format with one line for each image and one column for each flow block."""
+  """Returns a CSV table with one line per image. Each flow block has a column."""
   columns = _select(rows, ('index', 'label', 'predicted'))
   columns |= _select(rows, ('bits_per_dim', 'bits_per_dim_importance', 'loss', *TERMS))
   columns |= {f'log_det_block_{t}': block for t, block in enumerate(rows['log_dets'].T)}
@@ -131,7 +131,7 @@ def to_csv(rows: Rows) -> str:
 
 
 def to_text(report: dict[str, Any]) -> str:
-  """The main results of a likelihood report, for the terminal."""
+  """Returns the main results of a likelihood report as text for the terminal."""
   lines, count = [], report['count']
   for name, value in (
     ('Negative log-likelihood', report.get('bits_per_dim', report['loss'])),
@@ -160,7 +160,7 @@ def to_text(report: dict[str, Any]) -> str:
 def draw_figures(
   rows: Rows, source: base.Source, class_names: Sequence[str], unit: str
 ) -> dict[str, Picture]:
-  """Draws `classes`, `extremes` and `tokens` of one data source, from the rows of its scores."""
+  """Draws the figures `classes`, `extremes` and `tokens` from the scores of one data source."""
   values = np.asarray(rows.get('bits_per_dim', rows['loss']), np.float64)
   return {
     'classes': _draw_classes(values, rows['label'], class_names, unit),
@@ -170,7 +170,7 @@ def draw_figures(
 
 
 def draw_detections(detections: dict[str, Detection], names: tuple[str, str]) -> Picture:
-  """Draws histograms of the scores of two data sets, which have names; one panel for each score."""
+  """Draws histograms of the scores of two datasets, with one panel per score."""
   labels = {
     'log_density': 'log₂ p(x), bits/image',
     'complexity_corrected': 'log₂ p(x) + PNG length, bits/image',
@@ -178,7 +178,7 @@ def draw_detections(detections: dict[str, Detection], names: tuple[str, str]) ->
   with figures.plot(1, len(detections), size=(11, 3.6)) as (figure, axes):
     for panel, (name, detection) in zip(axes[0], detections.items(), strict=True):
       scores = detection.scores, detection.ood_scores
-      # Outliers would make the rest of the histogram narrow.
+      # Outliers would make the other values hard to see.
       low, high = _quantiles(np.concatenate(scores), 0.005)
       edges = np.linspace(low, high, 80)
       for values, label in zip(scores, names, strict=True):
@@ -192,7 +192,7 @@ def draw_detections(detections: dict[str, Detection], names: tuple[str, str]) ->
 def _draw_classes(
   values: Values, labels: Indices, class_names: Sequence[str], unit: str
 ) -> Picture:
-  """One histogram for each class, the class with the lowest mean first."""
+  """Draws a histogram of all images, and of each class or the `_MAX_CLASSES` most extreme ones."""
   groups = {'all': values}
   if class_names:
     means = {c: np.nanmean(values[labels == c]) for c in np.unique(labels)}
@@ -215,7 +215,7 @@ def _draw_classes(
 
 
 def _draw_extremes(values: Values, indices: Indices, source: base.Source, unit: str) -> Picture:
-  """The images with the highest and with the lowest likelihoods."""
+  """Draws the images with the highest and with the lowest likelihoods."""
   order = np.argsort(values, kind='stable')  # nan last
   rows = _EXTREME_ROWS if len(order) >= 2 * _EXTREME_ROWS else 1
   count = rows * max(1, min(_EXTREME_COLUMNS, len(order) // (2 * rows)))
@@ -229,7 +229,7 @@ def _draw_extremes(values: Values, indices: Indices, source: base.Source, unit: 
 
 
 def _draw_tokens(tokens: Float[np.ndarray, 'n N']) -> Picture:
-  """The mean negative log-likelihood of each token, as an image and along the sequence."""
+  """Draws the mean negative log-likelihood of each token, as an image and along the sequence."""
   mean = np.nanmean(tokens, axis=0)
   low, high = np.nanquantile(tokens, (0.1, 0.9), axis=0)
   side = int(len(mean) ** 0.5)
@@ -247,7 +247,7 @@ def _draw_tokens(tokens: Float[np.ndarray, 'n N']) -> Picture:
 
 
 def _quantiles(values: Values, fraction: float) -> tuple[float, float]:
-  """The quantiles `fraction` and 1 - `fraction` of the finite values."""
+  """Returns the quantiles `fraction` and 1 - `fraction` of the finite values."""
   finite = values[np.isfinite(values)]
   return tuple(np.quantile(finite, (fraction, 1 - fraction))) if len(finite) else (0.0, 1.0)
 
@@ -257,7 +257,7 @@ def _select(rows: Rows, names: Sequence[str]) -> Rows:
 
 
 def _mean(values: np.ndarray) -> float | None:
-  """The exactly rounded mean. None if a value is not finite, because JSON has no nan."""
+  """Returns the exactly rounded mean, or None if a value is not finite (JSON has no nan)."""
   values = np.asarray(values, np.float64)
   return math.fsum(values) / len(values) if np.isfinite(values).all() else None
 

@@ -1,4 +1,4 @@
-"""The error with which a student reconstructs held-out images from their latents."""
+"""Evaluates how accurately a student reconstructs held-out images from their latents."""
 
 import math
 from collections.abc import Iterable
@@ -21,8 +21,7 @@ Params = dict[str, Any]
 class ReconstructionEvaluator:
   """Computes the errors of a student on a split, without noise on the student's input.
 
-  The parameters of the teacher are constant. The images have the same noise as in the evaluation of
-  the teacher.
+  The parameters of the teacher are constant. The images have the noise of the teacher's evaluation.
   """
 
   def __init__(
@@ -35,9 +34,9 @@ class ReconstructionEvaluator:
     """Evaluates the student on batches of `data.pipeline.evaluation_batches`.
 
     Returns:
-      `loss_block_t`, the mean squared error of the output of each flow block; `loss`, their mean,
-      which training minimizes; `rmse`, the root mean squared error of images in [-1, 1]; and
-      `psnr`, the same error in dB.
+      `loss_block_t`: the mean squared error of each flow block, see `losses.student_errors`.
+      `loss`: the mean over the blocks. `rmse`: the root mean squared error of images in [-1, 1].
+      `psnr`: this error in dB.
     """
     sums, count = [], 0
     for batch in batches:
@@ -52,7 +51,7 @@ class ReconstructionEvaluator:
   def _masked_sums(
     self, params: Params, teacher: Params, batch: dict[str, Array]
   ) -> tuple[Float[Array, 'T'], Int[Array, '']]:
-    """Sums of the errors of each block over a batch, without padding; the number of images."""
+    """Returns the summed errors of each block, without padding, and the number of images."""
     config, labels = self._config, batch['label']
     noise = noise_lib.build(config.noise)
     images = noise_lib.evaluation_images(noise, batch['image'], batch['index'], config.seed)

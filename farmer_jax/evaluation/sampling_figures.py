@@ -1,6 +1,6 @@
 """Figures of samples: sweeps over sampling settings, and the path from latents to images.
 
-All functions draw one row with a name for each label, with the same random numbers along the row.
+All functions draw one named row for each label. All columns use the same random numbers.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ REDUNDANT_VARIANCES = (0.0, 0.2, 0.4, 0.8, 1.0, 1.2, 1.5, 2.0, 4.0)
 Params = dict[str, Any]
 Labels = Sequence[int]
 Names = Sequence[str]
-Sizes = Sequence[int] | None  # of the inverse of each flow block, as for `sampling.Sampler`
+Sizes = Sequence[int] | None  # chunk sizes, see `sampling.Sampler`
 Images = UInt8[np.ndarray, 'B H W C']
 Values = Float[Array, 'B H W C']
 
@@ -48,7 +48,7 @@ def redundant_variance_sweep(
 ) -> Picture:
   """Draws one column for each factor on the variance of the redundant channels.
 
-  The informative channels are the same along a row.
+  All images of a row have the same informative channels.
   """
   sampler = sampling.Sampler(model, config, chunk_sizes)
   columns = {f'x {factor:g}': dict(variance=factor) for factor in REDUNDANT_VARIANCES}
@@ -60,7 +60,7 @@ def inversion_path(
 ) -> Picture:
   """Draws the tokens between the flow blocks: latents z^T on the left, the image z⁰ on the right.
 
-  All tokens but those of the image are rescaled to the range of gray levels.
+  All tokens except the tokens of the image are rescaled to the range of gray levels.
   """
   z = sampling.Sampler(model, config).latents(params, labels, np.arange(len(labels)))
 
@@ -71,7 +71,7 @@ def inversion_path(
 
   tokens = model.final_flow_output(z)
   columns = {}
-  for block in range(config.model.flow.blocks, -1, -1):  # number of blocks not yet inverted
+  for block in range(config.model.flow.blocks, -1, -1):  # number of blocks left to invert
     # Each block reverses the order of the tokens.
     values = model.tokens_to_images(tokens[:, ::-1] if block % 2 else tokens)
     columns[f'z^{block}'] = _rescale(values) if block else _quantize(config, values)
@@ -83,7 +83,7 @@ def inversion_path(
 def student_comparison(
   model: Farmer, config: Config, params: Params, labels: Labels, names: Names
 ) -> Picture:
-  """Draws images of the exact inverse, of the student's inverse, and their difference.
+  """Draws images of the exact inverse and of the student's inverse, and their difference.
 
   Gray means no difference.
   """
@@ -101,7 +101,7 @@ def student_comparison(
 def _sweep(
   sampler: sampling.Sampler, params: Params, labels: Labels, names: Names, columns: dict[str, Any]
 ) -> Picture:
-  """Draws one column for each set of arguments of `Sampler.latents`, by title."""
+  """Draws a column for each item of `columns`, {title: arguments of `Sampler.latents`}."""
   numbers = np.arange(len(labels))
   latents = [sampler.latents(params, labels, numbers, **options) for options in columns.values()]
   images = [jax.device_get(sampler.images(params, z, labels).images) for z in latents]

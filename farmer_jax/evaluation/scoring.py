@@ -1,4 +1,4 @@
-"""Scores all images of a data source on all devices of all processes, resumably."""
+"""Scores the images of a data source on all devices of all processes. A killed job can resume."""
 
 import dataclasses
 import functools
@@ -24,10 +24,10 @@ Params = dict[str, Any]
 
 
 def load_sources(config: config_lib.Config) -> tuple[base.Source, base.Source | None]:
-  """The data source to score and, if configured, the out-of-distribution data source."""
+  """Loads the data source to score and, if configured, the out-of-distribution data source."""
   settings, data = config.likelihood, config.data
   if settings.source is not None:
-    # The classes of another data set only matter if the density is given the class.
+    # With condition='none', the classes of another dataset do not matter.
     classes = 0 if settings.condition == 'none' else data.num_classes
     data = dataclasses.replace(
       data, source=settings.source, path=settings.path, num_classes=classes
@@ -37,13 +37,13 @@ def load_sources(config: config_lib.Config) -> tuple[base.Source, base.Source | 
   source = sources.load(data, settings.split)
   if settings.ood_source is None:
     return source, None
-  # The classes of out-of-distribution images are not the model's.
+  # The classes of out-of-distribution images are not classes of the model.
   ood = dataclasses.replace(data, source=settings.ood_source, path=settings.ood_path, num_classes=0)
   return source, sources.load(ood, settings.ood_split)
 
 
 def scoring_config(config: config_lib.Config) -> config_lib.Config:
-  """The configuration with the dtype and the noise of the section `likelihood`."""
+  """Returns the configuration with the dtype and the noise of the section `likelihood`."""
   noise = config.noise
   if config.likelihood.noise_std is not None:
     noise = dataclasses.replace(noise, std_end=config.likelihood.noise_std)
@@ -54,14 +54,14 @@ def scoring_config(config: config_lib.Config) -> config_lib.Config:
 class Scoring:
   """Scores data sources with the parameters of one checkpoint.
 
-  Each process scores one part of the images on its own devices and writes the scores to
-  WORKDIR/likelihood/rows. A process that was killed resumes from there.
+  Each process scores one shard of the images on its own devices and writes the scores to
+  WORKDIR/likelihood/rows. A process that was killed resumes from these files.
   """
 
   def __init__(
     self, config: config_lib.Config, workdir: epath.Path, params: Params, step: int
   ) -> None:
-    """Copies the parameters of the checkpoint of `step` to the devices."""
+    """Copies the parameters of the checkpoint at `step` to the devices."""
     self._config, self._step = scoring_config(config), step
     self._likelihood, self._noise = config.likelihood, noise_lib.build(self._config.noise)
     self._folder = workdir / 'likelihood' / 'rows'
@@ -69,18 +69,18 @@ class Scoring:
     if self._config.model.dtype == 'float64':
       params = jax.tree.map(lambda a: a.astype(np.float64), params)
     self._params = self._devices.replicate(params)
-    # Identifies the parameters. A maximum is exact whatever the order of its operands.
+    # Identifies the parameters. A maximum does not depend on the order of its operands.
     self._maxima = [float(abs(leaf).max()) for leaf in jax.tree.leaves(params)]
     self._scorer = self._build_scorer(self._config)
     self._change_by_dtype: dict[str, Any] | None = None
 
   def score(self, source: base.Source, description: str) -> Rows:
-    """Scores the images of a data source, under a progress bar with a description.
+    """Scores the images of a data source. A progress bar shows `description`.
 
     Returns:
       Arrays with one row for each image, in order, in every process: the results of
-      `likelihood.Scorer`, `index`, `label`, bits/dim where they have a meaning, and `png_bits` for
-      out-of-distribution detection.
+      `likelihood.Scorer`, `index`, `label`, bits/dim for uniform dequantization, and `png_bits`
+      for out-of-distribution detection.
     """
     count = min(len(source), self._likelihood.examples or len(source))
     num_processes, process = jax.process_count(), jax.process_index()
@@ -99,7 +99,7 @@ class Scoring:
     return with_bits(rows) if self._noise.has_bits_per_dim else rows
 
   def description(self) -> dict[str, Any]:
-    """What was computed, a JSON-serializable dict."""
+    """Describes the computation as a JSON-serializable dict."""
     described = {
       'unit': self._noise.unit,
       'density': self._noise.description,
@@ -117,8 +117,8 @@ class Scoring:
 
   def _open_store(
     self, source: base.Source, fingerprint: int, process: int, start: int
-  ) -> results.ShardedResults:
-    """The scores of one process. Other images, parameters and settings have other folders."""
+  ) -> results.ResultFiles:
+    """Opens the scores of one process. Other images, parameters or settings have other folders."""
     settings = dataclasses.replace(
       self._likelihood, name=None, batch_size=1, examples=None, path=None, ood_path=None
     )
@@ -127,26 +127,25 @@ class Scoring:
     shapes = jax.eval_shape(self._scorer, self._params, image, number, number)
     names = [*shapes, *(['png_bits'] if settings.ood_source else []), 'index', 'label']
     folder = self._folder / f'{self._step}-{layout.short_hash(key)}'
-    return results.ShardedResults(folder, {name: name for name in names})
+    return results.ResultFiles(folder, {name: name for name in names})
 
   def _score_missing(
-    self, store: results.ShardedResults, source: base.Source, description: str, start: int, end: int
+    self, store: results.ResultFiles, source: base.Source, description: str, start: int, end: int
   ) -> None:
-    """Scores those images from `start` to `end` that the store does not have."""
+    """Scores the images from `start` to `end` - 1 that are not in the store."""
     done, size = len(store), self._devices.round_up(self._likelihood.batch_size)
     data = self._config.data
     batches = functools.partial(pipeline.evaluation_batches, source, size, limit=end, data=data)
     if self._likelihood.dtype == 'bfloat16' and self._change_by_dtype is None:
       self._change_by_dtype = self._compare_dtypes(next(iter(batches(start=start))))
-    # Batches start at multiples of their size, so that a resumed job computes the same batches as
-    # an uninterrupted one, and rounds in the same way.
+    # Batches start at multiples of their size, as in `sampling.to_disk.draw_missing`.
     scored: Iterator[Any] = (
       (batch, self._scorer(self._params, *self._shard(batch)))
       for batch in batches(start=start + done - done % size)
     )
     done_images = min(done, end - start)
     with terminal.progress_bar(f'scoring {description}', 'image', end - start, done_images) as bar:
-      # The devices compute the next batch in the meantime.
+      # The devices compute the next batch at the same time.
       for (batch, scores), _ in itertools.pairwise(itertools.chain(scored, [None])):
         new = batch['mask'] & (batch['index'] >= start + done)
         rows = {**jax.device_get(scores), 'index': batch['index'], 'label': batch['label']}
@@ -159,7 +158,7 @@ class Scoring:
     store.flush()
 
   def _compare_dtypes(self, batch: base.Batch) -> dict[str, Any]:
-    """The change of the scores of a batch that bfloat16 causes, in comparison with float32."""
+    """Returns the change of the scores of a batch from float32 to bfloat16."""
     model = dataclasses.replace(self._config.model, dtype='float32')
     float32_scorer = self._build_scorer(dataclasses.replace(self._config, model=model))
     exact, rounded = (
@@ -174,5 +173,5 @@ class Scoring:
     }
 
   def _shard(self, batch: base.Batch) -> tuple[jax.Array, ...]:
-    """The arguments of the scorer."""
+    """Returns the arguments of the scorer."""
     return self._devices.shard((batch['image'], batch['label'], batch['index']))

@@ -14,11 +14,11 @@ def run(config: config_lib.Config, workdir: str) -> None:
   """Prepares this process and runs the job `config.job` in a workdir, a path or a URL.
 
   Raises:
-    UserError: The job cannot run; the message says what to change.
-    preemption.Preempted: The job saved its progress after SIGTERM and must be started again.
+    UserError: the job cannot run. The message says what to change.
+    preemption.Preempted: the job saved its progress after SIGTERM and must be started again.
   """
   # Allocator settings apply only to memory that is allocated later.
-  host.keep_freed_memory()
+  host.configure_malloc()
   job_dtypes = {
     'likelihood': config.likelihood.dtype,
     'sample': config.sampling.dtype,
@@ -27,7 +27,7 @@ def run(config: config_lib.Config, workdir: str) -> None:
   if 'float64' in (config.model.dtype, job_dtypes.get(config.job)):
     jax.config.update('jax_enable_x64', True)
   module = importlib.import_module(f'farmer_jax.jobs.{config.job}')
-  # JAX handles SIGTERM in jobs of several processes. Training relies on that handler to write a
+  # JAX handles SIGTERM in jobs of several processes. Training uses JAX's handler to write a
   # checkpoint at the same step in all processes.
   keep_jax_handler = config.job in ('pretrain', 'distill') and jax.process_count() > 1
   preempted = None
@@ -36,7 +36,7 @@ def run(config: config_lib.Config, workdir: str) -> None:
       module.run(config, workdir)
   except preemption.Preempted as error:
     preempted = error
-  # A process that exits makes JAX terminate the others, and process 0 may still be writing results.
+  # If a process exits, JAX terminates the others. Process 0 may still be writing results.
   processes.barrier('end')
   if preempted:
     raise preempted

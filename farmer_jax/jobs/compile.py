@@ -1,6 +1,6 @@
-"""`--job=compile`: compiles training ahead of time and reports its memory and its speed.
+"""`--job=compile`: compiles training ahead of time and reports memory and estimated speed.
 
-The devices do not have to be attached: `config.compile.topology` names a TPU slice.
+`config.compile.topology` can name a TPU slice that is not attached.
 """
 
 import functools
@@ -28,7 +28,7 @@ STEP = 'training step'
 
 
 def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
-  """Compiles the programs, prints a table and writes WORKDIR/compile/<devices>.json."""
+  """Compiles the programs, prints a report and writes it to a JSON file in WORKDIR/compile."""
   devices = ahead_of_time.topology_devices(config.compile.topology)
   mesh, kind = training_run.make_mesh(config, devices), devices[0].device_kind
   workdir = training_run.claim_workdir(config, workdir)
@@ -63,7 +63,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
 def _lower(
   config: config_lib.Config, mesh: mesh_lib.Mesh
 ) -> tuple[state_lib.TrainState, dict[str, jax.stages.Lowered]]:
-  """Shapes of the training state, and the traced programs by name."""
+  """Returns the shapes of the training state, and the traced programs by name."""
   model, optimizer = farmer.build(config), optimizer_lib.create(config.train)
   init_params = functools.partial(farmer.init_boxed_params, model=model)
   init = state_lib.initializer(init_params, optimizer, config.train.ema_decay)
@@ -78,7 +78,7 @@ def _lower(
   step_fn = step_lib.make_train_step(loss_fn, optimizer, config.train)
   programs = {STEP: step_lib.lower(step_fn, mesh, state, batch)}
   if config.compile.sampler:
-    # Each device draws its share of the batch.
+    # Each device draws one shard of the batch.
     size = mesh.round_up(config.sampling.batch_size)
     labels = jax.ShapeDtypeStruct((size,), np.int32, sharding=mesh.sharded)
     programs |= sampling.Sampler(model, config).lower(state.params, labels)

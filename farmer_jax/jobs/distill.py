@@ -19,7 +19,7 @@ from farmer_jax.workdir import layout
 
 
 def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
-  """Distills, validates and draws samples. Prints the accuracy and the speed of the student."""
+  """Trains, validates and draws samples. Prints the accuracy and the speed of the student."""
   config = dataclasses.replace(
     config,
     teacher=str(layout.absolute(config.teacher)),
@@ -27,9 +27,9 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   )
   resources = training_run.Resources.load(config)
   model = student.build(config)
-  teacher, record = teacher_lib.load_teacher(config, workdir)
+  teacher, record = teacher_lib.restore_teacher(config, workdir)
   teacher = resources.mesh.place(farmer.box_params(teacher, model))
-  workdir = training_run.claim(config, workdir, resources)
+  workdir = training_run.prepare_workdir(config, workdir, resources)
   if not jax.process_index():
     teacher_lib.save_teacher_record(workdir, record)
 
@@ -38,7 +38,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
 
   evaluator = reconstruction.ReconstructionEvaluator(model, config, teacher)
   validation = training_hooks.validation_hook(config, resources.valid, resources.mesh, evaluator)
-  with training_run.running(config, workdir, resources) as iterator:
+  with training_run.training_context(config, workdir, resources) as iterator:
     state = loop.train(
       config,
       workdir,
@@ -59,7 +59,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   if validation.metrics:
     terminal.print_result(
       f'Held-out reconstruction ({resources.num_validated(config)} images):'
-      f' {validation.metrics["psnr"]:.2f} dB, root mean square error'
+      f' PSNR {validation.metrics["psnr"]:.2f} dB, root mean square error'
       f' {validation.metrics["rmse"]:.4f} (pixels in [-1, 1])'
     )
   params = sampling_params(state.evaluation_params)
@@ -79,9 +79,9 @@ def _compare_with_exact_inverse(
   z = sampling.Sampler(model, config).latents(params, batch, np.arange(len(batch)))
   found = sampling.compare_student(model, config, params, jax.block_until_ready(z), batch)
   terminal.print_result(
-    f'Samples compared with the exact inverse: {found["psnr"]:.2f} dB; {found["ms_per_image"]:.2f}'
-    f' ms per image instead of {found["sequential_ms_per_image"]:.2f} ({found["speedup"]:.1f} times'
-    f' faster), in batches of {len(batch)}'
+    f'Student compared with the exact inverse: PSNR {found["psnr"]:.2f} dB;'
+    f' {found["ms_per_image"]:.2f} ms per image instead of {found["sequential_ms_per_image"]:.2f}'
+    f' ms ({found["speedup"]:.1f} times faster), in batches of {len(batch)}'
   )
   names = [class_names[label] for label in labels] if class_names else ()
   picture = sampling_figures.student_comparison(model, config, params, labels.tolist(), names)

@@ -1,4 +1,4 @@
-"""`--job=fidelity`: the quality of samples, from a comparison with real images."""
+"""`--job=fidelity`: measures the quality of samples by a comparison with real images."""
 
 import dataclasses
 import json
@@ -14,12 +14,12 @@ from farmer_jax.jobs import sample
 from farmer_jax.workdir import layout
 from farmer_jax.xla import host
 
-# Settings that do not change the metrics, or that the name of the samples contains.
+# Settings that do not change the metrics, or that the prefix of the file name contains.
 _NOT_IN_NAME = {'name', 'samples', 'count', 'weights', 'batch_size'}
 
 
 def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
-  """Draws the samples that are missing and compares them with real images.
+  """Compares samples with real images. Draws missing samples, unless the settings name samples.
 
   Writes WORKDIR/fidelity/<name>.json and prints the metrics.
   """
@@ -28,12 +28,12 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   fidelity, folder = config.fidelity, workdir / 'fidelity'
   path = fidelity.samples
   if path is None and jax.process_count() > 1:
-    path = _draw_samples(config, workdir)  # All processes draw; process 0 compares.
+    path = _draw_samples(config, workdir)  # All processes draw. Process 0 compares.
   if jax.process_index():
     return
   network = feature_networks.load(config, folder)
   reference, reference_name = feature_networks.load_reference(config, network, folder)
-  if path is None:  # One process draws after it has found errors in the other settings.
+  if path is None:  # Errors in other settings are raised above, before the slow sampling.
     path = _draw_samples(config, workdir)
   samples = image_sets.from_path(path, config.data).first(fidelity.count)
   statistics = network.statistics(samples, 'samples', fidelity.pairwise_images)
@@ -60,7 +60,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
 
 
 def _draw_samples(config: config_lib.Config, workdir: epath.Path) -> epath.Path:
-  """Draws the samples that are missing; returns their folder."""
+  """Draws the missing samples. Returns the folder of the samples."""
   count = config.fidelity.count
   sampling = dataclasses.replace(config.sampling, count=count, figures=False, png=False)
   return sample.run(dataclasses.replace(config, sampling=sampling), workdir)

@@ -1,4 +1,4 @@
-"""`--job=likelihood`: the likelihood of each image of a split."""
+"""`--job=likelihood`: computes the likelihood of each image of a split."""
 
 import json
 
@@ -11,12 +11,12 @@ from farmer_jax.evaluation import figures, likelihood_summary, scoring
 from farmer_jax.workdir import layout
 from farmer_jax.xla import host
 
-# Settings that do not change the value of an image, or that the name of the data set contains.
+# Settings that do not change the scores, or that the prefix of the file name contains.
 _NOT_IN_NAME = {'name', 'source', 'split', 'batch_size'}
 
 
 def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
-  """Scores the images; writes WORKDIR/likelihood/<name>.json and .csv, and figures."""
+  """Scores the images. Writes WORKDIR/likelihood/<name>.json and .csv, and figures."""
   model_run, settings = api.Run.open(workdir, config), config.likelihood
   workdir = model_run.workdir
   host.enable_compilation_cache(workdir)
@@ -47,7 +47,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
     layout.write_atomically(folder / f'{name}{suffix}.csv', likelihood_summary.to_csv(table))
   for kind, picture in pictures.items():
     figures.save_png(workdir / 'figures' / f'likelihood-{name}-{kind}.png', picture)
-  # The JSON file is last: if it exists, the job is complete.
+  # The JSON file is written last. If it exists, the job is complete.
   layout.write_atomically(folder / f'{name}.json', json.dumps(report, indent=2) + '\n')
   terminal.print_result(likelihood_summary.to_text(report))
   terminal.print_result(

@@ -18,11 +18,11 @@ from farmer_jax.training import divergence, loop
 def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   """Trains, validates and draws samples. Prints the results and their paths."""
   resources = training_run.Resources.load(config)
-  workdir = training_run.claim(config, workdir, resources)
+  workdir = training_run.prepare_workdir(config, workdir, resources)
   model = farmer.build(config)
   evaluator = likelihood.LikelihoodEvaluator(model, config)
   validation = training_hooks.validation_hook(config, resources.valid, resources.mesh, evaluator)
-  with training_run.running(config, workdir, resources) as iterator:
+  with training_run.training_context(config, workdir, resources) as iterator:
     loop.train(
       config,
       workdir,

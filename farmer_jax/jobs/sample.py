@@ -21,7 +21,7 @@ REPORT_FILE = 'samples.json'
 def run(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
   """Draws `config.sampling.count` images into WORKDIR/samples/<step and settings>/.
 
-  The job resumes where an earlier one stopped. All processes draw; process 0 writes the report.
+  The job resumes where an earlier job stopped. All processes draw. Process 0 writes the report.
 
   Returns:
     The folder of the samples.
@@ -33,7 +33,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
   model = sampling.in_sampling_dtype(trained.model, config.sampling)
   params, step = trained.params, trained.step
   folder = workdir / 'samples' / to_disk.folder_name(config.sampling, step)
-  plan = sampling.cached_plan(config, workdir, model, params, step, labels)
+  plan = sampling.cached_measurement(config, workdir, model, params, step, labels)
   sampler = sampling.Sampler(model, config, plan.get('chunk_sizes'))
   seconds = to_disk.draw_missing(sampler, params, labels, config.sampling, folder)
   processes.barrier('samples')
@@ -54,24 +54,24 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
 def _save_images(
   settings: config_lib.Sampling, folder: epath.Path, label_names: Sequence[str]
 ) -> None:
-  """Saves a grid of the first images and, where the settings ask for it, each image as PNG.
+  """Saves a grid of the first images and, with `settings.png`, a PNG file of each image.
 
-  Each row of the grid shows one label if all labels fit into the grid.
+  Each row of the grid shows one label if there are several labels and all of them fit.
   """
   store, num_labels = to_disk.open_results(folder), len(label_names)
   one_label_a_row = 1 < num_labels <= min(settings.grid_rows, settings.count)
   rows = num_labels if one_label_a_row else min(settings.grid_rows, settings.count)
   columns = min(settings.grid_columns, settings.count // rows)
   images = store.read('images', rows * columns)
-  if one_label_a_row:  # Image i has label i modulo the number of labels.
+  if one_label_a_row:  # Image i has the label at index i % num_labels.
     grid = images.reshape(columns, rows, *images.shape[1:]).swapaxes(0, 1)
   else:
     grid = images.reshape(rows, columns, *images.shape[1:])
   names = label_names if one_label_a_row else ()
   figures.save_png(folder / 'grid.png', figures.sample_grid(grid, names))
   if settings.png:
-    for start in range(0, settings.count, results.SHARD_SIZE):
-      end = min(start + results.SHARD_SIZE, settings.count)
+    for start in range(0, settings.count, results.ROWS_PER_FILE):
+      end = min(start + results.ROWS_PER_FILE, settings.count)
       for number, image in enumerate(store.read('images', end, start), start):
         figures.save_png(folder / 'png' / f'{number:06d}.png', figures.as_rgb(image))
 
@@ -82,9 +82,9 @@ def _save_figures(
   common: tuple[Any, Any, Any, Any, Any],
   chunk_sizes: Sequence[int] | None,
 ) -> None:
-  """Saves figures of what the sampling settings change, and of the path through the flow.
+  """Saves figures of the effects of sampling settings, and of the images between flow blocks.
 
-  `common` are the arguments that all functions of `sampling_figures` have.
+  `common` contains the arguments that all functions of `sampling_figures` share.
   """
   prior = config.model.prior
   pictures = {}

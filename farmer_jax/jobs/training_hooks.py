@@ -25,8 +25,8 @@ def validation_hook(
   mesh: mesh_lib.Mesh,
   evaluator: Callable[[Params, Any], dict[str, float]],
 ) -> hooks.Validation:
-  """Returns a hook that evaluates the validation split by evaluator(params, batches) -> metrics."""
-  index, count = mesh.process_share()
+  """Returns a hook that calls evaluator(params, batches) -> metrics on the validation split."""
+  index, count = mesh.process_shard()
 
   def evaluate(params: Params) -> dict[str, float]:
     batches = pipeline.evaluation_batches(

@@ -23,7 +23,7 @@ from farmer_jax.xla import host
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-  """Data and mesh of a run. They are loaded before the workdir is claimed, to find errors first."""
+  """Data and mesh of a run, loaded before the workdir is claimed to find errors first."""
 
   train: base.Source
   valid: base.Source
@@ -49,23 +49,25 @@ def make_mesh(config: config_lib.Config, devices: list[jax.Device] | None = None
   mesh, train = mesh_lib.Mesh(config.mesh, devices), config.train
   if train.batch_size % (mesh.batch_shards * train.accumulation_steps):
     raise ConfigError(
-      f'config.train.batch_size={train.batch_size} must be a multiple of {mesh.batch_shards} (the'
+      f'--config.train.batch_size={train.batch_size} must be a multiple of {mesh.batch_shards} (the'
       ' devices along the mesh axes data and fsdp) times'
-      f' config.train.accumulation_steps={train.accumulation_steps}'
+      f' --config.train.accumulation_steps={train.accumulation_steps}'
     )
   return mesh
 
 
 def claim_workdir(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
-  """Claims the workdir on process 0, opens it on all processes and returns its path."""
+  """Claims the workdir on process 0. Returns the absolute path on all processes."""
   processes.on_process_zero(lambda: layout.claim(config, workdir))
   path = layout.open_run(config, workdir)
   host.enable_compilation_cache(path)
   return path
 
 
-def claim(config: config_lib.Config, workdir: epath.PathLike, resources: Resources) -> epath.Path:
-  """Claims the workdir, stores the class names in it and returns its path."""
+def prepare_workdir(
+  config: config_lib.Config, workdir: epath.PathLike, resources: Resources
+) -> epath.Path:
+  """Claims the workdir and stores the class names in it. Returns the absolute path."""
   path = claim_workdir(config, workdir)
   if not jax.process_index():
     layout.write_class_names(path, resources.train.class_names)
@@ -74,16 +76,17 @@ def claim(config: config_lib.Config, workdir: epath.PathLike, resources: Resourc
 
 
 @contextlib.contextmanager
-def running(
+def training_context(
   config: config_lib.Config, workdir: epath.Path, resources: Resources
 ) -> Iterator[pipeline.TrainIterator]:
   """Context of a training run. Yields the training iterator.
 
-  Holds the lock of the workdir, activates the mesh, and reports the results at the end.
+  Holds the lock of the workdir and activates the mesh. At the end, draws the training curves and
+  prints the paths of the results.
   """
   start, mesh = time.monotonic(), resources.mesh
   iterator = pipeline.TrainIterator(
-    resources.train, config.data, config.train.batch_size, config.seed, *mesh.process_share()
+    resources.train, config.data, config.train.batch_size, config.seed, *mesh.process_shard()
   )
   with contextlib.ExitStack() as stack, mesh.activate(), contextlib.closing(iterator):
     processes.on_process_zero(lambda: stack.enter_context(lock.hold(workdir)))

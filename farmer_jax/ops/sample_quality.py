@@ -43,8 +43,8 @@ class Moments:
   def __add__(self, other: 'Moments') -> 'Moments':
     """Returns the moments of the union of two sets.
 
-    Each set uses deviations from its mean (Chan, Golub and LeVeque 1979). Sums of raw squares would
-    lose precision by cancellation.
+    Each set uses deviations from its own mean (Chan, Golub and LeVeque 1979). Sums of raw squares
+    would lose precision by cancellation.
     """
     count = self.count + other.count
     difference = other.mean - self.mean
@@ -83,17 +83,19 @@ def kernel_distance(
   subset_size: int = 1000,
   seed: int = 2020,
 ) -> tuple[float, float]:
-  """Kernel Inception Distance: unbiased squared MMD with the kernel (x·y / D + 1)³.
+  """Computes the Kernel Inception Distance (arXiv 1801.01401) in float64.
 
-  See arXiv 1801.01401. Uses float64. Returns the mean and the standard deviation over pairs
-  of random subsets. The mean can be slightly negative.
+  It is the unbiased squared MMD with the kernel (x·y / D + 1)³. Returns the mean and the standard
+  deviation over pairs of random subsets. The mean can be slightly negative.
 
   Raises:
     ValueError: `subset_size` is less than 2 or larger than a set.
   """
   features = [np.asarray(f) for f in (features_a, features_b)]
   if not 2 <= subset_size <= min(map(len, features)):
-    raise ValueError(f'subsets of {subset_size} from {len(features[0])} and {len(features[1])}')
+    raise ValueError(
+      f'cannot draw subsets of {subset_size} from {len(features[0])} and {len(features[1])} images'
+    )
   rng = np.random.RandomState(seed)
   distances = [
     _squared_mmd(*(f[rng.choice(len(f), subset_size, replace=False)] for f in features))
@@ -112,18 +114,18 @@ def _squared_mmd(a: Features, b: Features) -> float:
 def inception_score(
   logits: Float[np.ndarray, 'n classes'], splits: int = 10, seed: int | None = 2020
 ) -> tuple[float, float]:
-  """Inception Score, in float64 (arXiv 1606.03498).
+  """Computes the Inception Score (arXiv 1606.03498) in float64.
 
-  The score is exp of the mean KL divergence between the class probabilities of an image and their
-  mean over images. Returns the mean and the standard deviation over `splits` subsets. `seed`
-  shuffles the images before the split. A seed of None does not shuffle, like ADM's evaluation.
+  The score is exp of the mean KL divergence between the class probabilities of an image and the
+  mean class probabilities. Returns the mean and the standard deviation over `splits` subsets.
+  `seed` shuffles the images before the split. None does not shuffle, like ADM's evaluation.
 
   Raises:
     ValueError: `splits` is less than 1 or larger than the number of images.
   """
   logits, n = np.asarray(logits, np.float64), len(logits)
   if not 1 <= splits <= n:
-    raise ValueError(f'{splits} splits of {n} images')
+    raise ValueError(f'cannot make {splits} splits of {n} images')
   if seed is not None:
     logits = logits[np.random.RandomState(seed).permutation(n)]
   log_p = logits - _log_sum_exp(logits, 1)
@@ -146,7 +148,7 @@ def precision_recall(
   neighbors: int = 3,
   chunk_size: int = 1000,
 ) -> tuple[float, float]:
-  """Improved precision and recall (arXiv 1904.06991).
+  """Computes improved precision and recall (arXiv 1904.06991).
 
   Each image of a set is the center of a ball that extends to its nearest neighbor of rank
   `neighbors` in the set. Precision is the fraction of generated images inside a ball of a real
@@ -159,7 +161,7 @@ def precision_recall(
   """
   real, generated = jnp.asarray(real, jnp.float32), jnp.asarray(generated, jnp.float32)
   if not 1 <= neighbors < min(len(real), len(generated)):
-    raise ValueError(f'{neighbors} neighbors in sets of {len(real)} and {len(generated)}')
+    raise ValueError(f'no {neighbors} neighbors in sets of {len(real)} and {len(generated)} images')
   precision = _in_balls(generated, real, neighbors, chunk_size).mean()
   recall = _in_balls(real, generated, neighbors, chunk_size).mean()
   return float(precision), float(recall)

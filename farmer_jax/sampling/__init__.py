@@ -1,6 +1,6 @@
-"""Drawing images from a trained model."""
+"""Draws images from a trained model."""
 
-from farmer_jax.sampling.inverse import cached_plan, compare_student, plan_inverse
+from farmer_jax.sampling.inverse import cached_measurement, compare_student, plan_inverse
 from farmer_jax.sampling.labels import class_index, grid_labels, label_name, parse_labels
 from farmer_jax.sampling.sampler import (
   GuidedDraws,

@@ -1,8 +1,8 @@
-"""How the flow is inverted when sampling: token by token, in chunks of tokens, or by a student.
+"""Inverts the flow when sampling: token by token, in chunks of tokens, or by a student.
 
 `plan_inverse` measures chunk sizes and chooses one for each flow block. `compare_student` measures
-a student. `cached_plan` does either once for a run and stores the result in
-WORKDIR/inverse_plan.json.
+a student. `cached_measurement` calls one of these functions once for a run, and stores the result
+in WORKDIR/inverse_plan.json.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from farmer_jax.workdir import layout
 Latents = Float[Array, 'B N d']
 Labels = Int[np.ndarray, 'B']
 
-# Every variant is timed this many times after its compilation; the fastest call counts.
+# Number of timed calls of each variant after its compilation. The fastest call counts.
 _REPEATS = 3
 
 
@@ -37,15 +37,15 @@ def plan_inverse(
 ) -> dict[str, Any]:
   """Chooses a chunk size for the inverse of each flow block by measuring a batch of latents.
 
-  Chunks of one token are the sequential inverse, which is exact and the reference for all others.
-  With `config.sampling.inverse` auto, each block gets the fastest chunk size whose error is within
-  the tolerance. With parallel and chunked the chunk size is given, and only its error is measured.
+  A chunk size of 1 is the sequential inverse, which is exact. It is the reference for all errors.
+  With inverse=auto, each block gets the fastest chunk size whose error is within the tolerance.
+  With inverse=parallel or chunked, all blocks get the configured chunk size.
 
   Returns:
-    A JSON-serializable dict: `chunk_sizes`, one for each block; `trials`, one dict for each block,
-    from chunk size to `ms_per_image`, `passes` (passes over the tokens, the largest of the batch)
-    and `error` (largest difference to the sequential inverse, relative to 1 + |x|); `difference`,
-    the error of the image after all blocks.
+    A JSON-serializable dict with `chunk_sizes`, one for each block, `trials`, one dict for each
+    block, and `difference`, the error after all blocks. A trial maps a chunk size to
+    `ms_per_image`, `passes` (the largest number of passes over the tokens) and `error` (the largest
+    difference from the sequential inverse, relative to 1 + |x|).
   """
   sampling = config.sampling
   candidates = _chunk_size_candidates(sampling, model.num_tokens)
@@ -88,9 +88,9 @@ def compare_student(
   """Compares the student's inverse of a batch of latents with the sequential inverse.
 
   Returns:
-    A JSON-serializable dict: `rmse`, the root mean square difference of pixel values in [-1, 1],
-    and `psnr`, the same in dB; `difference`, the largest difference relative to 1 + |x|;
-    `ms_per_image` and `sequential_ms_per_image`; `speedup`, their quotient.
+    A JSON-serializable dict with `rmse` (root mean squared difference of values in [-1, 1]), `psnr`
+    (this difference in dB), `difference` (largest difference relative to 1 + |x|), `ms_per_image`,
+    `sequential_ms_per_image` and `speedup`.
   """
   calls = {}
   for inverse in ('sequential', 'student'):
@@ -110,17 +110,18 @@ def compare_student(
   }
 
 
-def cached_plan(
+def cached_measurement(
   config: Config, workdir: epath.Path, model: Farmer, params: PyTree, step: int, labels: list[int]
 ) -> dict[str, Any]:
   """Measures the inverse for a run, or reads the measurement of an earlier call.
 
-  Process 0 measures, and all processes get its result. A measurement belongs to the settings of
-  the inverse, the checkpoint, the batch size and the device kind. `model` is in its sampling dtype,
-  `step` is the step of `params`, and `labels` are repeated to fill a batch.
+  Process 0 measures, and all processes get the result. Other settings of the inverse, checkpoints,
+  batch sizes and device kinds need a new measurement. `model` is in its sampling dtype, `step` is
+  the step of `params`, and `labels` are repeated to fill a batch.
 
   Returns:
-    The result of `plan_inverse` or, for a student, of `compare_student`.
+    The result of `plan_inverse` (without `trials` for inverse=sequential) or, for a student, of
+    `compare_student`.
   """
   sampling, blocks = config.sampling, config.model.flow.blocks
   if sampling.inverse == 'sequential' or not blocks:
@@ -143,7 +144,7 @@ def cached_plan(
 
 
 def _time_alternately(calls: dict[Any, Any]) -> tuple[dict[Any, Any], dict[Any, float]]:
-  """Calls functions in turn; returns their results and their shortest times in milliseconds."""
+  """Calls functions in turn. Returns their results and their shortest times in milliseconds."""
   results = {name: jax.block_until_ready(call()) for name, call in calls.items()}  # compiles
   milliseconds = dict.fromkeys(calls, float('inf'))
   for _ in range(_REPEATS):
@@ -155,7 +156,7 @@ def _time_alternately(calls: dict[Any, Any]) -> tuple[dict[Any, Any], dict[Any, 
 
 
 def _chunk_size_candidates(sampling: Sampling, num_tokens: int) -> tuple[int, ...]:
-  """Chunk sizes to measure. 1, the reference, is always the first."""
+  """Returns the chunk sizes to measure. The first is 1, the reference."""
   unknown = num_tokens - 1  # The first token of a flow block does not change.
   if sampling.inverse == 'auto':
     powers = (4**power for power in range(1, unknown.bit_length()))
@@ -165,7 +166,7 @@ def _chunk_size_candidates(sampling: Sampling, num_tokens: int) -> tuple[int, ..
 
 
 def _relative_difference(x: Array, reference: Array) -> float:
-  """Largest difference relative to 1 + |reference|, where the reference is finite."""
+  """Returns the largest difference relative to 1 + |reference| where the reference is finite."""
   difference = abs(x - reference) / (1 + abs(reference))
   return float(jnp.where(jnp.isfinite(reference), difference, 0).max(initial=0))
 
@@ -189,12 +190,12 @@ def _log_plan(plan: dict[str, Any], sampling: Sampling) -> None:
   if sampling.inverse == 'student':
     logging.info(
       f'The student is {plan["speedup"]:.1f} times faster than the sequential inverse.'
-      f' PSNR between their images: {plan["psnr"]:.1f} dB.'
+      f' The PSNR between the images of both is {plan["psnr"]:.1f} dB.'
     )
   else:
     logging.info(f'Chunk sizes of the inverse, by flow block: {plan["chunk_sizes"]}')
   if plan['difference'] > sampling.tolerance:
     logging.warning(
       f'Samples differ from the sequential inverse by up to {plan["difference"]:.1e} relative to'
-      f' 1 + |x|, which exceeds config.sampling.tolerance={sampling.tolerance:g}.'
+      f' 1 + |x|, which exceeds --config.sampling.tolerance={sampling.tolerance:g}.'
     )

@@ -1,4 +1,4 @@
-"""Labels of samples: classes by name or number. The label `num_classes` is "no class"."""
+"""Labels of samples: classes by name or index. The label `num_classes` is "no class"."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,9 @@ from farmer_jax.errors import ConfigError, DataError
 
 
 def class_index(label: str | int | None, num_classes: int, class_names: Sequence[str] = ()) -> int:
-  """Returns the label of a class, given by name or number; None is "no class".
+  """Returns the label of a class that is given by name or index. None means "no class".
 
-  Names match without regard to case if there is no exact match. A model without classes ignores
-  `label`.
+  If no name matches exactly, case is ignored. A model without classes ignores `label`.
 
   Raises:
     DataError: there is no such class.
@@ -27,11 +26,11 @@ def class_index(label: str | int | None, num_classes: int, class_names: Sequence
   if text.isdecimal() and int(text) < num_classes:
     return int(text)
   known = f' or a name such as {", ".join(class_names[:20])}' if class_names else ''
-  raise DataError(f'there is no class {text!r}; use a number from 0 to {num_classes - 1}{known}')
+  raise DataError(f'there is no class {text!r}; use an index from 0 to {num_classes - 1}{known}')
 
 
 def parse_labels(config: config_lib.Config, class_names: Sequence[str] = ()) -> list[int]:
-  """The labels that `config.sampling.labels` lists; by default all classes.
+  """Returns the labels in `config.sampling.labels`, by default all classes.
 
   Raises:
     ConfigError: `config.sampling.labels` names a class that does not exist.
@@ -44,18 +43,18 @@ def parse_labels(config: config_lib.Config, class_names: Sequence[str] = ()) -> 
   try:
     return [class_index(label, num_classes, class_names) for label in labels]
   except DataError as error:
-    raise ConfigError(f'config.sampling.labels: {error}, or none for no class') from error
+    raise ConfigError(f'--config.sampling.labels: {error}, or none for "no class"') from error
 
 
 def label_name(label: int, num_classes: int, class_names: Sequence[str] = ()) -> str:
-  """Name of a label in figures: empty for "no class"."""
+  """Returns the name of a label in figures, or an empty string for "no class"."""
   if label == num_classes:
     return ''
   return class_names[label] if class_names else str(label)
 
 
 def grid_labels(config: config_lib.Config) -> Int[np.ndarray, 'rows columns']:
-  """Labels of a sample grid: one class per row; a model without classes has the label 0."""
+  """Returns the labels of a sample grid: one class per row, or 0 without classes."""
   rows, columns = config.sampling.grid_rows, config.sampling.grid_columns
   num_rows = min(config.data.num_classes, rows)
   labels = np.arange(num_rows) if num_rows else np.zeros(rows)

@@ -79,17 +79,17 @@ def draw_latents(
   model: Farmer,
   config: Config,
 ) -> Latents:
-  """Draws latents z from the prior. Pure and traceable; `Sampler.latents` compiles it.
+  """Draws latents z from the prior. Pure and traceable. `Sampler.latents` compiles it.
 
   Args:
     params: parameters of the model.
-    labels: classes; `num_classes` is "no class".
+    labels: classes. `num_classes` means "no class".
     keys: one random key for each image.
     scales: guidance scales at the first and at the last token, interpolated linearly in between.
-      Without effect unless `config.sampling.guidance` has a scale above 0.
+      They have no effect unless `config.sampling.guidance` has a scale above 0.
     variance: factor on the variance of the redundant channels.
     model: the model.
-    config: its section `sampling` says how to draw.
+    config: the section `sampling` defines how to draw.
   """
   guidance = config.sampling.guidance
   streams = [labels]
@@ -104,7 +104,7 @@ def draw_latents(
 def draw_values(
   params: PyTree, labels: Ints, keys: PRNGKeyArray, *, model: Farmer, config: Config
 ) -> Float[Array, 'B H W C']:
-  """Draws real-valued images by the exact inverse; pure, with arguments as for `draw_latents`."""
+  """Draws real-valued images with the exact inverse. See `draw_latents` for the arguments."""
   scales = jnp.asarray(config.sampling.guidance.scales)
   z = draw_latents(
     params, labels, keys, scales, config.sampling.redundant_variance, model=model, config=config
@@ -114,7 +114,7 @@ def draw_values(
 
 @flax.struct.dataclass
 class Samples:
-  """A batch of samples and how the inverse of the flow converged."""
+  """A batch of samples and convergence statistics of the inverse of the flow."""
 
   values: Float[Array, 'B H W C']  # on the scale of the training data
   images: UInt8[Array, 'B H W C']  # gray where `values` are not finite
@@ -124,9 +124,9 @@ class Samples:
 
 
 def in_sampling_dtype(model: Farmer, sampling: Sampling) -> Farmer:
-  """Returns `model` with its transformers in the dtype of `config.sampling.dtype`.
+  """Returns `model` with its transformers in the dtype `config.sampling.dtype`.
 
-  The default turns bfloat16 into float32. The forward pass and the inverse process arrays of
+  The default replaces bfloat16 by float32. The forward pass and the inverse process arrays of
   different shapes and therefore round differently, and deep flows amplify the difference.
   """
   dtype = sampling.dtype or ('float32' if model.config.dtype == 'bfloat16' else None)
@@ -136,14 +136,14 @@ def in_sampling_dtype(model: Farmer, sampling: Sampling) -> Farmer:
 
 
 class Sampler:
-  """Draws images. Image i is a function of `config.sampling.seed`, the number i and its label.
+  """Draws images. The random numbers of image i depend only on `config.sampling.seed` and i.
 
   Args:
-    model: the model; a `student.StudentFarmer` where `config.sampling.inverse` is student.
-    config: its section `sampling` says how to draw.
-    chunk_sizes: for each flow block, the number of tokens that its inverse finds together (see
+    model: the model, a `student.StudentFarmer` if `config.sampling.inverse` is 'student'.
+    config: the section `sampling` defines how to draw.
+    chunk_sizes: for each flow block, the number of tokens that its inverse computes together (see
       `flow.FlowBlock.inverse`). None inverts token by token, which is exact.
-    out_shardings: sharding of the results, as for `jax.jit`.
+    out_shardings: sharding of the results, see `jax.jit`.
   """
 
   def __init__(
@@ -155,7 +155,7 @@ class Sampler:
     self._images = jax.jit(self._decode, out_shardings=out_shardings)
 
   def __call__(self, params: PyTree, labels: Labels, numbers: Labels) -> Samples:
-    """Draws the images with the given numbers and labels."""
+    """Draws images. `numbers` are the indices i of the images."""
     return self.images(params, self.latents(params, labels, numbers), labels)
 
   def latents(
@@ -177,7 +177,7 @@ class Sampler:
     return self._latents(params, _int32(labels), _int32(numbers), *factors)
 
   def images(self, params: PyTree, z: Latents, labels: Labels) -> Samples:
-    """Inverts the flow: the samples with latents z."""
+    """Inverts the flow. Returns the samples with latents z."""
     return self._images(params, z, _int32(labels))
 
   def lower(self, params: PyTree, labels: jax.ShapeDtypeStruct) -> dict[str, jax.stages.Lowered]:
@@ -204,7 +204,7 @@ class Sampler:
       options = dict(method='decode', chunk_sizes=self._chunk_sizes)
     values, convergence = apply(z, labels, tolerance=sampling.tolerance, **options)
     if sampling.denoise:
-      # Tweedie's formula: the expected noise-free image given the noisy one.
+      # Tweedie's formula: the expected noise-free image given the noisy image.
       score = jax.grad(lambda x: apply(x, labels).total.sum())
       values += noise_config.std_end**2 * score(values)
     finite_values = jnp.nan_to_num(values, posinf=0, neginf=0)
@@ -218,5 +218,5 @@ class Sampler:
 
 
 def _int32(values: Labels) -> Ints | np.ndarray:
-  """Lists and NumPy arrays as int32; JAX arrays stay on their devices."""
+  """Converts lists and NumPy arrays to int32. JAX arrays stay on their devices."""
   return values if isinstance(values, jax.Array) else np.asarray(values, np.int32)

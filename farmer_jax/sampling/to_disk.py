@@ -1,4 +1,4 @@
-"""Draws many images into npz files, on all devices of all processes, resumably."""
+"""Draws many images into npz files on all devices of all processes. A killed job can resume."""
 
 import dataclasses
 import time
@@ -18,47 +18,46 @@ from farmer_jax.workdir import layout, results
 
 Report = dict[str, Any]
 
-# Settings that do not change what image i is.
+# Settings that do not change image i.
 _NOT_IN_NAME = {'count', 'batch_size', 'png', 'figures', 'grid_columns', 'grid_rows'}
 
-# Names of the arrays in the npz files. ADM's evaluator reads images from arr_0 (uint8
-# [n, H, W, C]) and labels from arr_1.
+# Names of the arrays in the npz files. In ADM's sample files, arr_0 are images (uint8 [n, H, W, C])
+# and arr_1 are labels.
 _ARRAYS = {'images': 'arr_0', 'labels': 'arr_1', 'residual': 'residual', 'finite': 'finite'}
 
 
 def folder_name(sampling: Sampling, step: int) -> str:
-  """Name of the folder of samples: the checkpoint step and all settings that are not default."""
+  """Returns the name of the folder of samples: the step and all settings that are not default."""
   return layout.results_name(step, sampling, _NOT_IN_NAME)
 
 
-def open_results(folder: epath.Path, first_shard: int = 0) -> results.ShardedResults:
-  """Opens the samples in a folder: the arrays images, labels, residual and finite."""
-  return results.ShardedResults(folder, _ARRAYS, first_shard)
+def open_results(folder: epath.Path, first_file: int = 0) -> results.ResultFiles:
+  """Opens the samples in a folder: the arrays `images`, `labels`, `residual` and `finite`."""
+  return results.ResultFiles(folder, _ARRAYS, first_file)
 
 
 def draw_missing(
   sampler: Sampler, params: PyTree, labels: list[int], sampling: Sampling, folder: epath.Path
 ) -> dict[str, float] | None:
-  """Draws those of the images 0 … `sampling.count` - 1 that are not yet in `folder`.
+  """Draws the images 0 … `sampling.count` - 1 that are not yet in `folder`.
 
-  The images are divided among the processes by shards. Image i has label number i modulo the
-  number of labels.
+  Each process draws the images of a range of files. Image i has label `labels[i % len(labels)]`.
 
   Returns:
-    Seconds for each image, without compilation: `prior` and `inverse`; None if this process drew
+    Seconds per image of `prior` and `inverse`, without compilation, or None if this process drew
     fewer than two batches.
   """
-  first_shard, start, end = _share_of_process(sampling.count)
+  first_file, start, end = _share_of_process(sampling.count)
   if start >= end:
     return None
-  store = open_results(folder, first_shard)
+  store = open_results(folder, first_file)
   done = min(start + len(store), end)
   logging.info(f'{done - start} of {end - start} images are already in {folder}')
   devices = mesh.LocalDevices()
   params, size, seconds = devices.replicate(params), devices.round_up(sampling.batch_size), []
   with terminal.progress_bar('sampling', 'image', end - start, done - start) as bar:
-    # Batches start at multiples of their size, so that a resumed job computes the same batches as
-    # an uninterrupted one, and rounds in the same way.
+    # Batches start at multiples of their size. A resumed job therefore computes the same batches,
+    # with the same rounding, as an uninterrupted job.
     for first in range(done - done % size, end, size):
       numbers = np.arange(first, first + size, dtype=np.int32)
       batch_labels = np.asarray(labels, np.int32)[numbers % len(labels)]
@@ -85,17 +84,17 @@ def summarize(
 ) -> Report:
   """Describes the samples in a folder, as a JSON-serializable dict.
 
-  `plan` is the result of `inverse.cached_plan`, and `seconds` the result of `draw_missing`.
+  `plan` is the result of `inverse.cached_measurement`, and `seconds` the result of `draw_missing`.
   """
   store = open_results(folder)
   nonfinite = np.flatnonzero(~store.read('finite', sampling.count))
   residuals = store.read('residual', sampling.count)
-  residuals = residuals[~np.isnan(residuals)]  # A student without refinement has none.
+  residuals = residuals[~np.isnan(residuals)]  # A student without refinement has no residuals.
   return {
     'count': sampling.count,
     'checkpoint_step': step,
     'nonfinite_samples': len(nonfinite),
-    'nonfinite_numbers': nonfinite[:100].tolist(),
+    'nonfinite_indices': nonfinite[:100].tolist(),
     'largest_residual': float(residuals.max()) if len(residuals) else None,
     'inverse': plan,
     'seconds_per_image': seconds,
@@ -104,8 +103,8 @@ def summarize(
 
 
 def _share_of_process(count: int) -> tuple[int, int, int]:
-  """First shard, first image and end of the images that this process draws."""
-  size, num_processes = results.SHARD_SIZE, jax.process_count()
+  """Returns the first file, the first image and the end of the images that this process draws."""
+  size, num_processes = results.ROWS_PER_FILE, jax.process_count()
   shards = -(-count // size)
   first, end = (shards * (jax.process_index() + i) // num_processes for i in (0, 1))
   return first, first * size, min(end * size, count)

@@ -10,7 +10,8 @@ from etils import epath
 
 from farmer_jax import config as config_lib
 from farmer_jax.data import pipeline
-from farmer_jax.training import divergence, state, throughput
+from farmer_jax.training import divergence, state
+from farmer_jax.training import throughput as throughput_lib
 from farmer_jax.workdir import metrics as metrics_lib
 
 
@@ -67,11 +68,11 @@ class MetricLogger:
   def __init__(
     self,
     schedule: optax.Schedule,
-    rates: throughput.Throughput,
+    throughput: throughput_lib.Throughput,
     monitor: divergence.DivergenceMonitor,
     iterator: pipeline.TrainIterator,
   ):
-    self._schedule, self._rates = schedule, rates
+    self._schedule, self._throughput = schedule, throughput
     self._monitor, self._iterator = monitor, iterator
 
   def __call__(self, info: StepInfo) -> None:
@@ -79,7 +80,7 @@ class MetricLogger:
     values = dict(jax.device_get(info.metrics))
     del values['consecutive_skips']
     updates = info.step - 1 - int(values['skipped_updates'])
-    values |= self._rates.rates() | {'learning_rate': self._schedule(max(updates, 0))}
+    values |= self._throughput.rates() | {'learning_rate': self._schedule(max(updates, 0))}
     # Faults and rollbacks are rare, so only values above zero are written.
     faults = self._iterator.counts() | {'data_order': self._iterator.order}
     values |= {name: count for name, count in faults.items() if count}

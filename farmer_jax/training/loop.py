@@ -1,5 +1,6 @@
 """The training loop, shared by all jobs that train."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ from farmer_jax.checkpoints import Checkpointer
 from farmer_jax.data import pipeline
 from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.distributed import preemption
-from farmer_jax.training import divergence, throughput
+from farmer_jax.training import divergence
 from farmer_jax.training import hooks as hooks_lib
 from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
+from farmer_jax.training import throughput as throughput_lib
 from farmer_jax.workdir import metrics as metrics_lib
 
 
@@ -38,7 +40,7 @@ class _Run:
   frozen: tuple[state_lib.Params, ...]
   checkpointer: Checkpointer
   writer: metrics_lib.MetricWriter
-  rates: throughput.Throughput
+  throughput: throughput_lib.Throughput
   monitor: divergence.DivergenceMonitor
   profiler: hooks_lib.Profiler
   hooks: Sequence[hooks_lib.Hook]
@@ -85,24 +87,25 @@ def train(
     run, state, step = _set_up(
       config, workdir, mesh, init, optimizer, loss_fn, iterator, validation, hooks, frozen, diagnose
     )
-    if step == config.train.steps and config.train.validate_every:
-      validation.evaluate(state.evaluation_params)  # A complete run reports again.
-    return _run_steps(run, state, step, listener)
+    # Closes the progress bar before an error is printed.
+    with contextlib.closing(run.throughput):
+      if step == config.train.steps and config.train.validate_every:
+        validation.evaluate(state.evaluation_params)  # A complete run reports again.
+      return _run_steps(run, state, step + 1, listener)
 
 
 def _run_steps(
-  run: _Run, state: state_lib.TrainState, step: int, listener: preemption.PreemptionListener
+  run: _Run, state: state_lib.TrainState, first: int, listener: preemption.PreemptionListener
 ) -> state_lib.TrainState:
-  """Runs training steps from `step` + 1 to the last step. A rollback returns to an earlier step."""
-  first = step + 1
+  """Runs training steps from `first` to the last step. A rollback returns to an earlier step."""
   while first <= run.steps:
     for step in range(first, run.steps + 1):
       run.profiler.start(step)
       with jax.profiler.StepTraceAnnotation('train', step_num=step):
-        with run.rates.waiting_for_input():
+        with run.throughput.waiting_for_input():
           batch = run.mesh.global_batch(next(run.iterator))
         state, metrics = run.train_step(state, batch, *run.frozen)
-        run.rates.count_step(step, metrics)
+        run.throughput.count_step(step, metrics)
 
       if run.monitor.has_diverged(metrics):
         run.checkpointer.wait()
@@ -113,7 +116,7 @@ def _run_steps(
         first = restored + 1
         break
 
-      with run.rates.paused():
+      with run.throughput.paused():
         info = hooks_lib.StepInfo(step, state, metrics, run.writer)
         for hook in run.hooks:
           if hook.is_due(step, run.steps):
@@ -139,7 +142,7 @@ def _roll_back(run: _Run, abstract_state: state_lib.TrainState) -> tuple[state_l
   logging.info(f'Resuming from step {step} with data order {run.iterator.order}.')
   run.writer.close()
   run.writer = metrics_lib.MetricWriter(run.workdir, step)
-  run.rates.rewind(step)
+  run.throughput.rewind(step)
   return state, step
 
 
@@ -167,7 +170,7 @@ def _set_up(
     logging.info(f'Parameters:\n{overview}')
   step_fn = step_lib.make_train_step(loss_fn, optimizer, config.train)
   train_step = _compile(step_fn, mesh, state, iterator, frozen)
-  rates = throughput.Throughput(config, step)
+  throughput = throughput_lib.Throughput(config, step)
   monitor = divergence.DivergenceMonitor(config.train, workdir, diagnose)
   profiler = hooks_lib.Profiler(config.profile, workdir)
   schedule = optimizer_lib.learning_rate_schedule(config.train)
@@ -175,7 +178,7 @@ def _set_up(
   def save_checkpoint(info: hooks_lib.StepInfo) -> None:
     checkpointer.save(info.step, info.state, iterator, validation.loss_at(info.step))
 
-  log = hooks_lib.MetricLogger(schedule, rates, monitor, iterator)
+  log = hooks_lib.MetricLogger(schedule, throughput, monitor, iterator)
   save = hooks_lib.Hook(save_checkpoint, config.train.checkpoint_every)
   run = _Run(
     steps=steps,
@@ -188,7 +191,7 @@ def _set_up(
     frozen=frozen,
     checkpointer=checkpointer,
     writer=metrics_lib.MetricWriter(workdir, step),
-    rates=rates,
+    throughput=throughput,
     monitor=monitor,
     profiler=profiler,
     hooks=[
@@ -249,6 +252,5 @@ def _abstract(state: state_lib.TrainState) -> state_lib.TrainState:
 def _close(run: _Run) -> None:
   """Closes all outputs. Raises CheckpointError if the last checkpoint was not written."""
   run.profiler.close()
-  run.rates.close()
   run.writer.close()
   run.checkpointer.close()

@@ -19,11 +19,11 @@ _CLASSES_FILE = 'classes.json'
 def claim(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
   """Creates the workdir of a run, or opens it if it belongs to a run with this configuration.
 
-  Writes config.json and returns the absolute path. Nothing is written to a folder that is refused.
+  Writes config.json and returns the absolute path. Writes nothing to a folder that is refused.
 
   Raises:
-    WorkdirError: the folder belongs to a run with another configuration, holds other files, or
-      cannot be written to.
+    WorkdirError: the folder belongs to a run with another configuration, contains other files, or
+      is not writable.
   """
   workdir = absolute(path)
   file = workdir / CONFIG_FILE
@@ -45,7 +45,7 @@ def claim(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
 
 
 def open_run(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
-  """The absolute path of an existing run with this configuration; nothing is written.
+  """Returns the absolute path of an existing run with this configuration. Writes nothing.
 
   Raises:
     WorkdirError: there is no run, or it has another configuration.
@@ -56,13 +56,13 @@ def open_run(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-  """`path` as an absolute path; URLs such as gs://bucket/run are absolute."""
+  """Returns an absolute path. URLs such as gs://bucket/run are absolute."""
   path = epath.Path(path)
   return path if '://' in str(path) else epath.Path(path.expanduser().absolute())
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
-  """The configuration of a run as a nested dict; `WorkdirError` if there is no run."""
+  """Returns the configuration of a run as a nested dict, or raises `WorkdirError`."""
   file = absolute(workdir) / CONFIG_FILE
   if not file.exists():
     raise WorkdirError(f'{workdir} is not the workdir of a run: it has no {CONFIG_FILE}')
@@ -70,12 +70,12 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
 
 
 def read_json(file: epath.Path, is_valid: Callable[[Any], bool]) -> Any:
-  """The value in a JSON file; `WorkdirError` if it cannot be read or is_valid(value) is false."""
+  """Returns the value in a JSON file. Raises `WorkdirError` if it is unreadable or not valid."""
   try:
     value = json.loads(file.read_text())
     if is_valid(value):
       return value
-    raise ValueError('it holds unexpected values')
+    raise ValueError('it contains unexpected values')
   except RecursionError:
     raise WorkdirError(f'cannot read {file}: it is nested too deeply') from None
   except (ValueError, OSError) as error:
@@ -83,9 +83,9 @@ def read_json(file: epath.Path, is_valid: Callable[[Any], bool]) -> Any:
 
 
 def results_name(prefix: object, section: Any, ignored: Collection[str]) -> str:
-  """A file name for results: a prefix, and the settings of a section that differ from the defaults.
+  """Returns a file name for results: a prefix, and the settings that differ from the defaults.
 
-  `ignored` are the paths in the section, such as a `config.Sampling`, that do not change results.
+  `ignored` are the paths in `section`, such as a `config.Sampling`, that do not change results.
   """
   words = [str(prefix)]
   for path, key in config_lib.leaves(type(section)):
@@ -97,18 +97,18 @@ def results_name(prefix: object, section: Any, ignored: Collection[str]) -> str:
 
 
 def short_hash(value: object) -> str:
-  """Eight hexadecimal digits that differ between values with different texts."""
+  """Returns the CRC-32 of the text of a value, as eight hexadecimal digits."""
   return f'{zlib.crc32(str(value).encode()):08x}'
 
 
 def write_class_names(workdir: epath.Path, names: Sequence[str]) -> None:
-  """Saves the class names in the workdir, for jobs on machines without the data set."""
+  """Saves the class names in the workdir, for jobs on machines without the dataset."""
   if names:
     write_atomically(workdir / _CLASSES_FILE, json.dumps(list(names)) + '\n')
 
 
 def read_class_names(workdir: epath.Path) -> tuple[str, ...]:
-  """The class names of a run; empty if the data set has none."""
+  """Returns the class names of a run, or () if the dataset has none."""
   file = workdir / _CLASSES_FILE
   if not file.exists():
     return ()
@@ -116,14 +116,14 @@ def read_class_names(workdir: epath.Path) -> tuple[str, ...]:
 
 
 def write_atomically(file: epath.Path, text: str) -> None:
-  """Writes a text file; a reader, or a crash, sees the old file or the new file, never a part."""
+  """Writes a text file. Readers see the complete old or new file, even after a crash."""
   with atomic_path(file) as temporary:
     temporary.write_text(text)
 
 
 @contextlib.contextmanager
 def atomic_path(file: epath.Path) -> Iterator[epath.Path]:
-  """Context with a temporary path that replaces `file` at the end."""
+  """Context with a temporary path that replaces `file`, unless the context raises an exception."""
   temporary = file.with_name(file.name + '.tmp')
   yield temporary
   temporary.replace(file)
@@ -134,14 +134,14 @@ def differences(
 ) -> list[str]:
   """Describes the settings that affect results and differ from a saved configuration.
 
-  Only settings whose dotted path starts with one of the `prefixes` are compared. `saved` is as
-  `read_config` returns it.
+  Only settings whose dotted path starts with one of the `prefixes` are compared. `saved` is a
+  result of `read_config`.
   """
   # Earlier versions saved some keys under other names.
   old = dict(_flatten(config_lib.upgrade(saved)))
   found = []
   for path, key in config_lib.leaves():
-    # A key that did not exist when the run was created had the effect of its default.
+    # If the saved configuration lacks a key, the run had the default behavior.
     before, now = old.get(path, key.default), config_lib.get(config, path)
     if before != now and path.startswith(tuple(prefixes)) and not key.changeable:
       found.append(f'{path} is {before!r} there and {now!r} here')
@@ -153,7 +153,7 @@ def _check_same_config(config: config_lib.Config, workdir: epath.Path) -> None:
   if found:
     raise WorkdirError(
       f'the workdir {workdir} belongs to a run with another configuration ({"; ".join(found)});'
-      ' choose another --workdir, or the settings of that run'
+      ' choose another --workdir, or use the settings of that run'
     )
 
 

@@ -17,10 +17,10 @@ _FILE = 'lock'
 
 @contextlib.contextmanager
 def hold(workdir: epath.Path) -> Iterator[None]:
-  """Holds the lock of a workdir, an absolute path: a lock by `flock` on WORKDIR/lock.
+  """Context that locks WORKDIR/lock with `flock`. `workdir` is an absolute path.
 
-  The kernel releases the lock when the process ends, in any way. Object stores and some network
-  file systems have no locks: there, a warning is logged, and a second run is not detected.
+  The kernel releases the lock when the process ends for any reason. Object stores and some network
+  file systems have no locks. There, a warning is logged, and a second run is not detected.
 
   Raises:
     WorkdirError: another process holds the lock.
@@ -35,14 +35,14 @@ def hold(workdir: epath.Path) -> Iterator[None]:
 
 
 def _lock(file: IO[str], workdir: epath.Path) -> None:
-  """Locks an open file, and writes the owner into it."""
+  """Locks an open file, and writes the name of this process into the file."""
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     file.seek(0)
     owner = file.readline(200).strip() or 'another process'
     raise WorkdirError(
-      f'{owner} is training in {workdir}; stop it, or choose another --workdir'
+      f'{owner} is training in {workdir}; stop that process, or choose another --workdir'
     ) from None
   except OSError as error:
     _warn_no_lock(workdir, error.strerror or str(error))
@@ -54,6 +54,6 @@ def _lock(file: IO[str], workdir: epath.Path) -> None:
 
 def _warn_no_lock(workdir: epath.Path, reason: str) -> None:
   logging.warning(
-    f'{workdir} cannot be locked ({reason}): make sure that no other run trains in it, because a'
-    ' second run is not detected.'
+    f'{workdir} cannot be locked ({reason}). Make sure that no other run trains in this workdir,'
+    ' because a second run is not detected.'
   )

@@ -21,8 +21,8 @@ _FILE = 'metrics.jsonl'
 class MetricWriter:
   """Appends metrics to metrics.jsonl, one JSON object per line, and to TensorBoard events.
 
-  Only process 0 writes. A run that resumes from the checkpoint of `first_step` drops the metrics of
-  later steps, so that each step occurs once.
+  Only process 0 writes. A run that resumes from the checkpoint of `first_step` removes the metrics
+  of later steps, so that each step occurs once.
   """
 
   def __init__(self, workdir: epath.Path, first_step: int):
@@ -65,7 +65,7 @@ class MetricWriter:
   def _append(self, text: str) -> None:
     """Writes text. A full disk causes one warning and does not stop the training.
 
-    The file's buffer holds the text that could not be written, and the next call writes it.
+    The file's buffer holds text that could not be written, and the next call writes this text.
     """
     assert self._file is not None
     try:
@@ -74,19 +74,19 @@ class MetricWriter:
       self._has_failed = False
     except OSError as error:
       if not self._has_failed:
-        logging.warning(f'Cannot write metrics ({error.strerror}); training continues.')
+        logging.warning(f'Metrics cannot be written ({error.strerror}). Training continues.')
       self._has_failed = True
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-  """The records of a run's metrics.jsonl; values that were not finite are NaN."""
+  """Returns the records in metrics.jsonl. Values that were not finite are NaN."""
   path = layout.absolute(workdir) / _FILE
   records = [json.loads(line) for line in path.read_text().splitlines() if _step(line) >= 0]
   return [{k: math.nan if v is None else v for k, v in record.items()} for record in records]
 
 
 def _step(line: str) -> float:
-  """The step of a line; NaN for a line that a crash truncated."""
+  """Returns the step of a line, or NaN for a line that a crash truncated."""
   try:
     return json.loads(line)['step']
   except (ValueError, KeyError, TypeError):
@@ -94,10 +94,10 @@ def _step(line: str) -> float:
 
 
 def _tensorboard_writer(workdir: epath.Path) -> Any:
-  """CLU's writer; None without TensorFlow."""
+  """Returns CLU's writer, or None if CLU or TensorFlow is not installed."""
   try:
     from clu import metric_writers
   except ImportError as error:
-    logging.info(f'No TensorBoard events are written ({error}); metrics.jsonl is.')
+    logging.info(f'TensorBoard events are not written ({error}). Metrics are in metrics.jsonl.')
     return None
   return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))

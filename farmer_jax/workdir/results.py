@@ -1,4 +1,4 @@
-"""Results with one row per image, in npz files of 1,000 rows, so that a killed job can resume."""
+"""Results with one row per image, in npz files of 1,000 rows. A killed job can resume."""
 
 import time
 import zipfile
@@ -11,47 +11,47 @@ from etils import epath
 from farmer_jax.errors import ProcessError
 from farmer_jax.workdir import layout
 
-SHARD_SIZE = 1000
+ROWS_PER_FILE = 1000
 _SECONDS_BETWEEN_WRITES = 30.0
 
 
-class ShardedResults:
+class ResultFiles:
   """Rows 0, 1, … of several arrays, in FOLDER/00000.npz, FOLDER/00001.npz, …"""
 
-  def __init__(self, folder: epath.Path, names: Mapping[str, str], first_shard: int = 0):
-    """Opens or creates the folder, and counts the rows in it.
+  def __init__(self, folder: epath.Path, names: Mapping[str, str], first_file: int = 0):
+    """Opens or creates the folder, and counts the stored rows.
 
     Args:
-      folder: of the files.
-      names: {name of an array: its name in the files}; rows are counted in the last, small array.
-      first_shard: the number of the file with row 0, different in processes that share a folder.
+      folder: contains the files.
+      names: {name of an array: its name in the files}. Rows are counted in the last, small array.
+      first_file: index of the file with row 0. It differs between processes that share a folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    self._folder, self.names, self._first_shard = folder, names, first_shard
+    self._folder, self.names, self._first_shard = folder, names, first_file
     self._counted = list(names)[-1]
     self._last_write = time.monotonic()
-    self._num_full = 0  # files with SHARD_SIZE rows
+    self._num_full = 0  # files with ROWS_PER_FILE rows
     self._tail: dict[str, np.ndarray] | None = None  # rows after the last full file
     self._has_unsaved_rows = False
     while (shard := self._read_shard(self._num_full)) is not None:
-      if len(shard[self._counted]) < SHARD_SIZE:
+      if len(shard[self._counted]) < ROWS_PER_FILE:
         self._tail = shard
         break
       self._num_full += 1
 
   def __len__(self) -> int:
-    """The number of rows."""
-    return self._num_full * SHARD_SIZE + (len(self._tail[self._counted]) if self._tail else 0)
+    """Returns the number of rows."""
+    return self._num_full * ROWS_PER_FILE + (len(self._tail[self._counted]) if self._tail else 0)
 
   def append(self, **arrays: np.ndarray) -> None:
-    """Adds rows. They are written after 30 seconds, when a file is full, or by `flush`."""
+    """Adds rows. They are written when a file is full, every 30 seconds, or by `flush`."""
     while len(arrays[self._counted]):
       self._has_unsaved_rows = True
       tail = self._tail or {name: array[:0] for name, array in arrays.items()}
-      room = SHARD_SIZE - len(tail[self._counted])
+      room = ROWS_PER_FILE - len(tail[self._counted])
       self._tail = {n: np.concatenate([tail[n], arrays[n][:room]]) for n in self.names}
       arrays = {name: array[room:] for name, array in arrays.items()}
-      if len(self._tail[self._counted]) == SHARD_SIZE:
+      if len(self._tail[self._counted]) == ROWS_PER_FILE:
         self.flush()
         self._num_full, self._tail = self._num_full + 1, None
     if time.monotonic() - self._last_write > _SECONDS_BETWEEN_WRITES:
@@ -59,7 +59,7 @@ class ShardedResults:
 
   def flush(self) -> None:
     """Writes all rows that are not on disk."""
-    if self._tail and self._has_unsaved_rows:  # An unchanged tail may be another process's file.
+    if self._tail and self._has_unsaved_rows:  # An unchanged tail may belong to another process.
       file = self._file(self._num_full)
       with layout.atomic_path(file) as temporary, temporary.open('wb') as stream:
         np.savez(stream, **{self.names[n]: array for n, array in self._tail.items()})  # type: ignore[arg-type]
@@ -67,12 +67,12 @@ class ShardedResults:
     self._last_write = time.monotonic()
 
   def read(self, name: str, end: int, start: int = 0) -> np.ndarray:
-    """Rows `start` to `end` of one array; `ProcessError` if rows of another process are missing."""
-    first, last = start // SHARD_SIZE, -(-end // SHARD_SIZE)
+    """Returns rows `start` to `end` - 1. Raises `ProcessError` if rows of a process are missing."""
+    first, last = start // ROWS_PER_FILE, -(-end // ROWS_PER_FILE)
     parts = [self._load(i, name) for i in range(first, min(self._num_full, last))]
     if self._tail and last > self._num_full:
       parts.append(self._tail[name])
-    rows = np.concatenate(parts)[start - first * SHARD_SIZE :][: end - start]
+    rows = np.concatenate(parts)[start - first * ROWS_PER_FILE :][: end - start]
     if len(rows) < end - start:
       raise ProcessError(
         f'{self._folder} lacks rows of another process; all processes must share the --workdir'
@@ -87,16 +87,16 @@ class ShardedResults:
       return arrays[self.names[name]]
 
   def _read_shard(self, index: int) -> dict[str, np.ndarray] | None:
-    """The arrays of a file, of a full file only the counted one; None if missing or corrupt."""
+    """Returns the arrays of a file (if full, only the counted array), or None if it is unusable."""
     if not self._file(index).exists():
       return None
     try:
       counted = self._load(index, self._counted)
-      if len(counted) == SHARD_SIZE:
+      if len(counted) == ROWS_PER_FILE:
         return {self._counted: counted}
       return {name: self._load(index, name) for name in self.names}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
       logging.warning(
-        f'{self._file(index)} is corrupt; its rows and all later rows are computed again.'
+        f'{self._file(index)} is corrupt. Its rows and all later rows are computed again.'
       )
       return None

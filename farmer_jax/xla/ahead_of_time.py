@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: devices that are not attached, and what a compiled program needs."""
+"""Ahead-of-time compilation, also for devices that are not attached, and costs of programs."""
 
 import os
 import time
@@ -9,12 +9,12 @@ import jax
 from farmer_jax import errors
 from farmer_jax.xla import chips, hlo
 
-# Number of operations whose share of the time is reported.
+# Number of operations whose fraction of the time is reported.
 _COSTLIEST_OPERATIONS = 25
 
 
 def topology_devices(topology: str | None) -> list[jax.Device]:
-  """The devices of a TPU slice such as v5e:16x16, attached or not; for None the attached devices.
+  """Returns the devices of a TPU slice such as v5e:16x16, or the attached devices for None.
 
   Raises:
     ConfigError: there is no such slice, or libtpu is missing.
@@ -23,15 +23,15 @@ def topology_devices(topology: str | None) -> list[jax.Device]:
     return jax.devices()
   from jax.experimental import topologies
 
-  # libtpu must neither wait for a metadata server nor lock a device that nobody uses.
+  # libtpu must neither wait for a metadata server nor lock a device.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   try:
     return topologies.get_topology_desc(topology, platform='tpu').devices
-  except Exception as error:  # The type depends on what is wrong: no libtpu, or an unknown name.
+  except Exception as error:  # The type depends on the cause: no libtpu, or an unknown name.
     raise errors.ConfigError(
-      f'cannot compile for config.compile.topology={topology} ({_one_line(error)}); the name must'
-      ' look like v5e:16x16, and the compiler is in: pip install "farmer_jax[tpu]"'
+      f'cannot compile for --config.compile.topology={topology} ({_one_line(error)}); use a name'
+      ' such as v5e:16x16, and install the compiler: pip install "farmer_jax[tpu]"'
     ) from error
 
 
@@ -41,10 +41,10 @@ def compile_and_measure(
   device_kind: str,
   compiler_options: dict[str, str | bool] | None = None,
 ) -> dict[str, Any]:
-  """Compiles a program and returns what it needs on each device, as a JSON-serializable dict.
+  """Compiles a program and returns its cost per device as a JSON-serializable dict.
 
-  Times are estimates of the compiler, without waiting for collectives. `fits` and the times are
-  None where the chip is unknown.
+  Times are estimates of the compiler, without waiting for collectives. `fits` and
+  `estimated_seconds` are None if the chip is unknown.
 
   Raises:
     ConfigError: the program needs more memory than a device has.
@@ -57,7 +57,8 @@ def compile_and_measure(
       raise
     raise errors.ConfigError(
       f'the {name} does not fit into the memory of a device ({_one_line(error)}); use a smaller'
-      ' config.train.batch_size, a larger config.mesh.fsdp or another config.model.remat'
+      ' --config.train.batch_size (sampling: --config.sampling.batch_size), a larger'
+      ' --config.mesh.fsdp or another --config.model.remat'
     ) from error
   compile_seconds = round(time.monotonic() - start, 1)
   memory: Any = compiled.memory_analysis()

@@ -1,7 +1,7 @@
 """Peak FLOP/s, clock frequency and memory of accelerators, by `jax.Device.device_kind`.
 
-A key matches every device kind that starts with it; the longest matching key wins. JAX reports
-'TPU v5 lite' for a v5e chip and 'TPU v5' or 'TPU v5p' for a v5p chip.
+A key matches every device kind that starts with the key. The longest matching key is used. JAX
+reports 'TPU v5 lite' for a v5e chip and 'TPU v5' or 'TPU v5p' for a v5p chip.
 """
 
 # Dense bfloat16 FLOP/s of one JAX device, without sparsity. Sources: cloud.google.com/tpu/docs and
@@ -19,24 +19,23 @@ _PEAK_FLOPS = {
   'NVIDIA B200': 2250e12,
 }
 
-# Cycles per second and bytes of memory, of TPUs only: used by --job=compile, which compiles for
-# TPUs that are not present.
+# Cycles per second and bytes of memory. --job=compile needs them for TPUs that are not attached.
 _CLOCK = {'TPU v4': 1.05e9, 'TPU v5 lite': 1.5e9, 'TPU v5': 1.75e9}
 _MEMORY: dict[str, float] = {'TPU v4': 32 * 2**30, 'TPU v5 lite': 16 * 2**30, 'TPU v5': 95 * 2**30}
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """Peak bfloat16 FLOP/s of one device; None for an unknown device."""
+  """Returns the peak bfloat16 FLOP/s of one device, or None for an unknown device."""
   return _lookup(_PEAK_FLOPS, device_kind)
 
 
 def clock(device_kind: str) -> float | None:
-  """Clock frequency of one TPU in Hz; None for an unknown device."""
+  """Returns the clock frequency of one TPU in Hz, or None for an unknown device."""
   return _lookup(_CLOCK, device_kind)
 
 
 def memory(device_kind: str) -> float | None:
-  """Memory of one TPU in bytes; None for an unknown device."""
+  """Returns the memory of one TPU in bytes, or None for an unknown device."""
   return _lookup(_MEMORY, device_kind)
 
 

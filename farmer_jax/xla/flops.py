@@ -1,14 +1,14 @@
-"""Number of floating-point operations of the model, for the model FLOPs utilization (MFU).
+"""Number of floating-point operations (FLOPs) of the model, for the model FLOPs utilization (MFU).
 
-Only matrix products count. Attention counts all pairs of tokens, as matrix products compute them,
-and not only the pairs that the causal mask leaves.
+Only matrix products are counted. Attention counts all pairs of tokens, including the pairs that the
+causal mask removes.
 """
 
 from farmer_jax import config as config_lib
 
 
 def forward(config: config_lib.Config) -> int:
-  """FLOP of the log-density of one image."""
+  """Returns the FLOPs of the log-density of one image."""
   tokens, channels, flow = config.num_tokens, config.token_channels, config.model.flow
   block = _transformer(flow, tokens - 1) + _product(tokens - 1, channels, flow.width)
   block += _product(tokens - 1, flow.width, 2 * channels)
@@ -16,8 +16,8 @@ def forward(config: config_lib.Config) -> int:
 
 
 def training_step(config: config_lib.Config) -> int:
-  """FLOP of one training step; operations that are computed again to save memory do not count."""
-  # The backward pass takes twice the FLOP of the forward pass.
+  """Returns the FLOPs of one training step, without recomputation that saves memory."""
+  # The backward pass takes twice the FLOPs of the forward pass.
   return 3 * forward(config) * config.train.batch_size
 
 
@@ -46,5 +46,5 @@ def _transformer(stack: config_lib.Flow | config_lib.Prior, tokens: int) -> int:
 
 
 def _product(rows: int, inner: int, columns: int) -> int:
-  """FLOP of a matrix product [rows, inner] x [inner, columns]."""
+  """Returns the FLOPs of a matrix product [rows, inner] x [inner, columns]."""
   return 2 * rows * inner * columns

@@ -1,8 +1,8 @@
 """Cost of a compiled program, from its HLO text: estimated cycles, and bytes of collectives.
 
-XLA's own cost analysis counts the body of a loop once; this one multiplies by the trip count. The
-text of a program for TPUs has the compiler's estimate of cycles at each fusion, and the trip count
-at each loop or in the loop's condition. The format is that of jaxlib 0.10.2.
+XLA's cost analysis counts the body of a loop once. This module multiplies the cost of the body by
+the trip count. The HLO text for TPUs has the compiler's estimate of cycles at each fusion, and the
+trip count at each loop or in the loop's condition. The text has the format of jaxlib 0.10.2.
 """
 
 import collections
@@ -13,7 +13,7 @@ import re
 import string
 from collections.abc import Iterable, Mapping
 
-# The compiler writes the largest 64-bit integer where it has no estimate.
+# The compiler writes the largest 64-bit integer if it has no estimate.
 _NO_ESTIMATE = 2**63 - 1
 
 _COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
@@ -36,7 +36,7 @@ _ARRAY = re.compile(r'\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]')
 class Cost:
   """The cost of a program, or of one of its computations, on one device."""
 
-  cycles: int = 0  # estimated; collectives have no estimate
+  cycles: int = 0  # estimated, without collectives
   unknown_loops: int = 0  # loops without a known trip count, whose bodies count once
   unknown_cycles: int = 0  # instructions without an estimate
   # Cycles by pass and operation of the model.
@@ -56,17 +56,17 @@ class Cost:
 
 
 def cost(text: str) -> Cost:
-  """The cost of a compiled program, given `compiled.as_text()`; `ValueError` for other texts."""
+  """Returns the cost of the program `compiled.as_text()`. Raises ValueError for other texts."""
   computations, entry = _parse(text)
   known: dict[tuple[str, bool], Cost] = {}
-  # An asynchronous collective occurs in several fusions with one channel; its first line counts.
+  # An asynchronous collective occurs in several fusions with one channel. The first line counts.
   first_lines: dict[str, str] = {}
   for line in itertools.chain(*computations.values()):
     if _COLLECTIVE.search(line) and (channel := _CHANNEL.search(line)):
       first_lines.setdefault(channel[1], line)
 
   def visit(name: str, with_cycles: bool) -> Cost:
-    """The cost of a computation. Inside a fusion, cycles are in the estimate of the fusion."""
+    """Returns the cost of a computation. The estimate of a fusion includes the cycles inside."""
     if (name, with_cycles) not in known:
       known[name, with_cycles] = total = Cost()
       for line in computations.get(name, ()):
@@ -95,7 +95,7 @@ def cost(text: str) -> Cost:
 
 
 def _parse(text: str) -> tuple[dict[str, list[str]], str]:
-  """The lines of each computation by name, and the name of the entry computation."""
+  """Returns the lines of each computation by name, and the name of the entry computation."""
   computations: dict[str, list[str]] = {}
   entry, lines = None, []
   for line in text.splitlines():
@@ -110,10 +110,9 @@ def _parse(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _trip_count(line: str, computations: Mapping[str, Iterable[str]]) -> int | None:
-  """The trip count of a loop, or None.
+  """Returns the trip count of a loop, or None if it is unknown.
 
-  A condition that compares with a constant belongs to a loop that counts from 0, as `jax.lax.scan`
-  creates it.
+  A loop whose condition compares with a constant is assumed to count from 0, like `jax.lax.scan`.
   """
   if known := _TRIP_COUNT.search(line):
     return int(known[1])
@@ -125,7 +124,7 @@ def _trip_count(line: str, computations: Mapping[str, Iterable[str]]) -> int | N
 
 
 def _operation(line: str) -> str:
-  """The pass and the operation of an instruction: the last two parts of its JAX name."""
+  """Returns the pass of an instruction, and the last two parts of its JAX name."""
   name = _OP_NAME.search(line)
   if not name:
     return 'copies and conversions'
@@ -136,7 +135,7 @@ def _operation(line: str) -> str:
 
 
 def _num_bytes(result_type: str, second_half: bool) -> int:
-  """Bytes of the arrays in the type of a result, or of the second half of these arrays."""
+  """Returns the bytes of the arrays in a result type, or of the second half of these arrays."""
   bits = [
     math.prod(int(n) for n in dims.split(',') if n) * int(kind.strip(string.ascii_lowercase) or 8)
     for kind, dims in _ARRAY.findall(result_type)  # kind: bf16, s4, or pred with a byte per element

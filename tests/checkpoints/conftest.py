@@ -16,6 +16,6 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def run(saved, tmp_path):
-  """A copy of the run, for each test to change."""
+  """A copy of the run, which the test may change."""
   shutil.copytree(saved, tmp_path / 'run')
   return tmp_path / 'run'

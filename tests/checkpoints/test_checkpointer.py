@@ -1,4 +1,4 @@
-"""Checkpoints of a small state: saved, restored, corrupted, refused, deleted; full disks."""
+"""Saving, restoring, refusing and deleting checkpoints of a small state, with faults."""
 
 import json
 import logging
@@ -78,7 +78,7 @@ def test_corrupt_checkpoint_is_quarantined_and_the_previous_one_restored(run, co
 
 @pytest.mark.faults
 def test_flipped_bit_anywhere_is_detected_or_has_no_effect(run):
-  """Three positions in every file of a checkpoint."""
+  """The test flips a bit at three positions in every file of a checkpoint."""
   rng = np.random.default_rng(0)
   num_detected = 0
   for name, valid in read_files(item()(run)).items():
@@ -144,7 +144,7 @@ def test_checkpoint_of_another_model_is_refused_and_not_quarantined(run):
 
 @pytest.mark.parametrize('with_checksums', [True, False])
 def test_checkpoint_of_an_earlier_version_is_refused(run, with_checksums):
-  """Format 1 had the items state, dataset and checksums; format 0 had no checksums."""
+  """Format 1 had the items state, dataset and checksums. Format 0 had no checksums."""
   iterator_state = ocp.args.JsonSave(Iterator(8).get_state())
   items = {'state': ocp.args.StandardSave(make_state(8)), 'dataset': iterator_state}
   if with_checksums:
@@ -164,7 +164,7 @@ def test_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
 
 
 def test_restore_during_a_run(tmp_path):
-  """A checkpoint turns out to be corrupt, as after a divergence; then it is saved again."""
+  """A rollback finds the newest checkpoint corrupt. Training saves it again."""
   checkpointer = checkpoints.open_checkpointer(tmp_path)
   for step in (2, 4):
     checkpointer.save(step, make_state(step), Iterator(step))
@@ -189,7 +189,7 @@ def test_restore_params_passes_over_corruption_and_moves_nothing(run, caplog):
 
 
 def test_retention(tmp_path):
-  """Validation does not run at every step. A run that resumes knows the earlier losses."""
+  """Some checkpoints have no validation loss. A resumed run knows the earlier losses."""
   losses = {2: 1.0, 6: 2.0, 8: float('nan'), 10: 2.5}
   for name, train, expected in (
     ('latest', dict(keep=2), [10, 12]),
@@ -229,7 +229,7 @@ def test_failure_of_the_last_save_is_an_error(run):
 
 @pytest.mark.faults
 def test_full_disk(tmp_path, caplog):
-  """The disk fills up and then gets free space."""
+  """The disk fills up. Later, space becomes free."""
   run = tmp_path / 'run'
   with filesystems.small_disk(run, '2m'):
     checkpoints.save(run, [2])

@@ -1,4 +1,4 @@
-"""Checksums: every element counts, on every sharding."""
+"""Checksums depend on every element and not on the sharding."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_the_lowest_bit_of_each_element_counts(dtype):
 
 def test_order_shape_and_signs_count():
   values = jnp.arange(12.0)
-  # A constant, because later versions must read checkpoints of this version.
+  # The checksum is a constant, because later versions must read checkpoints of this version.
   assert checksums.of_tree({'a': values})['a'] == [[12], 'float32', 'a4e4c5e20c30efab']
   assert checksums.of_tree({'a': jnp.float32(1)})['a'][0] == []
   assert checksum(values[::-1]) != checksum(values)

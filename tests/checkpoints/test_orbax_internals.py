@@ -1,4 +1,4 @@
-"""Fails when a new version of Orbax, TensorStore or JAX changes what orbax_internals relies on."""
+"""Behavior of Orbax, TensorStore and JAX on which `orbax_internals` relies."""
 
 import inspect
 import re
@@ -31,7 +31,7 @@ def test_failed_save_has_the_known_text_and_log_record(tmp_path, caplog):
       manager.save(1, args=ocp.args.StandardSave({'a': np.random.normal(size=1000)}))
       manager.wait_until_finished()
   finally:
-    orbax_internals.hide_orbax_tracebacks()
+    orbax_internals.hide_orbax_errors()
   assert orbax_internals.describe(error.value) == 'File too large'
   hidden = [record for record in caplog.records if not orbax_internals._is_not_orbax_error(record)]
   assert hidden and all(record.exc_info for record in hidden)

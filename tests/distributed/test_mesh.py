@@ -1,4 +1,4 @@
-"""Training on eight devices equals training on one, on every mesh."""
+"""Training on eight devices equals training on one device, for every mesh."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ MESHES = [
 
 @functools.cache
 def compare(names):
-  """The results of one process for several meshes."""
+  """Returns the results for several meshes, computed in one process."""
   return json.loads(processes.run_program('mesh_comparison', *names, devices=8))
 
 
@@ -40,9 +40,9 @@ def test_parameters_optimizer_state_and_batches_are_sharded(mesh):
   # [blocks, layers, width, 2 width]
   assert found['mlp'] == found['moments'] == [3, 2, 16 // fsdp, 32 // tensor]
   assert found['share_of_state'] < 1.2 / (fsdp * tensor) + 0.05
-  assert set(found['batch']) == {16 * tensor // 8} and found['process_share'] == [0, 1]
+  assert set(found['batch']) == {16 * tensor // 8} and found['process_shard'] == [0, 1]
   assert (found['gathers'] > 0) == (fsdp * tensor > 1)
-  # The kernel of the redundant mixture and its gradient stay sharded: activations move instead.
+  # The kernel of the redundant mixture and its gradient stay sharded. Activations move instead.
   assert found['gathers_redundant_kernel'] == (fsdp * tensor == 1)
 
 

@@ -1,4 +1,4 @@
-"""Jobs of two processes: they agree, train, resume, evaluate and sample together."""
+"""Jobs of two processes: they exchange values, train, resume, evaluate and sample."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def test_wrong_settings_cause_one_line_and_no_workdir(tmp_path, setting):
 
 @pytest.mark.faults
 def test_two_processes_resume_after_a_kill_and_one_process_evaluates(one_device, tmp_path):
-  """Two processes with two devices each; the parameters are sharded over all four devices."""
+  """The parameters are sharded over four devices, two per process."""
   workdir = tmp_path / 'run'
   job = train(workdir, 'mesh.fsdp=4', processes=2)
   job.wait_for(lambda: any((workdir / 'checkpoints').glob('[0-9]')))
@@ -79,7 +79,7 @@ def test_two_processes_resume_after_a_kill_and_one_process_evaluates(one_device,
 
 @pytest.mark.faults
 def test_two_processes_sample_and_process_zero_evaluates(one_device, tmp_path):
-  """Fewer samples than one file holds: process 1 has none to draw."""
+  """One file holds all samples, so that process 1 draws none."""
   workdir = shutil.copytree(one_device, tmp_path / 'run')
   settings = ['fidelity.count=40', 'fidelity.reference_split=valid', 'fidelity.name=found']
   settings.append('sampling.inverse=sequential')

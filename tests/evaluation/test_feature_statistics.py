@@ -1,4 +1,4 @@
-"""Statistics of features, over batches and from files."""
+"""Statistics of features, computed in batches or read from files."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from farmer_jax.evaluation import feature_networks, feature_statistics, image_se
 
 
 def apply(params, images):
-  """Features are the first pixels of an image, times the parameter."""
+  """Returns the first pixels of an image times the parameter as features."""
   flat = params['scale'] * images.reshape(len(images), -1).astype(np.float32)
   return feature_statistics.Outputs(flat[:, [0, 1]], logits=flat[:, :5], spatial=flat[:, 2:6])
 

@@ -1,6 +1,6 @@
-"""Inception against torch-fidelity's network with the same weights, and files of weights.
+"""Inception equals torch-fidelity's network with the same weights. Unusable files are refused.
 
-The published weights are a download. Random weights test the same arithmetic.
+The weights are random, because the published weights would have to be downloaded.
 """
 
 import functools
@@ -27,7 +27,7 @@ def torch():
 
 @pytest.fixture(scope='module')
 def reference(torch):
-  """torch-fidelity, with a stub for torchvision, which only its data sets need."""
+  """torch-fidelity with a stub for torchvision, which only its datasets need."""
   parts = ('datasets', 'transforms', 'transforms.functional')
   modules = {name: types.ModuleType(name) for name in ('torchvision', *parts)}
   vars(modules['datasets']).update(dict.fromkeys(('CIFAR10', 'CIFAR100', 'STL10'), object))
@@ -43,7 +43,7 @@ def reference(torch):
 def network(torch, reference):
   """torch-fidelity's network with random weights.
 
-  After a call, `network.spatial` is the output of mixed_6/conv in TensorFlow's graph.
+  After a call, `network.spatial` is the output of mixed_6/conv in the TensorFlow graph.
   """
   extractor = reference.feature_extractor_inceptionv3
   with pytest.MonkeyPatch.context() as patch:  # Prevents the download of weights.
@@ -67,7 +67,7 @@ def network(torch, reference):
 
 @pytest.fixture(scope='module')
 def weights(torch, network, tmp_path_factory):
-  """A PyTorch file of the weights, and the npz file that the converter makes of it."""
+  """A PyTorch file of the weights, and the npz file to which it is converted."""
   folder = epath.Path(tmp_path_factory.mktemp('weights'))
   torch.save(network.state_dict(), folder / 'weights.pth')
   convert_inception.convert(folder / 'weights.pth', folder / 'weights.npz')
@@ -80,7 +80,7 @@ def extract(weights):
 
 
 def make_images(count, size, channels=3):
-  """Images with coarse and fine structure. Images of noise would all have similar features."""
+  """Returns images with coarse and fine structure. Noise images would have similar features."""
   rng = np.random.default_rng(size)
   scale = -(-size // 4)
   coarse = rng.uniform(size=(count, 4, 4, channels)).repeat(scale, 1).repeat(scale, 2)
@@ -89,7 +89,7 @@ def make_images(count, size, channels=3):
 
 
 def assert_close(result, expected):
-  """To 1e-5 of the norm and of the largest value. FID would be accurate with 1e-3."""
+  """Asserts equality within 1e-5 of the norm and of the largest value. FID needs only 1e-3."""
   result, expected = np.asarray(result), np.asarray(expected)
   assert result.dtype == np.float32 and result.shape == expected.shape and expected.std() > 0.1
   assert np.linalg.norm(result - expected) < 1e-5 * np.linalg.norm(expected)
@@ -124,7 +124,7 @@ def test_resize_equals_tensorflow_1(torch, reference, height, width):
 
 
 def test_resize_interpolates_from_the_corner():
-  """Two pixels: columns 0 … 149 interpolate between them, and the other columns are constant."""
+  """Columns 0 … 149 interpolate between two pixels, and the other columns are constant."""
   images = np.array([0, 255], np.uint8).reshape(1, 1, 2, 1)
   result = np.asarray(inception.resize(images))
   assert result.shape == (1, 299, 299, 3)
@@ -239,15 +239,15 @@ def test_damaged_npz_and_wrong_checksum_are_refused(weights, folder):
 
 
 def test_metrics_equal_torch_fidelity(torch, reference):
-  """Two sets of features with a distribution like Inception's."""
+  """The two sets of features have a distribution like features of Inception."""
   rng = np.random.default_rng(0)
   mix = rng.normal(size=(12, 64))
   real, generated = (
     np.maximum(0.1 * (scale * rng.normal(size=(count, 12)) + shift) @ mix + 0.3, 0).astype('f4')
     for count, shift, scale in ((1300, 0, 1), (1100, 0.3, 0.9))
   )
-  # torch-fidelity computes in the precision of the features. In float32, its distances from
-  # products put one image on the wrong side of a ball.
+  # torch-fidelity computes in the dtype of the features. In float32, the rounding of its distances
+  # moves one image out of or into a ball, which changes precision and recall.
   tensors = [torch.from_numpy(features).double() for features in (real, generated)]
   metric = reference.metric_fid
   moments = [metric.fid_features_to_statistics(features) for features in tensors]

@@ -33,7 +33,7 @@ UNIFORM = config.Config(model=model_config())
 
 @functools.cache
 def build(config):
-  """A model, and parameters that are all random: class, flow and redundant channels matter."""
+  """Returns a model and random parameters, for which class, flow and all channels matter."""
   model = farmer.build(config)
   params = models.filled_parameters(model, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32))
   rng = np.random.default_rng(1)
@@ -56,7 +56,6 @@ def batch():
 
 
 def score(config, batch, label=None, params=None, **changes):
-  """Scores of a batch as NumPy arrays in float64."""
   params = build(config)[1] if params is None else params
   labels = batch['label'] if label is None else np.full_like(batch['label'], label)
   scores = build_scorer(config, **changes)(params, batch['image'], labels, batch['index'])
@@ -64,7 +63,7 @@ def score(config, batch, label=None, params=None, **changes):
 
 
 def test_known_density_is_scored_exactly(batch):
-  """No flow, and one Gaussian per token, whose mean and scale are the bias of the head."""
+  """The model has no flow and one Gaussian per token. The bias of the head sets its parameters."""
   known = dataclasses.replace(GAUSSIAN, model=model_config(dict(blocks=0), components=1))
   params = jax.tree.map(lambda a: a, build(known)[1])  # a copy
   mean, log_scale = np.linspace(-0.5, 0.5, 16), np.linspace(-1, 0.3, 16)
@@ -83,7 +82,7 @@ def test_known_density_is_scored_exactly(batch):
 
 @pytest.mark.parametrize('conditional_flow', [False, True])
 def test_marginal_density_equals_mean_over_classes(batch, conditional_flow):
-  """The densities given each class are computed one by one. The terms add up to the loss."""
+  """The terms of the loss also add up to the loss."""
   flow = dict(class_conditional=conditional_flow)
   marginal = dataclasses.replace(UNIFORM, model=model_config(flow, informative_channels=5))
   scores = score(marginal, batch, condition='marginal')
@@ -109,7 +108,7 @@ def test_condition_none_uses_the_label_no_class(batch):
 
 
 def test_importance_weighting_tightens_the_bound_of_every_image(batch):
-  """The loss is a mean over draws, and loss_importance the log of a mean density."""
+  """`loss` is a mean over draws. `loss_importance` is the negative log of the mean density."""
   one, few, many = (score(UNIFORM, batch, draws=draws) for draws in (1, 2, 32))
   assert 'loss_importance' not in one
   for scores in (few, many):
@@ -148,12 +147,12 @@ def test_nonfinite_image_counts_and_nonfinite_padding_does_not(batch, monkeypatc
   assert 'bits_per_dim' not in values and values['noise_std'] == 0.0
 
 
-# Scoring of whole data sources, resumably.
+# Scoring of complete sources.
 
 
 @pytest.fixture
 def counts(monkeypatch):
-  """The numbers of images that `Scoring.score` finds on disk, and in total, for each call."""
+  """(Number of images on disk, total number of images) for each call of `Scoring.score`."""
   counts, progress_bar = [], scoring.terminal.progress_bar
 
   def record(description, unit, total, initial=0):
@@ -177,7 +176,7 @@ def report_of(scorer, source):
 
 
 def test_only_missing_images_are_scored(tmp_path, source, counts):
-  """Scores on disk belong to their images, parameters and settings."""
+  """Scores on disk are reused only with the same images, parameters and settings."""
   few = open_scoring(tmp_path, examples=30).score(source, 'images')
   scorer = open_scoring(tmp_path)
   many = scorer.score(source, 'images')

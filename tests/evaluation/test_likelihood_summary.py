@@ -1,4 +1,4 @@
-"""Summaries of scores against SciPy and direct counts."""
+"""Summaries of scores, compared with SciPy and direct counts."""
 
 import csv
 import io

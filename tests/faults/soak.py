@@ -4,8 +4,8 @@
 
 Trains once without interruption, and once with SIGKILL at random times: during the start, during a
 restore, during steps and asynchronous saves. Then compares parameters, optimizer state, iterator
-state and metrics bit for bit. The same command resumes after the last kill. Prints a line every ten
-kills and a summary; exit code 0 only if both runs are equal.
+state and metrics bit for bit. If the soak test is interrupted, the same command resumes it. Prints
+a line every ten kills and a summary. The exit code is 0 only if both runs are equal.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 
 from tests.support import processes
 
-# A checkpoint about every second.
+# The run saves about one checkpoint per second.
 SETTINGS = ['train.checkpoint_every=40', 'train.log_every=10', 'train.validate_every=2000']
 TIMEOUT = 7200
 
@@ -55,7 +55,7 @@ def main():
 
 
 def kill_repeatedly(workdir, total, file):
-  """Starts and kills the run; returns {time of the kill: number}, which is also saved in `file`."""
+  """Starts and kills the run. Returns {phase: number of kills}, which is also saved in `file`."""
   kills = collections.Counter(json.loads(file.read_text()) if file.exists() else {})
   rng = random.Random(sum(kills.values()))
   while sum(kills.values()) < total:
@@ -67,7 +67,7 @@ def kill_repeatedly(workdir, total, file):
       job.wait_for(lambda first_step=first_step: last_step(workdir) > first_step, TIMEOUT)
       time.sleep(rng.uniform(0, 2))
     if job.processes[0].poll() is not None:
-      raise SystemExit(f'The run ended too early: more --steps.\n{job.log()[-2000:]}')
+      raise SystemExit(f'The run ended before the last kill; raise --steps.\n{job.log()[-2000:]}')
     kills['during training' if last_step(workdir) > first_step else 'before the first step'] += 1
     job.kill()
     file.write_text(json.dumps(kills))
@@ -77,7 +77,7 @@ def kill_repeatedly(workdir, total, file):
 
 
 def last_step(workdir):
-  """The last step in the metrics, or 0."""
+  """Returns the last step in the metrics, or 0."""
   path = workdir / 'metrics.jsonl'
   # The last line may be incomplete.
   lines = path.read_text()[-4000:].split('\n')[1:-1] if path.exists() else ()

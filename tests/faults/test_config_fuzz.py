@@ -1,4 +1,4 @@
-"""Random settings: each combination trains a step, or is refused with one line."""
+"""Each random combination of settings trains a step or is refused with one line."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ settings = functools.partial(
 
 
 def allowed_values(path):
-  """Values of a key that its declaration allows. Sizes are small, to limit memory."""
+  """Returns a strategy for the values that a key allows. Sizes are small, to limit memory."""
   key = LEAVES[path]
   if key.choices:
     return st.sampled_from(key.choices)
@@ -65,7 +65,6 @@ def allowed_values(path):
 
 
 def any_values(path):
-  """Values of any type, as a file or a program can contain them."""
   return st.one_of(
     allowed_values(path),
     st.integers(),
@@ -80,14 +79,14 @@ def any_values(path):
 
 
 def changes(paths, values):
-  """{path: value} for up to eight of the paths."""
+  """Returns a strategy for {path: value} with up to eight of the paths."""
   return st.lists(st.sampled_from(paths), min_size=1, max_size=8, unique=True).flatmap(
     lambda chosen: st.fixed_dictionaries({path: values(path) for path in chosen})
   )
 
 
 def build(values):
-  """The checked configuration, or None if it is refused."""
+  """Returns the checked configuration, or None if it is refused."""
   try:
     config = config_lib.from_config_dict(values)
     config_lib.check(config)
@@ -98,7 +97,7 @@ def build(values):
 
 
 def assert_readable(error):
-  """Asserts one line of limited length that names a key or a flag."""
+  """Asserts that the message is one short line that names a key or a flag."""
   message = str(error)
   assert len(message.splitlines()) == 1 and len(message) < 1500
   assert 'config.' in message or '--job' in message

@@ -1,4 +1,4 @@
-"""Worker processes that die or hang, and slow or hanging files in a training run."""
+"""Worker processes that die or hang, and files that are slow or hang."""
 
 import fcntl
 import multiprocessing
@@ -100,7 +100,7 @@ def test_workers_report_more_bad_files_than_the_limit(source):
   'act, restarts, cause',
   [
     (lambda: os.kill(os.getpid(), signal.SIGSEGV), 1, 'SIGSEGV'),
-    (lambda: os._exit(0), 0, 'exit code 0'),  # Grain waits without limit after this.
+    (lambda: os._exit(0), 0, 'exit code 0'),  # After exit code 0, Grain waits without limit.
   ],
 )
 def test_worker_that_always_dies(caplog, act, restarts, cause):
@@ -134,14 +134,14 @@ def test_hanging_worker_is_reported_and_killed(source, caplog, capfd):
   with pytest.raises(errors.DataError, match='stall_limit_seconds=8'):
     values(iterator)
   assert len(caplog.messages) >= 2
-  assert str(stalled) in capfd.readouterr().err  # The worker logs it.
+  assert str(stalled) in capfd.readouterr().err  # The worker logs the file.
   assert not worker_processes()
   iterator.close()
 
 
 def test_slow_file_is_reported_but_read(source, caplog):
   """Opening a file waits while another process holds a lease on it."""
-  signal.signal(signal.SIGIO, signal.SIG_IGN)  # The kernel asks for the lease by this signal.
+  signal.signal(signal.SIGIO, signal.SIG_IGN)  # The kernel sends this signal to end a lease.
   expected = values(train_iterator(source))
   path = data_lib.path_of(source, expected[5])
   lease = os.open(path, os.O_RDWR)
@@ -158,7 +158,7 @@ def test_slow_file_is_reported_but_read(source, caplog):
 
 @pytest.mark.parametrize('fault', [pytest.param('missing', marks=pytest.mark.slow), 'stall'])
 def test_run_with_failing_data_ends_with_one_line(source, tmp_path, fault):
-  """It neither prints a traceback nor waits for threads that hang."""
+  """The run neither prints a traceback nor waits for threads that hang."""
   settings = {
     'data.source': 'folder',
     'data.path': tmp_path / 'images',

@@ -1,4 +1,4 @@
-"""Damaged and malicious image files give an array or BadImageError, in bounded time and memory."""
+"""Decoding damaged or malicious images gives an array or BadImageError, within limits."""
 
 import io
 import resource
@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def photo(height, width, channels):
-  """An image with edges and noise, uint8 [height, width, channels]."""
+  """Returns an image with edges and noise."""
   random = np.random.default_rng(height)
   y, x = np.mgrid[:height, :width]
   smooth = np.stack([5 * x + y, 3 * y, 200 - x - y, 255 - 4 * x][:channels], -1)
@@ -36,7 +36,6 @@ def encode(pixels, kind, mode=None, **options):
 
 
 def undamaged_files():
-  """Files of every format, by name."""
   rgb, rgba = photo(40, 56, 3), photo(33, 47, 4)
   exif = PIL.Image.Exif()
   exif[0x0112], exif[0x010E] = 6, 'a description'
@@ -66,7 +65,7 @@ def undamaged_files():
 
 
 def rle_bmp(width, height, data):
-  """A run-length encoded BMP file of 256 grays."""
+  """Returns a run-length encoded BMP file of 256 grays."""
   palette = b''.join(bytes([v, v, v, 0]) for v in range(256))
   offset = 14 + 40 + len(palette)
   header = struct.pack('<IiiHHIIiiII', 40, width, height, 1, 8, 1, len(data), 2835, 2835, 256, 256)
@@ -82,7 +81,7 @@ def test_undamaged_files():
 
 
 def with_valid_checksums(content):
-  """A PNG file with valid checksums, so that damage reaches the decoder."""
+  """Returns a PNG file with corrected checksums, so that damage reaches the decoder."""
   if content[:8] != b'\x89PNG\r\n\x1a\n':
     return content
   parts, at = [content[:8]], 8
@@ -93,7 +92,7 @@ def with_valid_checksums(content):
   return b''.join(parts)
 
 
-# Width and height in the formats: offset, and format for `struct`.
+# Offset and `struct` format of the width and the height in each file format.
 DIMENSIONS = {
   'png': [(16, '>I'), (20, '>I')],
   'bmp': [(18, '<i'), (22, '<i')],
@@ -103,10 +102,10 @@ DIMENSIONS = {
 
 
 def set_dimension(content, name, which, value):
-  """A file whose header has another width or height."""
+  """Returns a file with another width or height in its header."""
   content = bytearray(content)
   places = DIMENSIONS.get(name.rpartition('.')[2])
-  if places is None:  # JPEG: in a segment at a variable offset.
+  if places is None:  # In a JPEG file, the segment with the size has a variable offset.
     starts = [content.find(bytes([255, marker])) for marker in (0xC0, 0xC1, 0xC2)]
     places = [(start + offset, '>H') for start in starts if start > 0 for offset in (5, 7)]
   if not places:
@@ -130,7 +129,7 @@ SIZES = st.one_of(
 
 @st.composite
 def damaged_files(draw):
-  """The name of a file and its content, damaged in a few ways."""
+  """Draws the name of a file and its content with one to three kinds of damage."""
   name = draw(st.sampled_from(sorted(FILES)))
   content = FILES[name]
   for _ in range(draw(st.integers(1, 3))):
@@ -157,12 +156,12 @@ def damaged_files(draw):
 
 
 def peak_memory():
-  """Peak memory of this process so far, bytes."""
+  """Returns the peak memory of this process in bytes."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def check(content):
-  """Decodes to 1 and 3 channels within bounds; returns whether the file is an image."""
+  """Decodes to 1 and 3 channels within limits. Returns whether the file is an image."""
   found = []
   for channels in (1, 3):
     start, memory = time.monotonic(), peak_memory()
@@ -214,7 +213,7 @@ def test_any_bytes(content):
 
 
 def many_scans_jpeg():
-  """A progressive JPEG of 65,000 by 2,000 pixels that repeats an empty scan 20,000 times."""
+  """Returns a progressive JPEG of 65,000 by 2,000 pixels with 20,000 extra scans."""
   content = with_size('progressive.jpg', 2000, 65_000)
   start = content.rfind(b'\xff\xda')
   length = int.from_bytes(content[start + 2 : start + 4], 'big')
@@ -252,7 +251,6 @@ def test_bombs(name):
 
 
 def test_text_bomb():
-  """Large compressed text in a PNG file takes little memory, whether or not it is accepted."""
   chunk = data_lib.png_chunk(b'zTXt', b'comment\0\0' + data_lib.compressed_zeros(2**28))
   content = FILES['rgb.png'][:33] + chunk + FILES['rgb.png'][33:]
   before = peak_memory()
@@ -262,7 +260,7 @@ def test_text_bomb():
 
 @pytest.mark.slow
 def test_largest_images():
-  """Images just below the limits take seconds and about 1 GiB each."""
+  """Images just below the size limit take less than 1.6 GiB of memory."""
   processes.run_program('largest_images')
 
 

@@ -16,7 +16,7 @@ PAIR = dict(devices=1, processes=2)
 
 
 def test_resume_after_a_kill_during_a_save_is_bit_exact(uninterrupted, tmp_path):
-  """The files of checkpoint 4 are complete except for its name; training has continued."""
+  """Checkpoint 4 is complete except for the name of its folder. Training has continued."""
   workdir, signal_file = tmp_path / 'run', tmp_path / 'saving'
   job = train(workdir, devices=1, program=processes.fault('slow_commit', 4, signal_file))
   job.wait_for(lambda: signal_file.exists() and len(processes.records(workdir)) > 5)
@@ -33,7 +33,6 @@ def test_resume_after_a_kill_during_a_save_is_bit_exact(uninterrupted, tmp_path)
 
 @pytest.mark.slow
 def test_resume_after_kills_at_random_times_is_bit_exact(uninterrupted, tmp_path):
-  """Five kills, each some time after the first steps of a start."""
   workdir, rng = tmp_path / 'run', random.Random(0)
   for _ in range(5):
     before = processes.records(workdir)
@@ -55,7 +54,7 @@ def _pair(tmp_path_factory):
 
 @pytest.mark.slow
 def test_resume_after_one_of_two_processes_dies_during_a_save_is_bit_exact(pair, tmp_path):
-  """Process 1 is killed after it has written its part of checkpoint 4; process 0 must exit."""
+  """Process 1 is killed after writing its shard of checkpoint 4. Process 0 must exit."""
   workdir, signal_file = tmp_path / 'run', tmp_path / 'saving'
   fault = processes.fault('slow_barrier', 4, signal_file)
   job = train(workdir, 'mesh.fsdp=2', program=fault, **PAIR)
@@ -71,7 +70,7 @@ def test_resume_after_one_of_two_processes_dies_during_a_save_is_bit_exact(pair,
 
 @pytest.mark.slow
 def test_two_processes_restore_the_same_checkpoint(pair, tmp_path):
-  """Process 1 cannot read its part of checkpoint 8, process 0 can: both restore checkpoint 6."""
+  """Only process 1 cannot read its shard of checkpoint 8. Both processes restore checkpoint 6."""
   workdir = tmp_path / 'run'
   shutil.copytree(pair, workdir)
   before = processes.records(workdir)

@@ -1,4 +1,4 @@
-"""Densities, gradients and inverses stay finite for extreme data, weights and settings.
+"""Densities, gradients and inverses are finite for extreme data, weights and settings.
 
 `pytest -s` prints a table of the measurements.
 """
@@ -36,7 +36,7 @@ def _table():
 
 
 def make_config(flow=None, prior=None, dtype='float32', noise=None, rate=0.03):
-  """A small model with a short training."""
+  """Returns the configuration of a small model with few training steps."""
   return config_lib.Config(
     data=config_lib.Data(image_size=SIDE, num_classes=3),
     model=tiny.model_config(flow, prior, dtype=dtype),
@@ -50,7 +50,7 @@ def make_config(flow=None, prior=None, dtype='float32', noise=None, rate=0.03):
 
 
 def make_images(kind):
-  """A degenerate batch, uint8 [B, H, W, 1]."""
+  """Returns a degenerate batch, uint8 [B, H, W, 1]."""
   rng = np.random.default_rng(0)
   shape = (BATCH, SIDE, SIDE, 1)
   images = np.zeros(shape)
@@ -76,7 +76,7 @@ LABELS = jnp.arange(BATCH) % 3
 
 @functools.cache
 def programs(config):
-  """The model, optimizer, training step and round trip of a configuration, compiled once."""
+  """Returns a model, its optimizer, and its compiled training step and round trip."""
   model = farmer.build(config)
   optimizer = optimizer_lib.create(config.train)
   loss = functools.partial(losses.nll_loss, model=model, config=config)
@@ -90,7 +90,6 @@ def programs(config):
 
 
 def random_params(model):
-  """Random parameters without zeros."""
   shapes = jnp.zeros((1, SIDE, SIDE, 1)), jnp.zeros((1,), jnp.int32)
   params = tiny.filled_parameters(model, *shapes)
   wide = jnp.promote_types(model.config.dtype, 'float32')
@@ -98,9 +97,9 @@ def random_params(model):
 
 
 def train(config, params, images, steps=STEPS):
-  """Trains on one batch; returns the parameters, and the loss and gradient norm of each step.
+  """Trains on one batch. Asserts that all values are finite and that no update is skipped.
 
-  Asserts that all numbers are finite and that no update was skipped.
+  Returns the parameters, and the loss and the gradient norm of each step.
   """
   _, optimizer, step, _ = programs(config)
   state = state_lib.initializer(lambda key: params, optimizer, 0.0)(jax.random.key(0))
@@ -116,14 +115,14 @@ def train(config, params, images, steps=STEPS):
 
 
 def round_trip_error(config, params, images):
-  """Largest error of a pixel after encoding and decoding, relative to 1 + |x|."""
+  """Returns the largest pixel error after encoding and decoding, relative to 1 + |x|."""
   *_, round_trip = programs(config)
   x = noise.build(config.noise).evaluation_images(jax.random.key(1), images)
   return float((abs(round_trip(params, x) - x) / (1 + abs(x))).max())
 
 
 def stress(name, config, images, bound, trained_bound=None):
-  """Measures random parameters, then parameters trained only on `images`; returns the losses."""
+  """Tests random parameters before and after training on `images`. Returns the losses."""
   params = random_params(programs(config)[0])
   error = round_trip_error(config, params, images)
   params, history = train(config, params, images)
@@ -135,7 +134,7 @@ def stress(name, config, images, bound, trained_bound=None):
   return losses
 
 
-# Cases that are similar to others and take as long to compile.
+# Marks cases that are similar to other cases.
 SLOW = pytest.mark.slow
 
 IMAGES = ['black', 'white', 'constant', 'noise']
@@ -154,8 +153,7 @@ NOISE = {
 def test_degenerate_images(noise, kind):
   """Training on degenerate images gives narrow densities, finite gradients and exact inverses.
 
-  The round trip passes two blocks: float32 rounding of 6e-8 in some tens of operations, with shifts
-  and scales of about 1. Its largest measured error is 1e-6.
+  The largest measured error of the round trip is 1e-6. The rounding error of float32 is 6e-8.
   """
   config = make_config(noise=NOISE[noise])
   losses = stress(f'{kind}, {noise}', config, make_images(kind), 1e-5)
@@ -201,12 +199,11 @@ def test_odd_models(name):
   ],
 )
 def test_depth_and_precision(dtype, blocks, bound, trained_bound):
-  """Error of the round trip by dtype of the transformers and depth of the flow.
+  """The error of the round trip depends on the dtype of the transformers and on the depth.
 
-  The inverse multiplies matrices of other shapes than encoding does. Shifts and scales therefore
-  differ by the rounding error of the transformers: 2^-53, 2^-24 or 2^-9 for values of about 1. 32
-  random blocks amplify this error by about 1e4. In bfloat16 the inverse belongs to a slightly
-  different flow; an exact inverse needs float32.
+  Encoding and decoding multiply matrices of different shapes. Shifts and scales therefore differ by
+  the rounding error of the transformers: 2^-53, 2^-24 or 2^-9 for values of about 1. 32 random
+  blocks amplify this error by about 1e4.
   """
   config = make_config(flow=dict(blocks=blocks), dtype=dtype, rate=2e-3)
   with jax.enable_x64(dtype == 'float64'):
@@ -217,7 +214,7 @@ def test_depth_and_precision(dtype, blocks, bound, trained_bound):
 
 @pytest.mark.parametrize('kind', ['white', 'noise', 'black or white', 'one pixel'])
 def test_images_unlike_the_training_images(kind):
-  """A model trained on black images gives other images a finite loss, and learns them."""
+  """A model trained on black images gives other images a finite loss, and can learn them."""
   config = make_config()
   params, _ = trained_on_black(config)
   images = make_images(kind)
@@ -232,13 +229,11 @@ def test_images_unlike_the_training_images(kind):
 
 @functools.cache
 def trained_on_black(config):
-  """A model trained only on black images."""
   return train(config, random_params(programs(config)[0]), make_images('black'))
 
 
 @functools.cache
 def density_and_gradients(config):
-  """The log-density of images and its gradients with respect to parameters and images, compiled."""
   model = programs(config)[0]
 
   def total(params, x):
@@ -271,7 +266,7 @@ def assert_finite(config, params, x):
 def test_values_far_outside_the_pixel_range(dtype, redundant, size):
   """Samples can have any value.
 
-  Squared distances in units of the narrowest scale fit into float32 for values up to 1e15.
+  For values up to 1e15, squared distances in units of the narrowest scale fit into float32.
   """
   config = make_config(
     dtype=dtype, prior=None if redundant == 'mixture' else dict(redundant_kind=redundant)
@@ -287,7 +282,7 @@ def test_values_far_outside_the_pixel_range(dtype, redundant, size):
 @pytest.mark.parametrize('scale', [-50.0, 50.0])
 @pytest.mark.parametrize('split', [True, pytest.param(False, marks=SLOW)])
 def test_extreme_mixture_scales(scale, split):
-  """All components have the smallest scale, or a scale of e^50."""
+  """All components have the smallest scale, or a scale of about e^50."""
   config = make_config(prior=None if split else dict(informative_channels=0))
   model = programs(config)[0]
   params = random_params(model)
@@ -310,7 +305,7 @@ def test_extreme_mixture_scales(scale, split):
 
 
 def shifted_log_scales(params, shift):
-  """The parameters with `shift` added to the log-scales of all flow blocks."""
+  """Returns the parameters with `shift` added to the log-scales of all flow blocks."""
   stack = params['flow']['stack']
   out = stack['out_proj']
   d = out['bias'].shape[-1] // 2
@@ -320,7 +315,6 @@ def shifted_log_scales(params, shift):
 
 @pytest.mark.parametrize('shift', [20.0, 80.0, 1e4, 1e30])
 def test_bounded_log_scales_keep_everything_finite(shift):
-  """With `max_log_scale`, density, gradients and samples are finite for any parameters."""
   config = make_config(flow=dict(max_log_scale=2.0))
   model, *_, round_trip = programs(config)
   params = shifted_log_scales(random_params(model), shift)
@@ -340,7 +334,7 @@ def test_bounded_log_scales_keep_everything_finite(shift):
 
 @pytest.mark.parametrize('shift', [-10.0, -5.0, 10.0, 30.0])
 def test_unbounded_log_scales(shift):
-  """Without a bound, scales from e^-10 to e^30 in each of two blocks give finite densities.
+  """Scales from e^-10 to e^30 in each of two blocks give finite densities.
 
   The error of the round trip grows with the scale.
   """

@@ -15,7 +15,7 @@ ENDLESS = ['train.steps=100000', 'train.checkpoint_every=0', 'train.validate_eve
 
 
 def test_resume_after_sigterm_is_bit_exact(uninterrupted, tmp_path):
-  """The run saves after step 5, for which no checkpoint was due, and exits with 75."""
+  """The run saves a checkpoint after step 5, although none was due, and exits with code 75."""
   workdir = tmp_path / 'run'
   job = train(workdir, devices=1, program=fault('sigterm', 5, 0))
   assert job.codes() == [preemption.EXIT_CODE], job.log()
@@ -38,7 +38,7 @@ def test_all_processes_stop_after_the_same_step(tmp_path):
 
 @pytest.mark.parametrize('number', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_second_sigterm_exits_at_once(tmp_path, number):
-  """The first SIGTERM arrives during a step of ten minutes."""
+  """The first SIGTERM arrives during a step that takes ten minutes."""
   signal_file = tmp_path / 'in-step'
   program = fault('slow_step', signal_file)
   job = train(tmp_path / 'run', *ENDLESS, devices=1, processes=number, program=program)
@@ -46,7 +46,7 @@ def test_second_sigterm_exits_at_once(tmp_path, number):
   process = job.processes[0]
   process.send_signal(signal.SIGTERM)
   job.wait_for(lambda: 'SIGTERM' in job.log(), seconds=60)
-  process.send_signal(signal.SIGTERM)  # within one second: a duplicate of the first one
+  process.send_signal(signal.SIGTERM)  # ignored as a duplicate within one second
   time.sleep(1.5)
   assert process.poll() is None
   process.send_signal(signal.SIGTERM)
@@ -55,7 +55,7 @@ def test_second_sigterm_exits_at_once(tmp_path, number):
 
 
 def test_sampling_exits_at_once(uninterrupted):
-  """The samples on disk remain."""
+  """SIGTERM arrives after the first samples have been written."""
   arguments = ['--job=sample', f'--config=configs/from_run.py:{uninterrupted}']
   arguments += ['--config.sampling.count=100000', '--config.sampling.inverse=sequential']
   job = processes.Job(uninterrupted, *arguments)

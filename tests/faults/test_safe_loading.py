@@ -1,4 +1,4 @@
-"""Loading files from elsewhere never runs code, and reports an unusable file in one line."""
+"""Loading untrusted files never runs code. Errors about unusable files are one line."""
 
 import contextlib
 import io
@@ -34,20 +34,19 @@ class Hostile:
 
 @pytest.fixture(autouse=True)
 def _no_code_runs(tmp_path, monkeypatch):
-  """Runs a test in an empty folder, and checks that no code of a file has run."""
+  """Runs a test in an empty folder, and checks that no code from a file has run."""
   monkeypatch.chdir(tmp_path)
   yield
   assert not (tmp_path / CANARY).exists()
 
 
 def test_unpickling_runs_the_code(tmp_path):
-  """The other tests would detect code that runs."""
+  """Checks that the other tests would detect code that runs."""
   pickle.loads(pickle.dumps(Hostile()))
   (tmp_path / CANARY).unlink()
 
 
 def hostile_array():
-  """An array whose loading runs code if pickles are allowed."""
   return np.array([Hostile()], dtype=object)
 
 
@@ -80,7 +79,7 @@ CONFIGS = {
   'nan': {'train': {'optimizer': {'learning_rate': float('nan')}}},
   'list': [1, 2],
   'null': None,
-  # Content of the file.
+  # Contents of the file.
   'deep nesting': b'{"a":' * 10**5,
   'pickle': pickle.dumps(Hostile()),
   'integer of 100,000 digits': b'{"seed": ' + b'9' * 10**5 + b'}',
@@ -143,7 +142,7 @@ def test_malformed_teacher_record_is_refused(text, tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(config_lib.to_dict(config_lib.Config())))
   (tmp_path / 'teacher.json').write_text(text)
   with refused('teacher.json'):
-    teacher.load_teacher(config_lib.Config(teacher=str(tmp_path)), tmp_path)
+    teacher.restore_teacher(config_lib.Config(teacher=str(tmp_path)), tmp_path)
 
 
 @pytest.mark.parametrize('text', ['../' * 200, '/etc/passwd', 'a\0b', 'a\nb', CODE])
@@ -158,7 +157,7 @@ def test_names_of_results_are_file_names(text):
 
 def test_shards_of_results_are_not_unpickled(tmp_path):
   np.savez(tmp_path / '00000.npz', arr_0=hostile_array())
-  shards = results.ShardedResults(layout.absolute(tmp_path), {'images': 'arr_0'})
+  shards = results.ResultFiles(layout.absolute(tmp_path), {'images': 'arr_0'})
   assert len(shards) == 0
 
 
@@ -184,7 +183,7 @@ def test_image_sets_are_not_unpickled(kind, tmp_path):
 
 @pytest.mark.parametrize('member', ['arr_1', 'mu', 'sigma'])
 def test_other_arrays_of_an_image_set_are_not_unpickled(member, tmp_path):
-  """Labels and statistics, in a file with valid images."""
+  """The images in the file are valid. The labels or statistics are hostile."""
   arrays = {'arr_0': np.zeros((12, 4, 4, 1), np.uint8), 'mu': np.zeros(3), 'sigma': np.eye(3)}
   file = tmp_path / 'images.npz'
   np.savez(file, **arrays | {member: hostile_array()})

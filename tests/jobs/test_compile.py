@@ -14,7 +14,7 @@ from farmer_jax.jobs import compile as compile_job
 from farmer_jax.xla import ahead_of_time
 from tests.support import processes
 
-# The mixture prior takes long to compile. tests/distributed/test_mesh.py compiles it.
+# A mixture prior takes long to compile. tests/distributed/test_mesh.py compiles one.
 SETTINGS = (
   'model.patch_size=4 model.scan_unroll=1 model.flow.blocks=3 model.flow.layers=1'
   ' model.flow.width=32 model.flow.head_dim=16 model.prior.kind=normal train.batch_size=16'
@@ -23,7 +23,7 @@ SETTINGS = (
 
 
 def compile_for(workdir, *settings):
-  """The report in the only file of WORKDIR/compile, the name of this file, and standard output."""
+  """Runs the job. Returns the report, the name of the report file, and standard output."""
   command = [sys.executable, '-m', 'farmer_jax.main', '--config=configs/quickstart.py']
   command += ['--job=compile', f'--workdir={workdir}']
   command += [f'--config.{setting}' for setting in (*SETTINGS.split(), *settings)]
@@ -40,7 +40,7 @@ def test_attached_devices(tmp_path):
   assert report['devices'] == 8 and report['mesh'] == {'data': 2, 'fsdp': 4, 'tensor': 1}
   assert set(report['programs']) == {'training step', 'prior', 'inverse'}
   step = report['programs']['training step']
-  # Parameters and two moments in float32. A device holds a quarter of the arrays that are sharded.
+  # Parameters and two moments in float32. A device holds a quarter of each sharded array.
   quarter = 3 * 4 * report['parameters'] / 4
   assert quarter < step['argument_bytes'] < 1.5 * quarter
   assert step['temporary_bytes'] > 0 and step['fits'] is None

@@ -1,4 +1,4 @@
-"""Distillation of a tiny run: the error falls, students sample, teachers are checked."""
+"""Distillation of a tiny run: training, sampling, and checks of the teacher."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def student_config(teacher, **train):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-  """A teacher's run and its student's."""
+  """The folder of a teacher's run and a student's run."""
   folder = tmp_path_factory.mktemp('runs')
   pretrain.run(TEACHER, folder / 'teacher')
   distill.run(student_config(folder / 'teacher'), folder / 'student')
@@ -55,7 +55,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def student(runs, tmp_path):
-  """A copy of the student's run, with a teacher of its own."""
+  """A copy of the student's run and of the teacher's run, which the test may change."""
   shutil.copytree(runs, tmp_path / 'runs')
   folder = tmp_path / 'runs' / 'student'
   settings = json.loads((folder / 'config.json').read_text())
@@ -65,7 +65,6 @@ def student(runs, tmp_path):
 
 
 def configured(workdir, **changes):
-  """The configuration of a run for the sampling job."""
   found = config.from_config_dict(layout.read_config(workdir))
   settings = dataclasses.replace(found.sampling, **changes)
   return dataclasses.replace(found, job='sample', sampling=settings)
@@ -80,7 +79,7 @@ def test_error_falls_by_a_factor_of_10(runs, tmp_path):
   records = [json.loads(line) for line in (runs / 'student' / 'metrics.jsonl').open()]
   final = records[-1]
   assert final['split'] == 'valid' and final['step'] == 600
-  # The initial student, a copy of the teacher, evaluated in the same way.
+  # A learning rate near 0 preserves the initial student, a copy of the teacher's flow.
   initial = student_config(runs / 'teacher', steps=1, validate_every=1, sample_every=0)
   slow = dataclasses.replace(
     initial.train.optimizer, learning_rate=1e-12, final_learning_rate=1e-12

@@ -25,7 +25,7 @@ SAMPLES = '3-inverse=sequential'
 
 @pytest.fixture(scope='module', autouse=True)
 def network(trained, optimized):
-  """The classifier of the run, trained for fewer steps and stored with the run."""
+  """The classifier of the run, trained for few steps and stored in the workdir."""
   with optimized(), pytest.MonkeyPatch.context() as patch:
     patch.setattr(classifier, '_BATCH_SIZE', 64)
     patch.setattr(classifier, '_STEPS', 200)

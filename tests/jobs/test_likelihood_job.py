@@ -1,4 +1,4 @@
-"""The likelihood job on a trained run. Scoring itself: tests/evaluation/test_likelihood.py."""
+"""The likelihood job on a trained run. tests/evaluation/test_likelihood.py tests scoring."""
 
 import csv
 import dataclasses
@@ -34,7 +34,6 @@ def read_table(run, name=NAME):
 
 
 def start(run, *flags, devices=1, **changes):
-  """Starts the job in a process of its own."""
   config_file = runs.write_config(with_likelihood(**changes), run / 'test_config.json')
   program = [sys.executable, '-m', 'tests.support.programs.likelihood_job', config_file, run]
   environment = processes.environment(devices)
@@ -75,7 +74,7 @@ def test_job_writes_report_table_and_figures(run, capsys):
 
 @pytest.mark.faults
 def test_scores_do_not_depend_on_devices_processes_or_batch_size(run, tmp_path):
-  """One process with 1 and with 8 devices, two processes with 4 devices each."""
+  """One process has 1 or 8 devices. Two processes have 4 devices each."""
   results = []
 
   def score(devices, batch_size=50, num_processes=1):

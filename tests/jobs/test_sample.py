@@ -25,7 +25,7 @@ FOLDER = '3-seed=5-inverse=sequential'
 def drawn(trained, tmp_path_factory):
   """The tiny run with 25 samples and with figures, which tests must not change.
 
-  The figures have rows for 8 classes, so that they use the programs of the samples.
+  The figures have 8 rows like a batch of samples, so that the programs are compiled once.
   """
   run = shutil.copytree(trained, tmp_path_factory.mktemp('drawn') / 'run')
   sample.run(with_sampling(seed=5, png=True, figures=True, grid_rows=8), run)
@@ -61,7 +61,7 @@ def test_damaged_shard_is_drawn_again_with_other_counts_batches_and_shards(
   folder = shutil.copytree(drawn, tmp_path / 'run') / 'samples' / FOLDER
   (file,) = folder.glob('*.npz')
   file.write_bytes(file.read_bytes()[:-100])
-  monkeypatch.setattr(results, 'SHARD_SIZE', 10)
+  monkeypatch.setattr(results, 'ROWS_PER_FILE', 10)
   # Batches of different sizes round differently.
   for count, batch_size, tolerance in ((5, 8, 0), (25, 7, 1)):
     built = with_sampling(count=count, batch_size=batch_size, seed=5)
@@ -127,7 +127,7 @@ def test_parallel_inverse_draws_the_same_images_and_is_measured_once(run, expect
   trained_run = api.Run.open(run, CONFIG)
   for tolerance, count in ((1e-5, 0), (1e-3, 1), (1e-3, 1), (1e-5, 1)):
     built = with_sampling(seed=5, inverse='parallel', tolerance=tolerance)
-    sampling.cached_plan(built, run, trained_run.model, trained_run.params, 3, [0])
+    sampling.cached_measurement(built, run, trained_run.model, trained_run.params, 3, [0])
     assert measure.call_count == count
 
 

@@ -1,4 +1,4 @@
-"""The sampler: reproducibility, guidance, reports on non-finite images, ways to invert the flow."""
+"""The sampler: reproducibility, guidance, non-finite images, and inverses of the flow."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ CONFIG = config.Config(
   ),
 )
 MODEL = farmer.build(CONFIG)
-# All tests draw batches of this size, for which the samplers of this module are compiled.
+# All tests draw batches of this size, so that each sampler is compiled once.
 NUMBERS = np.arange(60)
 LABELS = NUMBERS % 10
 
@@ -74,7 +74,7 @@ def test_nonfinite_images_are_reported(params):
 
 
 def test_max_log_scale_keeps_samples_finite(params, z):
-  """Without the bound these scales overflow float32."""
+  """Without the bound, these scales overflow float32."""
   wild = jax.tree.map(lambda a: a, params)
   out = wild['flow']['stack']['out_proj']
   out['bias'] = out['bias'].at[..., 16:].add(60.0)
@@ -157,7 +157,7 @@ def test_planned_inverse_matches_the_sequential_one(params, z, inverse):
 
 
 def test_bfloat16_models_are_inverted_in_float32(params):
-  """Decoding recovers the images that a float32 forward pass encoded."""
+  """Decoding recovers images that a float32 model encoded."""
   images = jax.random.uniform(jax.random.key(3), (60, 12, 12, 1), minval=-1)
   encode = jax.jit(
     lambda x: MODEL.apply({'params': params}, x, jnp.asarray(LABELS), method='encode')[0]

@@ -1,4 +1,4 @@
-"""Settings of sampling: labels and guidance. tests/config/test_config.py tests refused values."""
+"""Settings of sampling: labels and guidance. See tests/config/test_config.py for wrong values."""
 
 import dataclasses
 

@@ -16,7 +16,7 @@ STEPS = (2, 4, 6)
 
 
 class Iterator:
-  """Replaces the data iterator. `batches` is the number of batches taken."""
+  """Replaces the data iterator. `batches` is the number of batches that were read."""
 
   def __init__(self, batches=0):
     self.batches = batches

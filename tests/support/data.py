@@ -114,7 +114,7 @@ def replace_by_fifo(path):
 
 
 def write_tfds(root, name, features, splits):
-  """Writes the TFDS data set `name`, with `splits` {split: examples}, without TensorFlow."""
+  """Writes the TFDS dataset `name`, with `splits` {split: examples}, without TensorFlow."""
   import tensorflow_datasets as tfds  # Imported here because it is slow.
 
   folder = root / name / '1.0.0'

@@ -49,8 +49,8 @@ class Job:
     *arguments: arguments of the command line.
     devices: virtual CPU devices of each process.
     processes: the number of processes.
-    program: the name of a file in tests/support/programs to start instead of farmer_jax.main, and
-      its arguments.
+    program: the name and the arguments of a file in tests/support/programs to start instead of
+      farmer_jax.main.
   """
 
   def __init__(self, workdir, *arguments, devices=2, processes=1, program=()):
@@ -131,7 +131,7 @@ def last_checkpoint(workdir):
 
 
 def final_state(workdir):
-  """Returns the arrays of the last checkpoint by path, whichever devices wrote them."""
+  """Returns {path: array} of the last checkpoint, for any devices that wrote it."""
   path = last_checkpoint(workdir) / 'state'
   with ocp.PyTreeCheckpointer() as reader:
     as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)

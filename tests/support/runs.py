@@ -39,7 +39,7 @@ def save_run(workdir):
   training uses are zero.
   """
   resources = training_run.Resources.load(CONFIG)
-  claimed = training_run.claim(CONFIG, workdir, resources)
+  claimed = training_run.prepare_workdir(CONFIG, workdir, resources)
   inputs = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, int)
   params = models.filled_parameters(farmer.build(CONFIG), *inputs)
   zeros = jax.tree.map(jnp.zeros_like, params)

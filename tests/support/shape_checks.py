@@ -12,7 +12,7 @@ _PACKAGES = ('farmer_jax.nn', 'farmer_jax.ops', 'farmer_jax.losses', 'farmer_jax
 
 
 def install() -> None:
-  """Adds checks of arguments and results to all functions of packages imported afterwards."""
+  """Adds checks of arguments and results to the functions of `_PACKAGES` when they are imported."""
   jaxtyping.install_import_hook(_PACKAGES, f'{__name__}.check_function')
 
 

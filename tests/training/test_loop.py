@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from farmer_jax import config, errors
+from farmer_jax import config, errors, terminal
 from farmer_jax.data import pipeline
 from farmer_jax.jobs import pretrain
 from tests.support import processes, runs
@@ -79,10 +79,16 @@ def test_interrupted_run_resumes_bit_exactly(uninterrupted, tmp_path, monkeypatc
       raise Interrupted
     return take(self)
 
+  bars, create = [], terminal.progress_bar
+  monkeypatch.setattr(
+    terminal, 'progress_bar', lambda *a, **k: bars.append(create(*a, **k)) or bars[-1]
+  )
   workdir = tmp_path / 'run'
   monkeypatch.setattr(pipeline.TrainIterator, '__next__', interrupted)
-  with pytest.raises(Interrupted):
+  with pytest.raises(Interrupted) as caught:
     pretrain.run(tiny(), workdir)
+  # The traceback keeps the bars alive. An open bar would print a line after the error message.
+  assert caught.tb and bars and all(bar.disable for bar in bars)
   assert processes.records(workdir)[-1]['step'] == 5
   monkeypatch.undo()
   pretrain.run(tiny(), workdir)

@@ -13,8 +13,8 @@ NAMES = {'image': 'arr_0', 'label': 'label'}
 @pytest.fixture(name='folder')
 def _folder(tmp_path, monkeypatch):
   """Files of three rows; seven rows are written."""
-  monkeypatch.setattr(results, 'SHARD_SIZE', 3)
-  store = results.ShardedResults(epath.Path(tmp_path), NAMES)
+  monkeypatch.setattr(results, 'ROWS_PER_FILE', 3)
+  store = results.ResultFiles(epath.Path(tmp_path), NAMES)
   for start, end in ((0, 2), (2, 7)):
     store.append(image=np.ones((end - start, 2)), label=np.arange(start, end))
   store.flush()
@@ -22,7 +22,7 @@ def _folder(tmp_path, monkeypatch):
 
 
 def test_rows_are_found_again(folder):
-  store = results.ShardedResults(folder, NAMES)
+  store = results.ResultFiles(folder, NAMES)
   assert len(store) == 7
   np.testing.assert_array_equal(store.read('label', 7, start=2), np.arange(2, 7))
   assert sorted(path.name for path in folder.iterdir()) == [f'0000{i}.npz' for i in range(3)]
@@ -30,10 +30,10 @@ def test_rows_are_found_again(folder):
 
 def test_rows_after_a_corrupt_file_are_discarded(folder, caplog):
   (folder / '00001.npz').write_bytes(b'')
-  assert len(results.ShardedResults(folder, NAMES)) == 3
+  assert len(results.ResultFiles(folder, NAMES)) == 3
   assert '00001.npz' in caplog.text
 
 
 def test_missing_rows_of_another_process_are_an_error(folder):
   with pytest.raises(errors.ProcessError, match=str(folder)):
-    results.ShardedResults(folder, NAMES).read('label', 9)
+    results.ResultFiles(folder, NAMES).read('label', 9)

@@ -23,7 +23,7 @@ from farmer_jax.evaluation import classifier
 
 
 def slow_commit(step, signal_file):
-  """Before checkpoint `step` gets its final name, creates the file and waits for ten minutes."""
+  """Creates `signal_file` and hangs before checkpoint `step` gets its final name."""
   temporary_path = ocp_path.atomicity.AtomicRenameTemporaryPath
   finalize = temporary_path.finalize
 
@@ -36,7 +36,7 @@ def slow_commit(step, signal_file):
 
 
 def slow_barrier(step, signal_file):
-  """Process 1 writes its shard of checkpoint `step`, creates the file and waits for ten minutes."""
+  """Process 1 writes its shard of checkpoint `step`, creates `signal_file` and hangs."""
   make_barrier = orbax_internals.make_barrier
 
   def make_slow_barrier():
@@ -79,13 +79,13 @@ def sigterm(step, process):
 
 
 def hang(signal_file):
-  """Creates the file and waits for ten minutes."""
+  """Creates `signal_file` and waits for ten minutes."""
   pathlib.Path(signal_file).touch()
   time.sleep(600)
 
 
 def slow_step(signal_file):
-  """The first step creates the file and then waits for ten minutes."""
+  """After the first step, creates `signal_file` and hangs."""
   preemption.PreemptionListener.should_stop = lambda self, step: hang(signal_file)
 
 

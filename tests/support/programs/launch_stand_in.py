@@ -1,9 +1,9 @@
 """Replaces every program that the launch scripts call, under the name of that program.
 
 tests/test_launch.py installs this file as python, gcloud, xpk, srun, scontrol and kubectl. The
-program records its arguments in the folder RECORDS. As python, it ends as the environment variable
-PLAN specifies: JSON {process id: [one entry for each start]}, with process id 0 if there is no
---process_id. An entry is one of these:
+program records its arguments in the folder RECORDS. Under the name python, it ends as the
+environment variable PLAN specifies: JSON {process id: [one entry per start]}, with process id 0 if
+there is no --process_id. An entry is one of these:
 
   an int               exit with this code
   [signal name, code]  wait for the signal, then exit with the code

@@ -1,7 +1,7 @@
 """Runs the likelihood job, optionally as one of two processes. Can kill itself with SIGKILL.
 
 python -m tests.support.programs.likelihood_job CONFIG.json WORKDIR [--kill_at=IMAGES]
-    [--coordinator=HOST:PORT --process_id=0]
+    [--shard_size=IMAGES] [--coordinator=HOST:PORT --process_id=0]
 """
 
 import argparse
@@ -19,16 +19,16 @@ def main():
   parser.add_argument('config')
   parser.add_argument('workdir')
   parser.add_argument('--kill_at', type=int)
-  parser.add_argument('--shard_size', type=int, default=results.SHARD_SIZE)
+  parser.add_argument('--shard_size', type=int, default=results.ROWS_PER_FILE)
   parser.add_argument('--coordinator')
   parser.add_argument('--process_id', type=int)
   flags = parser.parse_args()
   if flags.coordinator:
     jax.distributed.initialize(flags.coordinator, 2, flags.process_id)
-  results.SHARD_SIZE = flags.shard_size
+  results.ROWS_PER_FILE = flags.shard_size
   if flags.kill_at:
     sampling_job.KillingResults.limit = flags.kill_at
-    results.ShardedResults = sampling_job.KillingResults
+    results.ResultFiles = sampling_job.KillingResults
   likelihood.run(runs.read_config(flags.config), flags.workdir)
 
 

@@ -46,7 +46,7 @@ def init_params(key):
 
 
 def take_step(mesh):
-  """Runs a step. Returns values to compare, the new state, the batch, and the compiled HLO text."""
+  """Runs a step. Returns values to compare, the new state, the batch, and the compiled HLO."""
   rng = np.random.default_rng(0)
   arrays = {
     'image': rng.integers(0, 256, (16, 8, 8, 1), np.uint8),
@@ -110,7 +110,7 @@ def main():
       'gathers': text.count('all-gather('),
       'gathers_redundant_kernel': bool(REDUNDANT_KERNEL.search(text)),
       'batch': [s.data.shape[0] for s in batch['image'].addressable_shards],
-      'process_share': list(mesh.process_share()),
+      'process_shard': list(mesh.process_shard()),
     }
   print(json.dumps(results))
 

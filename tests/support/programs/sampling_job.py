@@ -12,7 +12,7 @@ from farmer_jax.workdir import results
 from tests.support import runs
 
 
-class KillingResults(results.ShardedResults):
+class KillingResults(results.ResultFiles):
   """Kills this process when the results contain `limit` images."""
 
   limit = float('inf')
@@ -24,8 +24,8 @@ class KillingResults(results.ShardedResults):
 
 
 if __name__ == '__main__':
-  results.SHARD_SIZE, results._SECONDS_BETWEEN_WRITES = 12, 0.0
-  results.ShardedResults = KillingResults
+  results.ROWS_PER_FILE, results._SECONDS_BETWEEN_WRITES = 12, 0.0
+  results.ResultFiles = KillingResults
   if len(sys.argv) > 3:
     KillingResults.limit = int(sys.argv[3])
   sample.run(runs.read_config(sys.argv[1]), sys.argv[2])

@@ -1,4 +1,4 @@
-"""Reads a batch of a TFDS data set. Checks that TensorFlow is not imported.
+"""Reads a batch of a TFDS dataset. Checks that TensorFlow is not imported.
 
 python -m tests.support.programs.tfds_batch DATA_DIR NAME
 """
