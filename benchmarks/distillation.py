@@ -32,9 +32,9 @@ def make_samplers(run, **settings):
 
   def student(rounds):
     changes = dict(inverse='student', refinement_rounds=rounds, **settings)
-    return sampling.Sampler(run.model, sample_quality.with_sampling(run.config, **changes))
+    return sampling.Sampler(run.model, run.config.with_sampling(**changes))
 
-  sequential = sample_quality.with_sampling(run.config, inverse='sequential', **settings)
+  sequential = run.config.with_sampling(inverse='sequential', **settings)
   num_tokens, blocks = run.model.num_tokens, run.config.model.flow.blocks
   return {
     'sequential': sampling.Sampler(run.model, sequential),
@@ -98,7 +98,7 @@ def student_row(number, run, evaluate, reconstruct, labels):
   held_out, _ = reconstruct(noisy, run.params)
   compared = labels[:_COMPARED_SAMPLES]
   z = noisy.latents(run.params, compared, np.arange(len(compared)))
-  config = sample_quality.with_sampling(run.config, denoise=False)
+  config = run.config.with_sampling(denoise=False)
   drawn = sampling.compare_student(run.model, config, run.params, z, compared)['psnr']
   sampler = make_samplers(run)['student']
   images, _ = sample_quality.draw(sampler, run.params, labels, _BATCH.value)

@@ -45,14 +45,14 @@ def main(argv: list[str]) -> None:
   run = api.load(_RUN.value)
   config = run.config
   if _DENOISE.value is not None:
-    config = sample_quality.with_sampling(config, denoise=_DENOISE.value)
+    config = config.with_sampling(denoise=_DENOISE.value)
   evaluate = sample_quality.SampleEvaluator(config, run.workdir)
   print(f'Held-out images: accuracy {evaluate.accuracy:.3f}. The same number of training images:')
   print(f'Fréchet distance {evaluate.training_distance:.2f}.\n')
   labels = np.arange(_COUNT.value) % config.data.num_classes
 
   def row(name: str, guidance: config_lib.Guidance) -> dict[str, object]:
-    sampler = sampling.Sampler(run.model, sample_quality.with_sampling(config, guidance=guidance))
+    sampler = sampling.Sampler(run.model, config.with_sampling(guidance=guidance))
     images, nonfinite = sample_quality.draw(sampler, run.params, labels, _BATCH_SIZE.value)
     accuracy, distance = evaluate(images, labels)
     return {

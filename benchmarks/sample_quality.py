@@ -1,6 +1,5 @@
 """Measures sample quality with the features of a classifier, for several benchmarks."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -43,11 +42,6 @@ class SampleEvaluator:
     statistics = self._network.statistics(samples, 'samples')
     distance = sample_quality.frechet_distance(statistics.pool, self._reference.pool)
     return feature_networks.accuracy(statistics, labels), distance
-
-
-def with_sampling(config: config_lib.Config, **changes: Any) -> config_lib.Config:
-  """Returns the configuration with other sampling settings."""
-  return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **changes))
 
 
 def draw(

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import sample_quality, timing
+from benchmarks import timing
 from configs import fashion_mnist
 from farmer_jax import api, sampling
 from farmer_jax import config as config_lib
@@ -33,7 +33,7 @@ def inverses_of_run(run):
     numbers = np.arange(batch)
     labels = numbers % max(run.config.data.num_classes, 1)
     z = sampling.Sampler(model, run.config).latents(params, labels, numbers)
-    auto = sample_quality.with_sampling(run.config, inverse='auto')
+    auto = run.config.with_sampling(inverse='auto')
     plan = sampling.plan_inverse(model, auto, params, z, labels)
     chunk_sizes = {
       'sequential': [1] * blocks,
@@ -66,7 +66,7 @@ def guidance_of_run(run):
     calls = {}
     for method in ('none', 'component', 'resample'):
       guidance = config_lib.Guidance(method=method, scale=1.0)
-      config = sample_quality.with_sampling(run.config, guidance=guidance)
+      config = run.config.with_sampling(guidance=guidance)
       sampler = sampling.Sampler(run.model, config)
       calls[method] = functools.partial(sampler.latents, run.params, numbers % 10, numbers)
     for name, seconds in timing.medians(calls, _REPEATS.value).items():

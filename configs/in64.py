@@ -42,7 +42,8 @@ def get_config() -> ConfigDict:
   c.train.steps = 200_000
   c.train.batch_size = 768
   c.train.ema_decay = 0.9999
-  c.train.optimizer.learning_rate = 1e-4
+  c.train.optimizer.kind = 'adamw'  # Muon does not shard its iterations over devices.
+  c.train.optimizer.learning_rate = 6e-4  # 1e-4 for matrices of width 768
   c.train.optimizer.warmup_steps = 5000
   c.train.log_every = 100
   c.train.validate_every = 10_000

@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
   c.model.prior.redundant_components = 64
   c.train.steps = 50_000
   c.train.batch_size = 128
-  c.train.optimizer.learning_rate = 3e-4
+  c.train.optimizer.learning_rate = 1e-3
   c.train.optimizer.warmup_steps = 1000
   c.train.log_every = 50
   c.train.validate_every = 2500

@@ -128,8 +128,8 @@ def student_errors(
   estimates, hidden = student_outputs
   errors = ((estimates - outputs[:-1]) ** 2).mean((2, 3))
   if objective == 'hidden':
-    # Hidden states have unit length. The state at position i affects token i + 1.
-    hidden = hidden[1:].astype(outputs.dtype) * jnp.sqrt(hidden.shape[-1])
+    # The hidden state at position i affects token i + 1.
+    hidden = hidden[1:].astype(outputs.dtype)
     maps = params['alignment']
     aligned = maps['bias'] + jnp.einsum(
       'tbnw,twd->tbnd', hidden, maps['kernel'], precision=jax.lax.Precision.HIGHEST

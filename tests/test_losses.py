@@ -97,8 +97,7 @@ def test_errors_written_out(objective, teacher, images, labels):
   if objective == 'hidden':
     maps = params['alignment']
     for t in (1, 2):
-      # Hidden states have unit length; sqrt(width) makes their entries of order 1.
-      aligned = hidden[t] * 8**0.5 @ maps['kernel'][t - 1] + maps['bias'][t - 1]
+      aligned = hidden[t] @ maps['kernel'][t - 1] + maps['bias'][t - 1]
       expected[t] = ((aligned - outputs[t][:, 1:]) ** 2).mean((1, 2))
   errors = functools.partial(losses.student_errors, model=MODEL, objective=objective)
   found = jax.jit(errors)(params, teacher, images, labels, noise)

@@ -25,8 +25,9 @@ FOLDER = 'checkpoints'
 # validation loss or None) and `digest` (the checksum of the other keys).
 STATE, DATA_ITERATOR, MANIFEST = 'state', 'data_iterator', 'manifest'
 
-# Format 2: TrainState(step, params, opt_state, ema_params). Earlier formats had no item `manifest`.
-FORMAT = 2
+# Version 0.1 had no manifest. In format 2, transformers had a final norm, all parameters had the
+# same learning rate, and the channels of tokens were pixels.
+FORMAT = 3
 
 T = TypeVar('T')
 
@@ -199,8 +200,8 @@ def _read_manifest(folder: epath.Path) -> dict:
     raise CorruptCheckpoint('it is empty')
   if MANIFEST not in orbax_internals.item_names(folder) and not (folder / MANIFEST).exists():
     raise errors.CheckpointError(
-      f'checkpoint {folder} was written by an earlier version of farmer_jax; finish the run with'
-      ' that version, or choose another --workdir'
+      f'checkpoint {folder} was written by farmer_jax 0.1, and this version cannot continue or'
+      ' sample from it; use version 0.1 for this run, or choose another --workdir'
     )
   manifest = _restore_items(folder, {MANIFEST: ocp.args.JsonRestore()})[MANIFEST]
   digest = manifest.pop('digest', None)

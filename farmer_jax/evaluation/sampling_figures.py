@@ -38,7 +38,7 @@ def guidance_sweep(
   method = 'resample' if guidance.method == 'none' else guidance.method
   # The compiled program includes guidance only if the configured scale is not 0.
   guidance = dataclasses.replace(guidance, method=method, scale=1.0)
-  sampler = sampling.Sampler(model, _with_sampling(config, guidance=guidance), chunk_sizes)
+  sampler = sampling.Sampler(model, config.with_sampling(guidance=guidance), chunk_sizes)
   columns = {f'w = {scale:g}': dict(scales=(scale, scale)) for scale in GUIDANCE_SCALES}
   return _sweep(sampler, params, labels, names, columns)
 
@@ -88,7 +88,7 @@ def student_comparison(
   Gray means no difference.
   """
   exact, student = (
-    sampling.Sampler(model, _with_sampling(config, inverse=inverse, denoise=False))
+    sampling.Sampler(model, config.with_sampling(inverse=inverse, denoise=False))
     for inverse in ('sequential', 'student')
   )
   z = exact.latents(params, labels, np.arange(len(labels)))
@@ -106,10 +106,6 @@ def _sweep(
   latents = [sampler.latents(params, labels, numbers, **options) for options in columns.values()]
   images = [jax.device_get(sampler.images(params, z, labels).images) for z in latents]
   return figures.sample_grid(np.stack(images, 1), names, list(columns))
-
-
-def _with_sampling(config: Config, **changes: Any) -> Config:
-  return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **changes))
 
 
 def _quantize(config: Config, values: Values) -> Images:

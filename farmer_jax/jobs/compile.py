@@ -64,7 +64,7 @@ def _lower(
   config: config_lib.Config, mesh: mesh_lib.Mesh
 ) -> tuple[state_lib.TrainState, dict[str, jax.stages.Lowered]]:
   """Returns the shapes of the training state, and the traced programs by name."""
-  model, optimizer = farmer.build(config), optimizer_lib.create(config.train)
+  model, optimizer = farmer.build(config), optimizer_lib.create(config)
   init_params = functools.partial(farmer.init_boxed_params, model=model)
   init = state_lib.initializer(init_params, optimizer, config.train.ema_decay)
   state = mesh.abstract(jax.eval_shape(init, jax.random.key(0)))

@@ -20,11 +20,8 @@ from farmer_jax.workdir import layout
 
 def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   """Trains, validates and draws samples. Prints the accuracy and the speed of the student."""
-  config = dataclasses.replace(
-    config,
-    teacher=str(layout.absolute(config.teacher)),
-    sampling=dataclasses.replace(config.sampling, inverse='student'),
-  )
+  config = dataclasses.replace(config, teacher=str(layout.absolute(config.teacher)))
+  config = config.with_sampling(inverse='student')
   resources = training_run.Resources.load(config)
   model = student.build(config)
   teacher, record = teacher_lib.restore_teacher(config, workdir)

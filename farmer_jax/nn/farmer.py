@@ -7,7 +7,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from farmer_jax import config as config_lib
 from farmer_jax.nn import flow, layers, prior, transformer
@@ -134,13 +134,22 @@ class Farmer(nn.Module):
     """Returns the output of the last flow block for latents z. The token order may be reversed."""
     return z if self.config.flow.final_permutation else z[:, ::-1]
 
+  @property
+  def _basis(self) -> Float[Array, 'd d']:
+    return jnp.asarray(patches.dct_basis(self.config.patch_size, self.channels))
+
   def images_to_tokens(self, images: Values) -> Tokens:
     """Converts images to tokens in raster order, in float32 or float64."""
     wide = layers.param_dtype(self.config.dtype)
-    return patches.patchify(images.astype(wide), self.config.patch_size)
+    tokens = patches.patchify(images.astype(wide), self.config.patch_size)
+    if self.config.patch_basis == 'pixels':
+      return tokens
+    return layers.product('bnd,ed->bne', tokens, self._basis.astype(wide))
 
   def tokens_to_images(self, tokens: Tokens) -> Values:
     """Converts tokens in raster order to images."""
+    if self.config.patch_basis == 'dct':
+      tokens = layers.product('bne,ed->bnd', tokens, self._basis.astype(tokens.dtype))
     return patches.unpatchify(tokens, self.config.patch_size, self.image_size)
 
 

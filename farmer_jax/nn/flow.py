@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from farmer_jax import config
-from farmer_jax.nn import attention, layers, transformer
+from farmer_jax.nn import attention, layers, scaling, transformer
 from farmer_jax.ops import affine, fixed_point
 from farmer_jax.ops.arrays import Condition, Labels, PerBlock, PerImage, Tokens
 
@@ -34,7 +34,7 @@ class FlowBlock(nn.Module):
 
   A causal transformer computes shift and log-scale of token i from the tokens before token i. The
   first token does not change. The block reverses the token order, so that the next block reads the
-  tokens in the other direction. The output projection is zero at initialization. Therefore a new
+  tokens in the other direction. The output projections are zero at initialization. Therefore a new
   block only reverses the tokens.
   """
 
@@ -46,17 +46,18 @@ class FlowBlock(nn.Module):
 
   def setup(self) -> None:
     stack = self.stack_config
-    self.in_proj = layers.dense(stack.width, stack.dtype, axes=(None, 'embed'))
+    self.in_proj = layers.dense(stack.width, stack.dtype, (None, 'embed'), scaling.MATRIX_INIT)
     self.positions = self.param(
       'positions',
-      layers.logical_axes(nn.initializers.normal(0.02), None, 'embed'),
+      layers.logical_axes(scaling.EMBEDDING_INIT, None, 'embed'),
       (self.num_tokens - 1, stack.width),
       layers.param_dtype(stack.dtype),
     )
     self.transformer = transformer.Transformer(stack, self.causal)
-    self.out_proj = layers.OutputProjection(
-      2 * self.channels, stack.dtype, kernel_init=nn.initializers.zeros
-    )
+    zeros = nn.initializers.zeros
+    self.shift_proj = layers.OutputProjection(self.channels, stack.dtype, zeros)
+    self.norm = layers.norm(stack.dtype)
+    self.log_scale_proj = layers.OutputProjection(self.channels, stack.dtype, zeros)
 
   def __call__(self, x: Tokens, condition: Condition) -> tuple[Tokens, PerImage]:
     """Returns z_i = (x_i - shift_i) / scale_i in reversed order, and log|det dz/dx| in nats."""
@@ -144,9 +145,13 @@ class FlowBlock(nn.Module):
     return hidden if condition is None else hidden + condition[:, None]
 
   def _project(self, hidden: Array) -> tuple[Array, Array]:
-    """Returns shift and log-scale, [B, n, d] each."""
-    shift, log_scale = jnp.split(self.out_proj(hidden), 2, axis=-1)
-    return shift, affine.bound_log_scale(log_scale, self.flow.max_log_scale)
+    """Returns shift and log-scale, [B, n, d] each.
+
+    The shift is linear in the hidden states. The log-scale reads normalized hidden states. Without
+    the norm, a large token could make the scale of the next token exponentially large.
+    """
+    log_scale = self.log_scale_proj(self.norm(hidden))
+    return self.shift_proj(hidden), affine.bound_log_scale(log_scale, self.flow.max_log_scale)
 
 
 def _split_chunks(a: Array, chunk_size: int) -> Array:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
+from farmer_jax.nn import scaling
+
 # Activations that are stored for the backward pass instead of recomputed. `TransformerLayer` and
 # `attention.attend` assign their names with `checkpoint_name`.
 _save = jax.checkpoint_policies.save_only_these_names
@@ -86,7 +88,7 @@ def dense(
   features: int,
   dtype: DTypeLike,
   axes: tuple[str | None, str | None],
-  kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init,
+  kernel_init: nn.initializers.Initializer,
   use_bias: bool = True,
 ) -> nn.Dense:
   """Returns a dense layer that computes in `dtype`. `axes` are the logical axes of its kernel."""
@@ -145,26 +147,21 @@ class OutputProjection(nn.Module):
     return out
 
 
-def class_embedding(
-  num_classes: int,
-  width: int,
-  dtype: DTypeLike,
-  init: nn.initializers.Initializer = nn.linear.default_embed_init,
-) -> nn.Embed:
+def class_embedding(num_classes: int, width: int, dtype: DTypeLike) -> nn.Embed:
   """Returns an embedding of class labels. Label `num_classes` means "no class"."""
   return nn.Embed(
     num_classes + 1,
     width,
     dtype=dtype,
     param_dtype=param_dtype(dtype),
-    embedding_init=logical_axes(init, None, 'embed'),
+    embedding_init=logical_axes(scaling.EMBEDDING_INIT, None, 'embed'),
   )
 
 
-def norm(dtype: DTypeLike) -> nn.RMSNorm:
+def norm(dtype: DTypeLike, name: str | None = None) -> nn.RMSNorm:
   """Returns a root-mean-square normalization with statistics in float32 or float64."""
   scale_init = logical_axes(nn.initializers.ones, 'embed')
-  return nn.RMSNorm(dtype=dtype, param_dtype=param_dtype(dtype), scale_init=scale_init)
+  return nn.RMSNorm(dtype=dtype, param_dtype=param_dtype(dtype), scale_init=scale_init, name=name)
 
 
 def scan_stack(

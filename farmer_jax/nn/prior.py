@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from farmer_jax import config
-from farmer_jax.nn import attention, layers, transformer
+from farmer_jax.nn import attention, layers, scaling, transformer
 from farmer_jax.ops import mixture
 from farmer_jax.ops.arrays import Labels, PerImage, PerToken, Tokens
 
@@ -32,7 +32,10 @@ class Draws(typing.Protocol):
 
 
 class MixtureHead(nn.Module):
-  """One linear layer from hidden states to mixtures of K diagonal Gaussians over d channels."""
+  """Maps hidden states to mixtures of K diagonal Gaussians over d channels.
+
+  The means are linear in the hidden states. Logits and log-scales read normalized hidden states.
+  """
 
   components: int
   channels: int
@@ -45,21 +48,17 @@ class MixtureHead(nn.Module):
     """Returns mixtures with the leading axes of `hidden`, float32 or float64."""
     k, d = self.components, self.channels
 
-    def bias_init(key: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-      """Gives different means to several components, so that the components can specialize."""
-      means = 0.5 * jax.random.normal(key, (k * d,), dtype) if k > 1 else jnp.zeros((d,), dtype)
-      log_scales = jnp.full((k * d,), -1.0 if k > 1 else 0.0, dtype)
-      return jnp.concatenate([jnp.zeros((k,), dtype), means, log_scales]).reshape(shape)
+    def project(name: str, x: Array, features: int, bias_init: Any) -> Array:
+      return layers.OutputProjection(
+        features, self.dtype, scaling.mixture_init, bias_init, self.shard_outputs, name=name
+      )(x)
 
-    out = layers.OutputProjection(
-      k * (1 + 2 * d),
-      self.dtype,
-      kernel_init=nn.initializers.truncated_normal(0.1),  # hidden states have unit length
-      bias_init=bias_init,
-      shard_outputs=self.shard_outputs,
-      name='out',
-    )(hidden)
-    logits, means, log_scales = jnp.split(out, [k, k * (1 + d)], axis=-1)
+    normed = layers.norm(self.dtype, name='norm')(hidden)
+    init = nn.initializers
+    logits = project('logits', normed, k, init.zeros)
+    # Components with different means can specialize.
+    means = project('means', hidden, k * d, init.normal(0.5) if k > 1 else init.zeros)
+    log_scales = project('log_scales', normed, k * d, init.constant(-1.0 if k > 1 else 0.0))
     means = means.reshape(*means.shape[:-1], k, d)
     log_scales = log_scales.reshape(means.shape)
     if self.scale_floor:
@@ -83,15 +82,14 @@ class Prior(nn.Module):
 
   def setup(self) -> None:
     prior, stack = self.prior, self.stack_config
-    init = nn.initializers.normal(0.02)
-    self.class_embedding = layers.class_embedding(self.num_classes, stack.width, stack.dtype, init)
+    self.class_embedding = layers.class_embedding(self.num_classes, stack.width, stack.dtype)
     self.positions = self.param(
       'positions',
-      layers.logical_axes(init, None, 'embed'),
+      layers.logical_axes(scaling.EMBEDDING_INIT, None, 'embed'),
       (prior.condition_copies + self.num_tokens, stack.width),
       layers.param_dtype(stack.dtype),
     )
-    self.in_proj = layers.dense(stack.width, stack.dtype, axes=(None, 'embed'))
+    self.in_proj = layers.dense(stack.width, stack.dtype, (None, 'embed'), scaling.MATRIX_INIT)
     self.transformer = transformer.Transformer(stack)
     informative = self.informative_channels
     head: dict[str, Any] = dict(scale_floor=prior.scale_floor, dtype=stack.dtype)

@@ -5,7 +5,6 @@ Axis letters: B batch, N tokens of a sequence, n tokens of a call.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PyTree
 
 from farmer_jax import config as config_lib
-from farmer_jax.nn import attention, layers
+from farmer_jax.nn import attention, layers, scaling
 from farmer_jax.ops.arrays import Hidden, Index
 
 NewHidden = Float[Array, 'B n width']
@@ -61,11 +60,10 @@ class TransformerLayer(nn.Module):
 
   def setup(self) -> None:
     stack = self.stack_config
-    # The sum of all residual branches of the stack has about unit variance.
-    residual_init = nn.initializers.variance_scaling(
-      1 / (2 * stack.layers), 'fan_in', 'truncated_normal'
+    residual_init = scaling.residual_init(stack.layers)
+    dense = functools.partial(
+      layers.dense, dtype=stack.dtype, use_bias=False, kernel_init=scaling.MATRIX_INIT
     )
-    dense = functools.partial(layers.dense, dtype=stack.dtype, use_bias=False)
     widening, narrowing = ('embed', 'hidden'), ('hidden', 'embed')
     self.attention_norm = layers.norm(stack.dtype)
     self.query, self.key, self.value = (dense(stack.width, axes=widening) for _ in range(3))
@@ -100,12 +98,11 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-  """A stack of layers and a final norm whose outputs are vectors of about unit length.
+  """A stack of layers without a final norm.
 
-  The outputs have unit length instead of unit entries. One step of Adam then changes a linear
-  function of them (a shift, a log-scale, a mixture) by about the learning rate times sqrt(width),
-  instead of the learning rate times width. Shifts must become accurate to about 0.001, which large
-  steps prevent. This scaling therefore permits larger learning rates.
+  The residual connections are a linear path from the inputs to the outputs. Shifts and means use
+  this path, because the best prediction of a token from other tokens is nearly linear. A norm would
+  divide it by the length of the hidden states (docs/recipe.md, "Output projections").
   """
 
   stack_config: StackConfig
@@ -119,11 +116,10 @@ class Transformer(nn.Module):
     )
     self.stack = scanned(**fields)
     self.one_layer = TransformerLayer(**fields, parent=None)
-    self.norm = layers.norm(stack.dtype)
 
   def __call__(self, x: Hidden) -> Hidden:
     """Full pass over sequences."""
-    return self._normalize(self.stack(x)[0])
+    return self.stack(x)[0]
 
   def extend(
     self,
@@ -137,7 +133,7 @@ class Transformer(nn.Module):
     for params, old in zip(layer_params, cache or (None,) * len(layer_params), strict=True):
       x, new = self.one_layer.apply({'params': params}, x, old, position, method='extend')
       caches.append(new)
-    return self._normalize(x), None if cache is None else tuple(caches)
+    return x, None if cache is None else tuple(caches)
 
   def init_cache(self, batch: int, length: int) -> attention.Cache:
     """Returns a cache of zeros for `length` tokens."""
@@ -155,6 +151,3 @@ class Transformer(nn.Module):
     return [
       jax.tree.map(lambda a, i=layer: a[i], stacked) for layer in range(self.stack_config.layers)
     ]
-
-  def _normalize(self, x: NewHidden) -> NewHidden:
-    return self.norm(x) / math.sqrt(self.stack_config.width)

@@ -1,7 +1,8 @@
 """Conversion of images to tokens and back."""
 
 import einops
-from jaxtyping import Array, Shaped
+import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 
 def patchify(images: Shaped[Array, 'B H W C'], patch_size: int) -> Shaped[Array, 'B N d']:
@@ -17,3 +18,27 @@ def unpatchify(
   return einops.rearrange(
     tokens, 'b (h w) (p q c) -> b (h p) (w q) c', h=side, w=side, p=patch_size, q=patch_size
   )
+
+
+def dct_basis(patch_size: int, channels: int) -> Float[np.ndarray, 'd d']:
+  """Returns an orthonormal basis of patches with d = channels·patch_size². Rows are basis vectors.
+
+  A basis vector is a product of two vectors of the discrete cosine transform (DCT-II), along the
+  height and the width, and for RGB a vector of luminance or of one of two color differences. The
+  frequencies increase with the row. Color differences follow luminance at the next higher
+  frequencies. The columns have the order of the channels of `patchify`.
+
+  In natural images these channels are nearly uncorrelated, while neighboring pixels and the colors
+  of a pixel are not. The elementwise maps of the flow cannot remove correlations within a token.
+  """
+  n = np.arange(patch_size)
+  cosines = np.sqrt(2 / patch_size) * np.cos(np.pi * (n + 0.5) * n[:, None] / patch_size)
+  cosines[0] /= np.sqrt(2)
+  colors = np.eye(channels)
+  if channels == 3:
+    colors = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
+  basis = np.einsum('ap,bq,kc->abkpqc', cosines, cosines, colors)
+  row, column, color = np.indices((patch_size, patch_size, channels))
+  frequency = row + column + (patch_size / 2) * (color > 0)
+  order = np.argsort(frequency.ravel(), kind='stable')
+  return basis.reshape(frequency.size, -1)[order]

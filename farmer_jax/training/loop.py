@@ -17,6 +17,7 @@ from farmer_jax.checkpoints import Checkpointer
 from farmer_jax.data import pipeline
 from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.distributed import preemption
+from farmer_jax.nn import scaling
 from farmer_jax.training import divergence
 from farmer_jax.training import hooks as hooks_lib
 from farmer_jax.training import optimizer as optimizer_lib
@@ -82,7 +83,7 @@ def train(
     Preempted: a process received SIGTERM, and the state was saved.
   """
   with preemption.PreemptionListener() as listener:
-    optimizer = optimizer_lib.create(config.train)
+    optimizer = optimizer_lib.create(config)
     init = _initializer(config, mesh, init_params, optimizer, frozen)
     run, state, step = _set_up(
       config, workdir, mesh, init, optimizer, loss_fn, iterator, validation, hooks, frozen, diagnose
@@ -168,6 +169,7 @@ def _set_up(
   else:
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     logging.info(f'Parameters:\n{overview}')
+    logging.info(f'Kinds of parameters:\n{scaling.table(state.params, config)}')
   step_fn = step_lib.make_train_step(loss_fn, optimizer, config.train)
   train_step = _compile(step_fn, mesh, state, iterator, frozen)
   throughput = throughput_lib.Throughput(config, step)

@@ -1,13 +1,18 @@
-"""The optimizer: AdamW with warm-up, cosine decay and gradient clipping. Skips bad updates."""
+"""The optimizer: Muon or AdamW, warm-up, cosine decay, gradient clipping. Skips bad updates."""
+
+import functools
+from typing import Any
 
 import jax
 import optax
+from optax import contrib
 
-from farmer_jax import config
+from farmer_jax import config as config_lib
+from farmer_jax.nn import scaling
 from farmer_jax.training import skipping
 
 
-def learning_rate_schedule(train: config.Train) -> optax.Schedule:
+def learning_rate_schedule(train: config_lib.Train) -> optax.Schedule:
   """Returns a schedule over the update count: linear warm-up, then cosine decay."""
   o = train.optimizer
   warmup = min(o.warmup_steps, train.steps - 1)
@@ -20,12 +25,14 @@ def learning_rate_schedule(train: config.Train) -> optax.Schedule:
   )
 
 
-def create(train: config.Train) -> optax.GradientTransformationExtraArgs:
+def create(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
   """Returns the optimizer. Its `update` takes the loss as a keyword argument.
 
-  Weight decay acts only on the kernels of linear layers.
+  Muon orthogonalizes the updates of matrices inside transformer layers (arXiv 2502.16982). Adam
+  computes the updates of all other parameters. `nn.scaling` defines how large they are. Weight
+  decay acts only on the kernels of linear layers, and it does not depend on the width.
   """
-  o = train.optimizer
+  o = config.train.optimizer
 
   def decay_mask(params: optax.Params) -> optax.Params:
     # Boxes lengthen the paths of parameters, so 'kernel' may not be the last key.
@@ -33,8 +40,30 @@ def create(train: config.Train) -> optax.GradientTransformationExtraArgs:
       lambda path, _: jax.tree_util.DictKey('kernel') in path, params
     )
 
-  adamw = optax.adamw(
-    learning_rate_schedule(train), o.b1, o.b2, weight_decay=o.weight_decay, mask=decay_mask
+  def scale_by_factors(updates: optax.Updates, _: Any) -> optax.Updates:
+    factors = scaling.learning_rate_factors(updates, config)
+    return jax.tree.map(lambda update, factor: update * factor, updates, factors)
+
+  direction = optax.scale_by_adam(o.b1, o.b2)
+  if o.kind == 'muon':
+    direction = optax.partition(
+      {'adam': direction, 'muon': _muon(o.muon_momentum)},
+      functools.partial(scaling.optimizer_of_parameters, config=config),
+    )
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
+    direction,
+    optax.stateless(scale_by_factors),
+    optax.add_decayed_weights(o.weight_decay, decay_mask),
+    optax.scale_by_learning_rate(learning_rate_schedule(config.train)),
   )
-  clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
-  return skipping.skip_bad_updates(optax.chain(clip, adamw), train.max_grad_norm_ratio)
+  return skipping.skip_bad_updates(optimizer, config.train.max_grad_norm_ratio)
+
+
+def _muon(momentum: float) -> optax.GradientTransformation:
+  """Orthogonalizes the momentum of matrices, which are the last two axes of each parameter."""
+
+  def matrix_axes(updates: optax.Updates) -> Any:
+    return jax.tree.map(lambda a: contrib.MuonDimensionNumbers(a.ndim - 2, a.ndim - 1), updates)
+
+  return contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=matrix_axes)

@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-# Updates before the check of gradient norms starts, and the window of their running mean.
-_WINDOW = 100
+# The check of gradient norms starts after this number of updates.
+_WARMUP = 100
+
+# Window of the running mean of gradient norms, in updates. While the noise of a curriculum falls,
+# norms can grow 30 times within 50 updates, which a longer window would not follow.
+_WINDOW = 20
 
 
 class SkipState(NamedTuple):
@@ -29,7 +33,7 @@ def skip_bad_updates(
 
   The norm is out of range if it exceeds `max_norm_ratio` times the running geometric mean of
   earlier norms. The check of the norm starts after 100 updates. The running mean has a window of
-  100 updates. A ratio of 0 disables the check. A skipped update is zero and leaves the state of
+  20 updates. A ratio of 0 disables the check. A skipped update is zero and leaves the state of
   `inner` unchanged. `update` of the result also takes the keyword argument `loss`.
 
   `optax.apply_if_finite` checks neither the loss nor the size of the norm, and after a number of
@@ -65,7 +69,7 @@ def _is_usable(
   """Returns whether an update should be applied."""
   good = jnp.isfinite(loss) & jnp.isfinite(norm)
   if max_norm_ratio:
-    warming_up = state.updates < _WINDOW
+    warming_up = state.updates < _WARMUP
     good &= warming_up | (jnp.log(norm) <= state.log_norm + math.log(max_norm_ratio))
   return good
 

@@ -152,13 +152,13 @@ def test_checkpoint_of_an_earlier_version_is_refused(run, with_checksums):
   with ocp.CheckpointManager(run / 'checkpoints') as manager:
     manager.save(8, args=ocp.args.Composite(**items))
   for read in checkpoints.restore, restore_params:
-    assert_refused('checkpoints/8 .*earlier version', read, run)
+    assert_refused('checkpoints/8 .*farmer_jax 0.1', read, run)
   assert list_steps(run) == [2, 4, 6, 8]
 
 
 def test_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoints_lib.restore, 'FORMAT', 3)
+    patch.setattr(checkpoints_lib.restore, 'FORMAT', 4)
     checkpoints.save(tmp_path, [2])
   assert_refused('format 3', checkpoints.restore, tmp_path)
 

@@ -128,7 +128,7 @@ def test_unknown_keys_are_refused(section, name, value):
 
 def check_step(config, execute):
   """Traces a training step on random images, and runs it if `execute`."""
-  model, optimizer = farmer.build(config), optimizer_lib.create(config.train)
+  model, optimizer = farmer.build(config), optimizer_lib.create(config)
   loss = functools.partial(losses.nll_loss, model=model, config=config)
   init_params = functools.partial(farmer.init_params, model=model)
   initialize = state_lib.initializer(init_params, optimizer, config.train.ema_decay)

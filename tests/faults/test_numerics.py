@@ -78,7 +78,7 @@ LABELS = jnp.arange(BATCH) % 3
 def programs(config):
   """Returns a model, its optimizer, and its compiled training step and round trip."""
   model = farmer.build(config)
-  optimizer = optimizer_lib.create(config.train)
+  optimizer = optimizer_lib.create(config)
   loss = functools.partial(losses.nll_loss, model=model, config=config)
   step = step_lib.make_train_step(loss, optimizer, config.train)
 
@@ -286,16 +286,9 @@ def test_extreme_mixture_scales(scale, split):
   config = make_config(prior=None if split else dict(informative_channels=0))
   model = programs(config)[0]
   params = random_params(model)
-  prior, settings = params['prior'], config.model.prior
-  heads = {
-    'informative_head': (settings.components, settings.informative_channels or 4),
-    'redundant_head': (settings.redundant_components, 2),
-  }
-  for name, (components, channels) in heads.items():
-    if name in prior:
-      out = prior[name]['out']
-      first = components * (1 + channels)  # index of the first log-scale
-      prior[name]['out'] = out | {'bias': out['bias'].at[first:].add(scale)}
+  prior = params['prior']
+  for head in (prior[name] for name in prior if name.endswith('_head')):
+    head['log_scales'] = head['log_scales'] | {'bias': head['log_scales']['bias'] + scale}
   x = noise.build(config.noise).evaluation_images(jax.random.key(1), make_images('hot pixels'))
   loss, largest = assert_finite(config, params, x)
   words = 'floor' if scale < 0 else 'e^50'
@@ -307,9 +300,8 @@ def test_extreme_mixture_scales(scale, split):
 def shifted_log_scales(params, shift):
   """Returns the parameters with `shift` added to the log-scales of all flow blocks."""
   stack = params['flow']['stack']
-  out = stack['out_proj']
-  d = out['bias'].shape[-1] // 2
-  moved = stack | {'out_proj': out | {'bias': out['bias'].at[..., d:].add(shift)}}
+  out = stack['log_scale_proj']
+  moved = stack | {'log_scale_proj': out | {'bias': out['bias'] + shift}}
   return params | {'flow': params['flow'] | {'stack': moved}}
 
 

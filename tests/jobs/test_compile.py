@@ -36,7 +36,8 @@ def compile_for(workdir, *settings):
 
 
 def test_attached_devices(tmp_path):
-  report, _, output = compile_for(tmp_path, 'compile.sampler=True')
+  settings = 'compile.sampler=True', 'train.optimizer.kind=adamw'
+  report, _, output = compile_for(tmp_path, *settings)
   assert report['devices'] == 8 and report['mesh'] == {'data': 2, 'fsdp': 4, 'tensor': 1}
   assert set(report['programs']) == {'training step', 'prior', 'inverse'}
   step = report['programs']['training step']

@@ -94,11 +94,11 @@ def test_terms_of_the_log_density(variant):
 def test_decode_inverts_encode(variant):
   assert variant.z.shape == (4, N, D)
   np.testing.assert_allclose(variant.decoded, variant.images, atol=1e-10)
-  tokens = patches.patchify(jnp.asarray(variant.images), 2)
+  tokens = patches.patchify(jnp.asarray(variant.images), 2) @ patches.dct_basis(2, CHANNELS).T
   if variant.flow.blocks:
     assert abs(variant.z - tokens).max() > 0.1
   else:
-    np.testing.assert_array_equal(variant.z, tokens)
+    np.testing.assert_allclose(variant.z, tokens, atol=1e-12)
 
 
 def test_only_conditional_parts_depend_on_the_label(variant):
@@ -127,7 +127,7 @@ def test_channels_without_a_mixture_are_standard_normal(variant):
     normal = stats.norm.logpdf(z[..., INFORMATIVE:]).sum((1, 2))
     difference = abs(log_density.redundant - normal)
     is_mixture = prior.has_redundant_mixture(D)
-    assert (difference > 0.1).all() if is_mixture else (difference < 1e-12).all()
+    assert (difference > 1e-3).all() if is_mixture else (difference < 1e-12).all()
 
 
 def test_samples_are_finite_and_distinct(variant):
@@ -251,8 +251,9 @@ def test_token_densities_are_in_raster_order(blocks, final):
   label = jnp.zeros(1, jnp.int32)
   params = tiny.filled_parameters(model, images, label)
   if blocks:
-    out = params['flow']['stack']['out_proj']
-    params['flow']['stack']['out_proj'] = jax.tree.map(jnp.zeros_like, out)
+    stack = params['flow']['stack']
+    for name in ('shift_proj', 'log_scale_proj'):
+      stack[name] = jax.tree.map(jnp.zeros_like, stack[name])
   run = jax.jit(lambda images: model.apply({'params': params}, images, label).tokens[0])
   is_reversed = (blocks - (blocks > 0 and not final)) % 2 == 1
   last = 0 if is_reversed else N - 1

@@ -182,9 +182,10 @@ def test_token_order_alternates_between_blocks(final_permutation):
   for t in range(blocks):
     mask = np.arange(blocks) == t
     out = jax.tree.map(
-      lambda p, mask=mask: p * mask.reshape(-1, *[1] * (p.ndim - 1)), params['stack']['out_proj']
+      lambda p, mask=mask: p * mask.reshape(-1, *[1] * (p.ndim - 1)),
+      {name: params['stack'][name] for name in ('shift_proj', 'log_scale_proj')},
     )
-    changed = params | {'stack': params['stack'] | {'out_proj': out}}
+    changed = params | {'stack': params['stack'] | out}
     depends = (np.asarray(jacobian(changed)) != 0).any((1, 3))  # [token of z, token of x]
     depends = depends[::-1] if final_permutation else depends
     triangular = np.tril(np.ones((N, N), bool))

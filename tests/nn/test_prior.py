@@ -113,8 +113,8 @@ def test_scale_floor(model):
   heads = {
     name: jax.tree.map(lambda p: p * 0, params[name]) for name in params if name.endswith('_head')
   }
-  for name, (k, d) in {'informative_head': (3, 2), 'redundant_head': (4, 1)}.items():
-    heads[name]['out']['bias'] = heads[name]['out']['bias'].at[k * (1 + d) :].set(-100.0)
+  for head in heads.values():
+    head['log_scales']['bias'] -= 100.0
   mixtures = jax.jit(functools.partial(module.apply, method='mixtures'))
   for parameters in mixtures({'params': params | heads}, split(z)[0], LABELS):
     np.testing.assert_allclose(np.exp(parameters.log_scales), FLOOR, rtol=1e-6)
@@ -237,13 +237,14 @@ def test_single_gaussians_equal_one_more_flow_block():
   z, labels = tiny.normals(5, tokens, channels), jnp.full((5,), label)
   params = tiny.filled_parameters(module, z, labels)
   embedding = params['class_embedding']['embedding'][label] - params['in_proj']['bias']
-  head = params['informative_head']['out']
+  head = params['informative_head']
   block_params = {
     'in_proj': params['in_proj'],
     'positions': params['positions'][:tokens].at[0].add(embedding),
     'transformer': params['transformer'],
-    # The logit of a single component has no effect. Its mean and log-scale are shift and log-scale.
-    'out_proj': {'kernel': head['kernel'][:, 1:], 'bias': head['bias'][1:]},
+    'norm': head['norm'],
+    'shift_proj': head['means'],
+    'log_scale_proj': head['log_scales'],
   }
   with_first = jnp.concatenate([jnp.zeros((5, 1, channels)), z], axis=1)
   noise, log_det = jax.jit(block.apply)({'params': block_params}, with_first, None)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import fft
 
 from farmer_jax.ops import patches
 
@@ -32,3 +33,30 @@ def test_raster_order_of_tokens_and_pixels(height, width):
       ]
       token = row * (width // patch) + column
       np.testing.assert_array_equal(tokens[:, token], np.stack(expected, axis=-1))
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('patch', [1, 2, 4])
+def test_dct_basis_is_orthonormal_and_equals_scipy(patch, channels):
+  basis = patches.dct_basis(patch, channels)
+  np.testing.assert_allclose(basis @ basis.T, np.eye(channels * patch**2), atol=1e-14)
+  pixels = np.random.default_rng(0).normal(size=(patch, patch, channels))
+  r, g, b = np.moveaxis(pixels, -1, 0) if channels == 3 else (pixels[..., 0],) * 3
+  planes = [(r + g + b) / 3**0.5, (r - b) / 2**0.5, (r - 2 * g + b) / 6**0.5]
+  planes = planes if channels == 3 else [r]
+  expected = np.concatenate([fft.dctn(plane, norm='ortho').ravel() for plane in planes])
+  found = basis @ pixels.ravel()
+  np.testing.assert_allclose(np.sort(found), np.sort(expected), atol=1e-12)
+
+
+def test_dct_basis_has_increasing_frequencies():
+  """The first channel is the mean luminance. Sign changes along a patch count the frequency."""
+  basis = patches.dct_basis(4, 3).reshape(-1, 4, 4, 3)
+  np.testing.assert_allclose(basis[0], 1 / 48**0.5, atol=1e-15)
+  luminance = [vector for vector in basis if np.ptp(vector, axis=-1).max() < 1e-12]
+  assert len(luminance) == 16
+  frequencies = [
+    (np.diff(np.sign(v[:, :1, 0]), axis=0) != 0).sum() + (np.diff(np.sign(v[:1, :, 0])) != 0).sum()
+    for v in luminance
+  ]
+  assert frequencies == sorted(frequencies) and frequencies[-1] == 6

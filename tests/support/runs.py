@@ -44,7 +44,7 @@ def save_run(workdir):
   params = models.filled_parameters(farmer.build(CONFIG), *inputs)
   zeros = jax.tree.map(jnp.zeros_like, params)
   state = state_lib.TrainState(
-    jnp.int32(3), zeros, optimizer_lib.create(CONFIG.train).init(zeros), params
+    jnp.int32(3), zeros, optimizer_lib.create(CONFIG).init(zeros), params
   )
   iterator = pipeline.TrainIterator(resources.train, CONFIG.data, CONFIG.train.batch_size, 0)
   checkpointer = checkpoints.Checkpointer(claimed, CONFIG.train)

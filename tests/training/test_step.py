@@ -15,7 +15,8 @@ from farmer_jax.training import skipping
 from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
 
-TRAIN = config.Train(steps=100, batch_size=8)
+# The parameters of these tests are vectors, which Muon does not accept.
+TRAIN = config.Train(steps=100, batch_size=8, optimizer=config.Optimizer(kind='adamw'))
 
 
 def quadratic(params, batch, step, part):
@@ -33,7 +34,7 @@ def _batch():
 
 def start(loss, train, optimizer=None):
   """Returns the initial state, with three parameters, and the compiled training step."""
-  optimizer = optimizer or optimizer_lib.create(train)
+  optimizer = optimizer or optimizer_lib.create(config.Config(train=train))
   init = state_lib.initializer(lambda key: {'kernel': jnp.ones(3)}, optimizer, train.ema_decay)
   return init(jax.random.key(0)), jax.jit(step_lib.make_train_step(loss, optimizer, train))
 
@@ -99,7 +100,7 @@ def test_only_kernels_decay():
     'positions': jnp.ones((3, 2)),
     'classes': {'embedding': jnp.ones((3, 2))},
   }
-  optimizer = optimizer_lib.create(train)
+  optimizer = optimizer_lib.create(config.Config(train=train))
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = optimizer.update(zeros, optimizer.init(params), params, loss=jnp.zeros(()))
   changed = {
@@ -163,13 +164,13 @@ def test_loss_that_is_not_finite_skips_the_update():
   assert int(step(state, jnp.ones(3))[1]['skipped_updates']) == 1
 
 
-def test_slowly_growing_gradient_norm_skips_no_update():
-  """The norm grows by 2 % per step. The running mean equals its explicit recurrence."""
+def test_growing_gradient_norm_skips_no_update():
+  """The norm grows 30 times in 50 steps. The running mean equals its explicit recurrence."""
   state, step = start_skipping(TRAIN)
   mean = 0.0
   for k in range(300):
-    state, metrics = step(state, 1.02**k * jnp.ones(3))
-    mean += (math.log(math.sqrt(3) * 1.02**k) - mean) / min(k + 1, 100)
+    state, metrics = step(state, 1.07**k * jnp.ones(3))
+    mean += (math.log(math.sqrt(3) * 1.07**k) - mean) / min(k + 1, 20)
   assert int(metrics['skipped_updates']) == 0
   np.testing.assert_allclose(state.opt_state.log_norm, mean, rtol=1e-4)
 

@@ -1,7 +1,7 @@
 """All configuration keys: defaults, units and meanings."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from farmer_jax.config.fields import Changeable, NonNegativeInt
 from farmer_jax.config.sections.evaluation import Fidelity, Guidance, Likelihood, Sampling
@@ -34,6 +34,10 @@ class Config:
   likelihood: Changeable[Likelihood] = Likelihood()
   compile: Changeable[Compile] = Compile()
   fidelity: Changeable[Fidelity] = Fidelity()
+
+  def with_sampling(self, **changes: Any) -> 'Config':
+    """Returns a copy with other values in the section `sampling`."""
+    return dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, **changes))
 
   @property
   def num_tokens(self) -> int:

@@ -135,6 +135,9 @@ class Model:
 
   patch_size: int = 2
   """Height and width of a patch, pixels."""
+  patch_basis: Literal['dct', 'pixels'] = 'dct'
+  """Channels of a token. dct: the coefficients of a cosine transform of the patch, in luminance and
+  color differences, from low to high frequencies. pixels: the pixels of the patch, as published."""
   label_dropout: BelowOne = 0.1
   """Probability that training replaces a label by "no class". Guidance needs a value above 0."""
   dtype: Dtype = 'float32'

@@ -14,14 +14,20 @@ from farmer_jax.config.fields import (
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """AdamW with linear warm-up and cosine decay."""
+  """Muon or AdamW, with linear warm-up and cosine decay."""
 
-  learning_rate: float = 2e-3
-  """Peak learning rate, reached at the end of the warm-up."""
+  kind: Literal['muon', 'adamw'] = 'muon'
+  """muon: Muon for the matrices inside transformer layers, and AdamW for all other parameters.
+  adamw: AdamW for all parameters."""
+  learning_rate: float = 3e-3
+  """Peak learning rate at width 128, reached at the end of the warm-up. For other widths, each kind
+  of parameters has a factor, which the log shows."""
   final_learning_rate: NonNegativeFloat = 1e-6
   """Learning rate at the last step."""
   warmup_steps: NonNegativeInt = 50
   """Steps of linear warm-up."""
+  muon_momentum: BelowOne = 0.95
+  """Muon: decay rate of the momentum."""
   b1: BelowOne = 0.9
   """AdamW: decay rate of the first moment."""
   b2: BelowOne = 0.95

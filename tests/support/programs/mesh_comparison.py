@@ -52,7 +52,7 @@ def take_step(mesh):
     'image': rng.integers(0, 256, (16, 8, 8, 1), np.uint8),
     'label': rng.integers(0, 3, 16).astype(np.int32),
   }
-  optimizer = optimizer_lib.create(CONFIG.train)
+  optimizer = optimizer_lib.create(CONFIG)
   init = state_lib.initializer(init_params, optimizer, CONFIG.train.ema_decay)
   loss = functools.partial(losses.nll_loss, model=MODEL, config=CONFIG)
   key = jax.random.key(0)

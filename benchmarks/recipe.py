@@ -1,0 +1,167 @@
+"""Searches for training settings that reach a lower loss, by successive halving.
+
+    python -m benchmarks.recipe --data=fashion_mnist --data_path=DATA --search=FOLDER
+    python -m benchmarks.recipe --data=photos --data_path=CROPS --search=FOLDER   # photo_crops.py
+    python -m benchmarks.recipe --data=digits --search=FOLDER --variants=default,adamw,rate×2
+
+A variant changes some settings of the default recipe. All variants train for a few steps. The
+better half trains again with twice as many steps, from the start and with its own schedule, and so
+on until few variants are left. They train for all steps with several seeds. All variants see the
+same images in the same order.
+
+Prints a Markdown table of held-out bits/dim. The command can be interrupted: the next call with the
+same --search reuses the runs that have finished, and resumes the others.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+import pathlib
+import statistics
+from typing import Any
+
+import ml_collections
+from absl import app, flags, logging
+
+from benchmarks import timing
+from configs import fashion_mnist, photo_crops, quickstart
+from farmer_jax import config as config_lib
+from farmer_jax.errors import ConfigError, DivergenceError
+from farmer_jax.jobs import pretrain
+from farmer_jax.workdir import metrics
+
+_DATA = {'digits': quickstart, 'fashion_mnist': fashion_mnist, 'photos': photo_crops}
+
+# Settings that differ from the configuration of the dataset. A string such as '×2' multiplies.
+VARIANTS: dict[str, dict[str, Any]] = {
+  'default': {},
+  'adamw': {'train.optimizer.kind': 'adamw'},
+  'rate×2': {'train.optimizer.learning_rate': '×2'},
+  'rate×4': {'train.optimizer.learning_rate': '×4'},
+  'rate×1/2': {'train.optimizer.learning_rate': '×0.5'},
+  'rate×1/4': {'train.optimizer.learning_rate': '×0.25'},
+  'b2=0.99': {'train.optimizer.b2': 0.99},
+  'muon_momentum=0.9': {'train.optimizer.muon_momentum': 0.9},
+  'no weight decay': {'train.optimizer.weight_decay': 0.0},
+  'weight decay 0.3': {'train.optimizer.weight_decay': 0.3},
+  'no clipping': {'train.optimizer.clip_norm': 0.0},
+  'half batch': {'train.batch_size': '×0.5'},
+  'warmup×4': {'train.optimizer.warmup_steps': '×4'},
+  'ema': {'train.ema_decay': 0.98},
+  'no curriculum': {'noise.curriculum_std': 0.0},
+  'curriculum×2': {'noise.curriculum_std': '×2'},
+  'pixels': {'model.patch_basis': 'pixels'},
+  'normal prior, one more block': {'model.prior.kind': 'normal', 'model.flow.blocks': '+1'},
+  'one more block, one prior layer': {'model.prior.layers': 1, 'model.flow.blocks': '+1'},
+  'one deep block': {'model.flow.blocks': '+-1', 'model.prior.layers': '+2'},
+  'half of the channels': {'model.prior.informative_channels': 'half'},
+  '4×components': {'model.prior.components': '×4'},
+  'one condition copy': {'model.prior.condition_copies': 1},
+  'no final permutation': {'model.flow.final_permutation': False},
+}
+
+_DATA_NAME = flags.DEFINE_enum('data', None, list(_DATA), 'Dataset.')
+_DATA_PATH = flags.DEFINE_string('data_path', None, 'Value of config.data.path.')
+_FOLDER = flags.DEFINE_string('search', None, 'Folder of the runs of the search.')
+_VARIANTS = flags.DEFINE_list('variants', list(VARIANTS), 'Names of variants.')
+_STEPS = flags.DEFINE_integer('steps', None, 'Steps of the last round. Default: of the config.')
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Rounds. Each has twice the steps of the one before.')
+_FINALISTS = flags.DEFINE_integer('finalists', 3, 'Variants in the last round, at least.')
+_SEEDS = flags.DEFINE_integer('seeds', 2, 'Seeds of each variant in the last round.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """A search on one dataset. Its runs are in `folder`."""
+
+  data: str
+  data_path: str | None
+  folder: pathlib.Path
+
+  def values(self) -> ml_collections.ConfigDict:
+    """Returns the configuration of the dataset, which variants change."""
+    return _DATA[self.data].get_config()
+
+  def configuration(self, variant: str, steps: int, seed: int) -> config_lib.Config:
+    """Returns the configuration of a run."""
+    values = self.values()
+    values.seed, values.train.steps, values.data.path = seed, steps, self.data_path
+    values.train.validate_every, values.train.sample_every = steps, 0
+    values.train.checkpoint_every = max(1, steps // 2)
+    for key, change in VARIANTS[variant].items():
+      *sections, name = key.split('.')
+      section = functools.reduce(operator.getitem, sections, values)
+      section[name] = _changed(section[name], change, values)
+    config = config_lib.from_config_dict(values)
+    config_lib.check(config)
+    return config
+
+  def bits_per_dim(self, variant: str, steps: int, seed: int) -> float:
+    """Trains a variant, and returns held-out bits/dim, or inf if training diverged.
+
+    A run that has finished only validates again.
+    """
+    workdir = self.folder / self.data / f'{variant}-{steps}-{seed}'.replace('/', ':')
+    logging.info(f'{variant}: {steps} steps, seed {seed}')
+    try:
+      pretrain.run(self.configuration(variant, steps, seed), workdir)
+    except DivergenceError as error:
+      logging.info(f'{variant}: {error}')
+      return math.inf
+    return [r['bits_per_dim'] for r in metrics.read(workdir) if r['split'] == 'valid'][-1]
+
+  def rows(
+    self, variants: list[str], steps: int, rounds: int, finalists: int, seeds: int
+  ) -> list[dict[str, str]]:
+    """Runs the search. Returns the rows of a table, with the best variant first."""
+    cells: dict[str, dict[str, str]] = {name: {'variant': name} for name in variants}
+    order = variants
+    for halvings in reversed(range(1, rounds)):
+      short = steps // 2**halvings
+      results = {name: self.bits_per_dim(name, short, seed=0) for name in variants}
+      for name in cells:
+        cells[name][f'{short} steps'] = f'{results[name]:.3f}' if name in results else '–'
+      ranked = sorted(variants, key=results.__getitem__)
+      order = ranked + order[len(ranked) :]
+      variants = ranked[: max(finalists, math.ceil(len(ranked) / 2))]
+    finals = {n: [self.bits_per_dim(n, steps, seed) for seed in range(seeds)] for n in variants}
+    for name in cells:
+      values = finals.get(name)
+      cells[name][f'{steps} steps, seeds: {seeds}'] = _mean_and_error(values) if values else '–'
+    ranked = sorted(variants, key=lambda name: statistics.mean(finals[name]))
+    return [cells[name] for name in ranked + order[len(ranked) :]]
+
+
+def _mean_and_error(values: list[float]) -> str:
+  """Returns the mean and, of several values, its standard error."""
+  text = f'{statistics.mean(values):.3f}'
+  if len(values) > 1 and all(map(math.isfinite, values)):
+    text += f' ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}'
+  return text
+
+
+def _changed(value: Any, change: Any, values: ml_collections.ConfigDict) -> Any:
+  if change == 'half':
+    return values.model.patch_size**2 * values.data.channels // 2
+  if not isinstance(change, str) or change[0] not in '×+':
+    return change
+  number = float(change[1:])
+  return type(value)(value * number if change[0] == '×' else value + number)
+
+
+def main(argv: list[str]) -> None:
+  """Runs the search and prints the table."""
+  del argv
+  if not _DATA_NAME.value or not _FOLDER.value:
+    raise ConfigError('set --data and --search')
+  if unknown := set(_VARIANTS.value) - set(VARIANTS):
+    raise ConfigError(f'--variants has {", ".join(unknown)}; known: {", ".join(VARIANTS)}')
+  search = Search(_DATA_NAME.value, _DATA_PATH.value, pathlib.Path(_FOLDER.value))
+  steps = _STEPS.value or search.values().train.steps
+  numbers = _ROUNDS.value, _FINALISTS.value, _SEEDS.value
+  timing.print_table(search.rows(list(_VARIANTS.value), steps, *numbers))
+
+
+if __name__ == '__main__':
+  app.run(main)
