@@ -4,8 +4,8 @@
     python -m benchmarks.photo_crops --out=crops
 
 Writes 32×32 crops to OUT/train and OUT/valid, for `config.data.source=folder`. Every fifth
-photograph is used for validation only. All photographs are first resized to the same height or
-width, so that crops have detail and objects of similar size.
+photograph is used for validation only. All photographs are first resized to the same shorter side,
+so that crops have detail and objects of similar size.
 """
 
 import pathlib
@@ -43,7 +43,7 @@ _VALID_COUNT = flags.DEFINE_integer('valid_count', 170, 'Crops per photograph fo
 
 
 def debian_photos() -> list[pathlib.Path]:
-  """Returns the installed photographs."""
+  """Returns the photographs of the Debian packages that are installed."""
   return sorted(path for pattern in _DEBIAN_PHOTOS for path in _FOLDER.glob(pattern))
 
 

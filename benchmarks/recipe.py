@@ -6,8 +6,8 @@
 
 A variant changes some settings of the default recipe. All variants train for a few steps. The
 better half trains again with twice as many steps, from the start and with its own schedule, and so
-on until few variants are left. They train for all steps with several seeds. All variants see the
-same images in the same order.
+on. The last round trains for all steps with several seeds. For each seed, all variants see the
+images in the same order.
 
 Prints a Markdown table of held-out bits/dim. The command can be interrupted: the next call with the
 same --search reuses the runs that have finished, and resumes the others.
@@ -33,10 +33,11 @@ from farmer_jax.workdir import metrics
 
 _DATA = {'digits': quickstart, 'fashion_mnist': fashion_mnist, 'photos': photo_crops}
 
-# Settings that differ from the configuration of the dataset. A string such as '×2' multiplies.
+# Changes of the configuration of the dataset. A string such as '×2' multiplies, '+1' adds.
 VARIANTS: dict[str, dict[str, Any]] = {
   'default': {},
   'adamw': {'train.optimizer.kind': 'adamw'},
+  'muon': {'train.optimizer.kind': 'muon'},
   'rate×2': {'train.optimizer.learning_rate': '×2'},
   'rate×4': {'train.optimizer.learning_rate': '×4'},
   'rate×1/2': {'train.optimizer.learning_rate': '×0.5'},
@@ -52,9 +53,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'no curriculum': {'noise.curriculum_std': 0.0},
   'curriculum×2': {'noise.curriculum_std': '×2'},
   'pixels': {'model.patch_basis': 'pixels'},
+  'dct': {'model.patch_basis': 'dct'},
   'normal prior, one more block': {'model.prior.kind': 'normal', 'model.flow.blocks': '+1'},
   'one more block, one prior layer': {'model.prior.layers': 1, 'model.flow.blocks': '+1'},
-  'one deep block': {'model.flow.blocks': '+-1', 'model.prior.layers': '+2'},
+  'one block fewer, two more prior layers': {
+    'model.flow.blocks': '+-1',
+    'model.prior.layers': '+2',
+  },
   'half of the channels': {'model.prior.informative_channels': 'half'},
   '4×components': {'model.prior.components': '×4'},
   'one condition copy': {'model.prior.condition_copies': 1},
@@ -65,9 +70,9 @@ _DATA_NAME = flags.DEFINE_enum('data', None, list(_DATA), 'Dataset.')
 _DATA_PATH = flags.DEFINE_string('data_path', None, 'Value of config.data.path.')
 _FOLDER = flags.DEFINE_string('search', None, 'Folder of the runs of the search.')
 _VARIANTS = flags.DEFINE_list('variants', list(VARIANTS), 'Names of variants.')
-_STEPS = flags.DEFINE_integer('steps', None, 'Steps of the last round. Default: of the config.')
+_STEPS = flags.DEFINE_integer('steps', None, 'Steps of the last round. Default: those of --data.')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Rounds. Each has twice the steps of the one before.')
-_FINALISTS = flags.DEFINE_integer('finalists', 3, 'Variants in the last round, at least.')
+_FINALISTS = flags.DEFINE_integer('finalists', 3, 'Smallest number of variants in the last round.')
 _SEEDS = flags.DEFINE_integer('seeds', 2, 'Seeds of each variant in the last round.')
 
 
@@ -109,7 +114,8 @@ class Search:
     except DivergenceError as error:
       logging.info(f'{variant}: {error}')
       return math.inf
-    return [r['bits_per_dim'] for r in metrics.read(workdir) if r['split'] == 'valid'][-1]
+    value = [r['bits_per_dim'] for r in metrics.read(workdir) if r['split'] == 'valid'][-1]
+    return value if math.isfinite(value) else math.inf
 
   def rows(
     self, variants: list[str], steps: int, rounds: int, finalists: int, seeds: int

@@ -16,7 +16,7 @@ Published result: FID of 50,000 samples with guidance, after 320 epochs: 5.40 (1
 (1.1b-p8), 3.96 (1.9b-p16), 3.60 (1.9b-p8). These results have not been reproduced with farmer_jax.
 
 The paper does not state the batch size or the gradient clipping. This file uses 1024 and 1.0. The
-published model has tokens of pixels, --config.model.patch_basis=pixels.
+published model has tokens of pixels (--config.model.patch_basis=pixels), this file the DCT basis.
 """
 
 from ml_collections import ConfigDict

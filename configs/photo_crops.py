@@ -4,7 +4,7 @@
     python -m farmer_jax.main --config=configs/photo_crops.py --config.data.path=CROPS
 
 A small dataset of natural images, on which changes of the model and of training can be compared in
-minutes. The split keeps photographs apart.
+minutes. No photograph has crops in both splits.
 """
 
 from ml_collections import ConfigDict

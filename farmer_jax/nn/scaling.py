@@ -1,11 +1,10 @@
 """Initial values and learning rates of all parameters, as functions of the width.
 
-The rules are those of the maximal-update parametrization (arXiv 2203.03466), so that the best
-learning rate of a narrow model is also the best learning rate of a wide model. Adam changes each
-entry of a matrix by about the learning rate. The changes of the terms of an output add up, so the
-learning rate of a matrix that reads hidden states is divided by the width. At `BASE_WIDTH`, all
-parameters have the configured learning rate. Muon replaces Adam for matrices inside transformer
-layers.
+The rules are those of the maximal-update parametrization (arXiv 2203.03466): updates change the
+outputs of narrow and wide models equally. Adam changes each entry of a matrix by at most about the
+learning rate. The changes of the terms of an output add up, so the learning rate of a matrix that
+reads hidden states is divided by the width. At `BASE_WIDTH`, Adam uses the configured learning rate
+for all parameters. Muon can replace Adam for matrices inside transformer layers.
 """
 
 import collections
@@ -26,7 +25,7 @@ class Kind(NamedTuple):
 
   parameters: str
   initial: str  # initial value, or its standard deviation
-  divided: bool  # whether the learning rate is multiplied by BASE_WIDTH / width
+  divided: bool  # whether Adam's learning rate is divided by width / BASE_WIDTH
 
 
 KINDS = {
@@ -35,8 +34,9 @@ KINDS = {
   'hidden': Kind('other matrices of transformer layers', '1/sqrt(inputs)', True),
   'residual': Kind('last matrices of residual branches', '1/sqrt(2 layers inputs)', True),
   'flow output': Kind('matrices to shifts and log-scales', '0', True),
-  'mixture output': Kind('matrices to mixtures', '1.1/inputs', True),
-  'vector': Kind('biases and scales of norms', '0 or 1', False),
+  'alignment': Kind('matrices of config.distill.objective=hidden', '1/sqrt(inputs)', True),
+  'mixture output': Kind('matrices to mixtures', '1/inputs', True),
+  'vector': Kind('biases and scales of norms', '0, 1; mixtures: -1, 0.5', False),
 }
 
 MATRIX_INIT = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
@@ -48,14 +48,14 @@ _KIND_OF_MODULE = {
   'mlp_out': 'residual',
   'shift_proj': 'flow output',
   'log_scale_proj': 'flow output',
-  'alignment': 'flow output',
+  'alignment': 'alignment',
   'informative_head': 'mixture output',
   'redundant_head': 'mixture output',
 }
 
 
 def mixture_init(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-  """Initializes matrices to mixtures. At `BASE_WIDTH`, the deviation is 0.1/sqrt(inputs).
+  """Initializes matrices to mixtures. At `BASE_WIDTH`, the deviation is 0.09/sqrt(inputs).
 
   The first updates change hidden states along these matrices, and this change adds up over the
   width. The deviation therefore decreases with the width, not with its square root.
@@ -67,7 +67,7 @@ def mixture_init(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) ->
 def residual_init(layers: int) -> nn.initializers.Initializer:
   """Returns the initializer of the last matrices of residual branches.
 
-  The sum of all branches of a transformer has about unit variance.
+  The sum of all branches of a transformer has at most about unit variance.
   """
   return nn.initializers.variance_scaling(1 / (2 * layers), 'fan_in', 'truncated_normal')
 
@@ -93,8 +93,8 @@ def learning_rate_factors(params: PyTree, config: config_lib.Config) -> PyTree:
   def factor(path: Any, leaf: Any) -> float:
     kind, ratio = _kind(_names(path)), BASE_WIDTH / _width(_names(path), config.model)
     if _uses_muon(kind, config):
-      # The entries of an orthogonal matrix have a root mean square of 1 / sqrt(larger side). Adam's
-      # updates are about as large as 0.2 (arXiv 2502.16982). The change of an output depends on the
+      # The entries of an orthogonal matrix have a root mean square of 1 / sqrt(larger side). That
+      # of Adam's updates is about 0.2 (arXiv 2502.16982). The change of an output depends on the
       # largest singular value of an update, which this factor makes independent of the width.
       return 0.2 * math.sqrt(max(leaf.shape[-2:]) * ratio)
     return ratio if KINDS[kind].divided else 1.0
@@ -105,8 +105,8 @@ def learning_rate_factors(params: PyTree, config: config_lib.Config) -> PyTree:
 def table(params: PyTree, config: config_lib.Config) -> str:
   """Returns a table of the kinds of parameters, with their initial values and update sizes.
 
-  The update size is the root mean square of an update at the peak learning rate, if the update of
-  Adam is 1.
+  The update size is the root mean square of an update at the peak learning rate. For Adam, it is
+  about the maximum: typical updates are five times smaller.
   """
   rate, factors = config.train.optimizer.learning_rate, learning_rate_factors(params, config)
   counts: collections.Counter[tuple[str, str, str]] = collections.Counter()

@@ -102,7 +102,7 @@ class Transformer(nn.Module):
 
   The residual connections are a linear path from the inputs to the outputs. Shifts and means use
   this path, because the best prediction of a token from other tokens is nearly linear. A norm would
-  divide it by the length of the hidden states (docs/recipe.md, "Output projections").
+  make the path nonlinear (docs/recipe.md, "Output projections").
   """
 
   stack_config: StackConfig

@@ -25,11 +25,11 @@ def dct_basis(patch_size: int, channels: int) -> Float[np.ndarray, 'd d']:
 
   A basis vector is a product of two vectors of the discrete cosine transform (DCT-II), along the
   height and the width, and for RGB a vector of luminance or of one of two color differences. The
-  frequencies increase with the row. Color differences follow luminance at the next higher
-  frequencies. The columns have the order of the channels of `patchify`.
+  rows are sorted by the sum of the two frequencies, plus patch_size / 2 for a color difference. The
+  columns have the order of the channels of `patchify`.
 
-  In natural images these channels are nearly uncorrelated, while neighboring pixels and the colors
-  of a pixel are not. The elementwise maps of the flow cannot remove correlations within a token.
+  In natural images, neighboring pixels and the colors of a pixel are strongly correlated, but the
+  coefficients in this basis are not. The flow cannot remove correlations within a token.
   """
   n = np.arange(patch_size)
   cosines = np.sqrt(2 / patch_size) * np.cos(np.pi * (n + 0.5) * n[:, None] / patch_size)

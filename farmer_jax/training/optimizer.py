@@ -28,8 +28,8 @@ def learning_rate_schedule(train: config_lib.Train) -> optax.Schedule:
 def create(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
   """Returns the optimizer. Its `update` takes the loss as a keyword argument.
 
-  Muon orthogonalizes the updates of matrices inside transformer layers (arXiv 2502.16982). Adam
-  computes the updates of all other parameters. `nn.scaling` defines how large they are. Weight
+  Muon, if configured, orthogonalizes the updates of matrices inside transformer layers (arXiv
+  2502.16982). Adam computes all other updates. `nn.scaling` defines the size of updates. Weight
   decay acts only on the kernels of linear layers, and it does not depend on the width.
   """
   o = config.train.optimizer
@@ -61,7 +61,7 @@ def create(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
 
 
 def _muon(momentum: float) -> optax.GradientTransformation:
-  """Orthogonalizes the momentum of matrices, which are the last two axes of each parameter."""
+  """Orthogonalizes the momentum of matrices. Their axes are the last two of each parameter."""
 
   def matrix_axes(updates: optax.Updates) -> Any:
     return jax.tree.map(lambda a: contrib.MuonDimensionNumbers(a.ndim - 2, a.ndim - 1), updates)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 _WARMUP = 100
 
 # Window of the running mean of gradient norms, in updates. While the noise of a curriculum falls,
-# norms can grow 30 times within 50 updates, which a longer window would not follow.
+# norms can grow 30 times within 50 updates. A longer window would not follow them.
 _WINDOW = 20
 
 

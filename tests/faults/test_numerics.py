@@ -35,8 +35,11 @@ def _table():
     print(f'| {name} | {" | ".join(f"{value:.2g}" for value in values)} |')
 
 
-def make_config(flow=None, prior=None, dtype='float32', noise=None, rate=0.03):
-  """Returns the configuration of a small model with few training steps."""
+def make_config(flow=None, prior=None, dtype='float32', noise=None, rate=0.002):
+  """Returns the configuration of a small model with few training steps.
+
+  Matrices of this width have 16 times the learning rate `rate`.
+  """
   return config_lib.Config(
     data=config_lib.Data(image_size=SIDE, num_classes=3),
     model=tiny.model_config(flow, prior, dtype=dtype),
@@ -165,7 +168,7 @@ def test_degenerate_images(noise, kind):
 MODELS = {
   'far too many components': dict(prior=dict(components=512, redundant_components=512)),
   'no floor of scales': dict(prior=dict(scale_floor=0.0)),
-  'learning rate 1': dict(rate=1.0),
+  'ten times the learning rate': dict(rate=0.02),
 }
 
 SLOW_MODELS = {
@@ -184,7 +187,7 @@ SLOW_MODELS = {
 def test_odd_models(name):
   changes = (MODELS | SLOW_MODELS)[name]
   losses = stress(name, make_config(**changes), make_images('hot pixels'), 1e-4)
-  assert losses[-1] < losses[0] or 'rate' in changes  # A rate of 1 need not reduce the loss.
+  assert losses[-1] < losses[0] or 'rate' in changes  # A large rate need not reduce the loss.
 
 
 @pytest.mark.parametrize(
@@ -205,7 +208,7 @@ def test_depth_and_precision(dtype, blocks, bound, trained_bound):
   the rounding error of the transformers: 2^-53, 2^-24 or 2^-9 for values of about 1. 32 random
   blocks amplify this error by about 1e4.
   """
-  config = make_config(flow=dict(blocks=blocks), dtype=dtype, rate=2e-3)
+  config = make_config(flow=dict(blocks=blocks), dtype=dtype, rate=1e-4)
   with jax.enable_x64(dtype == 'float64'):
     images = make_images('hot pixels')
     losses = stress(f'{blocks} blocks, {dtype}', config, images, bound, trained_bound)
@@ -215,14 +218,14 @@ def test_depth_and_precision(dtype, blocks, bound, trained_bound):
 @pytest.mark.parametrize('kind', ['white', 'noise', 'black or white', 'one pixel'])
 def test_images_unlike_the_training_images(kind):
   """A model trained on black images gives other images a finite loss, and can learn them."""
-  config = make_config()
-  params, _ = trained_on_black(config)
+  config = make_config(rate=0.004)
+  params, black = trained_on_black(config)
   images = make_images(kind)
   error = round_trip_error(config, params, images)
   _, history = train(config, params, images, steps=10)
   losses, norms = history.T
   measurements.append((f'{kind} after black', losses[0], losses[-1], norms.max(), error))
-  assert losses[0] > 5  # The model has learned black images.
+  assert losses[0] > black[-1, 0] + 3  # The model has learned black images.
   assert losses[-1] < losses[0]
   assert error < 1e-3  # Scales fitted to black images amplify other images; measured 4e-5.
 
@@ -328,7 +331,8 @@ def test_bounded_log_scales_keep_everything_finite(shift):
 def test_unbounded_log_scales(shift):
   """Scales from e^-10 to e^30 in each of two blocks give finite densities.
 
-  The error of the round trip grows with the scale.
+  The error of the round trip grows with the scale. It also grows with the inverse of the scale,
+  because the shifts of the second block are linear in tokens that the first block divided by it.
   """
   config = make_config()
   model, *_, round_trip = programs(config)
@@ -337,4 +341,4 @@ def test_unbounded_log_scales(shift):
   loss, largest = assert_finite(config, params, x)
   error = float(abs(round_trip(params, x) - x).max())
   measurements.append((f'log σ {shift:+g}', loss, loss, largest, error))
-  assert error < max(1e-4, 1e-5 * np.exp(shift))
+  assert error < max(1e-4, 1e-5 * np.exp(shift), 1e-6 * np.exp(-shift))

@@ -64,7 +64,9 @@ def filled_parameters(module, *args, seed=0):
   def fill(path, leaf):
     names, normal = [key.key for key in path], rng.normal(size=leaf.shape)
     if {'shift_proj', 'log_scale_proj', 'logits', 'means', 'log_scales'} & set(names):
-      value = (0.35 / leaf.shape[-2] ** 0.5 if names[-1] == 'kernel' else 0.15) * normal
+      # Shifts and means read hidden states that are not normalized.
+      size = 0.15 if {'shift_proj', 'means'} & set(names) else 0.35
+      value = (size / leaf.shape[-2] ** 0.5 if names[-1] == 'kernel' else 0.15) * normal
     elif names[-1] == 'kernel':
       value = normal / leaf.shape[-2] ** 0.5
     elif names[-1] == 'scale':
