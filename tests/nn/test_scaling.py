@@ -54,14 +54,14 @@ def outputs(model, params, images, labels):
   return found
 
 
-def changes(config):
+def changes(config, seed=0):
   """Returns the root mean square change of each output after each number of steps in STEPS."""
   model, optimizer = farmer.build(config), optimizer_lib.create(config)
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
   images = rng.integers(0, 17, (16, 8, 8, 1)) * 15  # Random images: no width can predict them.
   batch = {'image': jnp.asarray(images, jnp.uint8), 'label': jnp.arange(16) % 10}
   values, labels = jnp.asarray(images / 127.5 - 1), batch['label']
-  params = jax.jit(functools.partial(farmer.init_params, model=model))(jax.random.key(0))
+  params = jax.jit(functools.partial(farmer.init_params, model=model))(jax.random.key(seed))
   loss = functools.partial(losses.nll_loss, model=model, config=config)
   evaluate = jax.jit(functools.partial(outputs, model))
 
@@ -92,12 +92,17 @@ def spread(found):
 
 
 @pytest.mark.parametrize(
-  'widths', [(64, 512), pytest.param((64, 128, 256, 512), marks=pytest.mark.slow)]
+  'widths, seeds', [((64, 512), 1), pytest.param((64, 128, 256, 512), 3, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize('kind', ['muon', 'adamw'])
-def test_updates_change_outputs_equally_at_all_widths(kind, widths):
+def test_updates_change_outputs_equally_at_all_widths(kind, widths, seeds):
   """The coordinate check of the maximal-update parametrization (arXiv 2203.03466)."""
-  found = spread([changes(make_config(width, kind)) for width in widths])
+
+  def mean_changes(config):
+    found = [changes(config, seed) for seed in range(seeds)]
+    return jax.tree.map(lambda *values: float(np.mean(values)), *found)
+
+  found = spread([mean_changes(make_config(width, kind)) for width in widths])
   assert max(found.values()) < 2, max(found, key=found.get)
 
 
@@ -144,7 +149,8 @@ def test_muon_orthogonalizes_matrices_of_layers_only():
   params = farmer.init_params(jax.random.key(0), model)
   rng = np.random.default_rng(0)
   gradients = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), params)
-  updates, _ = optimizer.update(gradients, optimizer.init(params), params, loss=jnp.zeros(()))
+  state, apply_optimizer = optimizer.init(params), jax.jit(optimizer.update)
+  updates, _ = apply_optimizer(gradients, state, params, loss=jnp.zeros(()))
   factors = scaling.learning_rate_factors(params, config)
   for path in ('query', 'mlp_in', 'mlp_out'):
 
