@@ -14,8 +14,6 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from farmer_jax.errors import ConfigError
-
 # Photographs in Debian's packages. The packages also contain drawings and patterns.
 _FOLDER = pathlib.Path('/usr/share/backgrounds')
 _DEBIAN_PHOTOS = (
@@ -35,7 +33,7 @@ _DEBIAN_PHOTOS = (
 )
 
 _OUT = flags.DEFINE_string('out', None, 'Folder to create.')
-_PHOTOS = flags.DEFINE_list('photos', None, 'Image files. Default: photographs of Debian packages.')
+_PHOTOS = flags.DEFINE_list('photos', None, 'Image files. Default: photos of the Debian packages.')
 _SIDE = flags.DEFINE_integer('side', 320, 'Shorter side of the resized photographs, pixels.')
 _SIZE = flags.DEFINE_integer('size', 32, 'Height and width of a crop, pixels.')
 _COUNT = flags.DEFINE_integer('count', 1000, 'Crops per photograph for training.')
@@ -64,9 +62,17 @@ def main(argv: list[str]) -> None:
   """Writes the crops."""
   del argv
   paths = [pathlib.Path(path) for path in _PHOTOS.value or debian_photos()]
-  if not _OUT.value or len(paths) < 5:
-    raise ConfigError(f'set --out, and give at least 5 files as --photos (found {len(paths)})')
+  if not _OUT.value:
+    raise app.UsageError('set --out')
   rng, out = np.random.default_rng(0), pathlib.Path(_OUT.value)
+  if out.exists():
+    raise app.UsageError(f'--out={out} exists; choose a new folder')
+  if missing := [str(path) for path in paths if not path.is_file()]:
+    raise app.UsageError(f'--photos: no file {missing[0]}')
+  if len(paths) < 5:
+    raise app.UsageError(f'at least 5 --photos are needed, not {len(paths)}')
+  if _SIZE.value > _SIDE.value:
+    raise app.UsageError(f'--size={_SIZE.value} must be at most --side={_SIDE.value}')
   for index, path in enumerate(sorted(paths, key=lambda path: path.name.lower())):
     split = 'valid' if index % 5 == 2 else 'train'
     (out / split).mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ import math
 import operator
 import pathlib
 import statistics
+import sys
 from typing import Any
 
 import ml_collections
@@ -27,7 +28,8 @@ from absl import app, flags, logging
 from benchmarks import timing
 from configs import fashion_mnist, photo_crops, quickstart
 from farmer_jax import config as config_lib
-from farmer_jax.errors import ConfigError, DivergenceError
+from farmer_jax import terminal
+from farmer_jax.errors import DivergenceError, UserError
 from farmer_jax.jobs import pretrain
 from farmer_jax.workdir import metrics
 
@@ -160,13 +162,17 @@ def main(argv: list[str]) -> None:
   """Runs the search and prints the table."""
   del argv
   if not _DATA_NAME.value or not _FOLDER.value:
-    raise ConfigError('set --data and --search')
-  if unknown := set(_VARIANTS.value) - set(VARIANTS):
-    raise ConfigError(f'--variants has {", ".join(unknown)}; known: {", ".join(VARIANTS)}')
+    raise app.UsageError('set --data and --search')
+  if unknown := sorted(set(_VARIANTS.value) - set(VARIANTS)):
+    raise app.UsageError(f'--variants has {", ".join(unknown)}; known: {", ".join(VARIANTS)}')
   search = Search(_DATA_NAME.value, _DATA_PATH.value, pathlib.Path(_FOLDER.value))
   steps = _STEPS.value or search.values().train.steps
   numbers = _ROUNDS.value, _FINALISTS.value, _SEEDS.value
-  timing.print_table(search.rows(list(_VARIANTS.value), steps, *numbers))
+  try:
+    timing.print_table(search.rows(list(_VARIANTS.value), steps, *numbers))
+  except UserError as error:
+    terminal.print_error(error)
+    sys.exit(1)
 
 
 if __name__ == '__main__':

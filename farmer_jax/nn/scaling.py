@@ -26,13 +26,14 @@ class Kind(NamedTuple):
   parameters: str
   initial: str  # initial value, or its standard deviation
   divided: bool  # whether Adam's learning rate is divided by width / BASE_WIDTH
+  muon: bool = False  # whether Muon can update the parameters
 
 
 KINDS = {
   'input': Kind('matrices that read tokens', '1/sqrt(inputs)', False),
   'embedding': Kind('positions and classes', '0.02', False),
-  'hidden': Kind('other matrices of transformer layers', '1/sqrt(inputs)', True),
-  'residual': Kind('last matrices of residual branches', '1/sqrt(2 layers inputs)', True),
+  'hidden': Kind('other matrices of transformer layers', '1/sqrt(inputs)', True, True),
+  'residual': Kind('last matrices of residual branches', '1/sqrt(2 layers inputs)', True, True),
   'flow output': Kind('matrices to shifts and log-scales', '0', True),
   'alignment': Kind('matrices of config.distill.objective=hidden', '1/sqrt(inputs)', True),
   'mixture output': Kind('matrices to mixtures', '1/inputs', True),
@@ -144,4 +145,4 @@ def _width(names: list[str], model: config_lib.Model) -> int:
 
 
 def _uses_muon(kind: str, config: config_lib.Config) -> bool:
-  return config.train.optimizer.kind == 'muon' and kind in ('hidden', 'residual')
+  return config.train.optimizer.kind == 'muon' and KINDS[kind].muon

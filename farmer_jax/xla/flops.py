@@ -1,7 +1,7 @@
 """Number of floating-point operations (FLOPs) of the model, for the model FLOPs utilization (MFU).
 
-Only matrix products are counted. Attention counts all pairs of tokens, including the pairs that the
-causal mask removes.
+Only matrix products with parameters and the products of attention are counted. Attention counts all
+pairs of tokens, including the pairs that the causal mask removes.
 """
 
 from farmer_jax import config as config_lib

@@ -169,6 +169,7 @@ MODELS = {
   'far too many components': dict(prior=dict(components=512, redundant_components=512)),
   'no floor of scales': dict(prior=dict(scale_floor=0.0)),
   'ten times the learning rate': dict(rate=0.02),
+  'learning rate 1': dict(rate=1 / 16),
 }
 
 SLOW_MODELS = {
@@ -184,7 +185,10 @@ SLOW_MODELS = {
 @pytest.mark.parametrize(
   'name', [*MODELS, *(pytest.param(name, marks=SLOW) for name in SLOW_MODELS)]
 )
-def test_odd_models(name):
+def test_odd_models(name, request):
+  if name == 'learning rate 1':
+    reason = 'shifts are linear in earlier tokens, so large weights amplify errors exponentially'
+    request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
   changes = (MODELS | SLOW_MODELS)[name]
   losses = stress(name, make_config(**changes), make_images('hot pixels'), 1e-4)
   assert losses[-1] < losses[0] or 'rate' in changes  # A large rate need not reduce the loss.
@@ -225,7 +229,9 @@ def test_images_unlike_the_training_images(kind):
   _, history = train(config, params, images, steps=10)
   losses, norms = history.T
   measurements.append((f'{kind} after black', losses[0], losses[-1], norms.max(), error))
-  assert losses[0] > black[-1, 0] + 3  # The model has learned black images.
+  # The model has learned black images. The linear path extrapolates to white images.
+  assert black[-1, 0] < -1.5
+  assert losses[0] > (black[-1, 0] + 3 if kind == 'white' else 5)
   assert losses[-1] < losses[0]
   assert error < 1e-3  # Scales fitted to black images amplify other images; measured 4e-5.
 
@@ -327,12 +333,24 @@ def test_bounded_log_scales_keep_everything_finite(shift):
   assert abs(images).max() < 30 * 10 * np.exp(2 * 2.0 * 1.05)
 
 
-@pytest.mark.parametrize('shift', [-10.0, -5.0, 10.0, 30.0])
+@pytest.mark.parametrize(
+  'shift',
+  [
+    pytest.param(
+      -10.0,
+      marks=pytest.mark.xfail(
+        strict=True, reason='shifts are linear in tokens that a block divided by e^-10'
+      ),
+    ),
+    -5.0,
+    10.0,
+    30.0,
+  ],
+)
 def test_unbounded_log_scales(shift):
   """Scales from e^-10 to e^30 in each of two blocks give finite densities.
 
-  The error of the round trip grows with the scale. It also grows with the inverse of the scale,
-  because the shifts of the second block are linear in tokens that the first block divided by it.
+  The error of the round trip grows with the scale.
   """
   config = make_config()
   model, *_, round_trip = programs(config)
@@ -341,4 +359,4 @@ def test_unbounded_log_scales(shift):
   loss, largest = assert_finite(config, params, x)
   error = float(abs(round_trip(params, x) - x).max())
   measurements.append((f'log σ {shift:+g}', loss, loss, largest, error))
-  assert error < max(1e-4, 1e-5 * np.exp(shift), 1e-6 * np.exp(-shift))
+  assert error < max(1e-4, 1e-5 * np.exp(shift))

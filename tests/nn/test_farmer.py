@@ -25,7 +25,7 @@ LABELS = jnp.asarray([0, 1, 0, CLASSES], jnp.int32)
 
 # Changes of the sections flow and prior.
 VARIANTS = {
-  'no flow': (dict(blocks=0), {}),
+  'no flow': (dict(blocks=0), {}, dict(patch_basis='pixels')),
   'TARFlow': (dict(blocks=3), dict(kind='normal')),
   'JetFormer': (dict(final_permutation=False), dict(redundant_kind='normal')),
   'class-conditional flow': (dict(class_conditional=True), {}),
@@ -50,9 +50,10 @@ def make(flow_changes=None, prior_changes=None, **changes):
 )
 def variant(request, x64):
   """A model variant, and its outputs for one image with four labels."""
-  model = make(*(VARIANTS | SLOW_VARIANTS)[request.param])
+  flow_changes, prior_changes, *changes = (VARIANTS | SLOW_VARIANTS)[request.param]
+  model = make(flow_changes, prior_changes, **(changes[0] if changes else {}))
   images = jnp.broadcast_to(tiny.normals(1, SIZE, SIZE, CHANNELS), (4, SIZE, SIZE, CHANNELS))
-  params = tiny.filled_parameters(model, images, LABELS, seed=4)
+  params = tiny.filled_parameters(model, images, LABELS, seed=7)
   run = functools.partial(model.apply, {'params': params})
   encode, decode = (jax.jit(functools.partial(run, method=m)) for m in ('encode', 'decode'))
 
@@ -94,11 +95,12 @@ def test_terms_of_the_log_density(variant):
 def test_decode_inverts_encode(variant):
   assert variant.z.shape == (4, N, D)
   np.testing.assert_allclose(variant.decoded, variant.images, atol=1e-10)
-  tokens = patches.patchify(jnp.asarray(variant.images), 2) @ patches.dct_basis(2, CHANNELS).T
+  tokens = patches.patchify(jnp.asarray(variant.images), 2)
   if variant.flow.blocks:
+    tokens @= patches.dct_basis(2, CHANNELS).T
     assert abs(variant.z - tokens).max() > 0.1
   else:
-    np.testing.assert_allclose(variant.z, tokens, atol=1e-12)
+    np.testing.assert_array_equal(variant.z, tokens)
 
 
 def test_only_conditional_parts_depend_on_the_label(variant):
@@ -127,7 +129,7 @@ def test_channels_without_a_mixture_are_standard_normal(variant):
     normal = stats.norm.logpdf(z[..., INFORMATIVE:]).sum((1, 2))
     difference = abs(log_density.redundant - normal)
     is_mixture = prior.has_redundant_mixture(D)
-    assert (difference > 1e-3).all() if is_mixture else (difference < 1e-12).all()
+    assert (difference > 0.1).all() if is_mixture else (difference < 1e-12).all()
 
 
 def test_samples_are_finite_and_distinct(variant):
