@@ -1,4 +1,5 @@
-# `make quickstart` and `make test` need only Python 3.11, pip and make. They create .venv first.
+# `make quickstart` and `make test` need only Python 3.11, 3.12 or 3.13, pip and make. They create
+# .venv first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # Files of tests run in parallel, each in one process.
@@ -38,9 +39,9 @@ clean:
 
 # Debian's Python has no ensurepip, so virtualenv is used there.
 .venv/bin/python:
-	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), sys.version' 2>/dev/null || \
-	  { echo "error: $(PYTHON) is not Python 3.11, for which requirements.txt is pinned;" \
-	    "name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13)' 2>/dev/null || \
+	  { echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13;" \
+	    "name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv && \
 	  $(PYTHON) -m pip install -q --target .virtualenv virtualenv && \
 	  PYTHONPATH=.virtualenv $(PYTHON) -m virtualenv -q .venv && rm -rf .virtualenv; }

@@ -14,7 +14,7 @@ from absl import app, flags, logging
 
 from benchmarks import sample_quality, timing
 from farmer_jax import api, noise, sampling
-from farmer_jax.ops import dequantize
+from farmer_jax.ops import units
 from farmer_jax.xla import host
 
 _RUNS = flags.DEFINE_list('runs', None, 'Workdirs of distillation runs.', required=True)
@@ -64,7 +64,7 @@ class Reconstruction:
       samples = sampler.images(params, latents, labels)
       errors.append(np.asarray(((samples.values - values) ** 2).mean()))
       passes.append(np.asarray(samples.passes.mean(1)))
-    return dequantize.psnr(float(np.sqrt(np.mean(errors)))), np.mean(passes, 0)
+    return units.psnr(float(np.sqrt(np.mean(errors)))), np.mean(passes, 0)
 
 
 def compare_inverses(run, evaluate, reconstruct, labels):
@@ -127,10 +127,8 @@ def main(argv):
   labels = np.arange(_COUNT.value) % runs[0].config.data.num_classes
   timing.print_table(compare_inverses(runs[0], evaluate, reconstruct, labels))
   print()
-  measure = functools.partial(
-    student_row, evaluate=evaluate, reconstruct=reconstruct, labels=labels
-  )
-  timing.print_table(measure(number, run) for number, run in enumerate(runs, 1))
+  arguments = evaluate, reconstruct, labels
+  timing.print_table(student_row(number, run, *arguments) for number, run in enumerate(runs, 1))
 
 
 if __name__ == '__main__':

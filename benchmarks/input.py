@@ -103,9 +103,11 @@ def measure_pipelines(settings):
     speeds[line].append(measure_speed(iterator, _BATCHES.value))
     iterator.close()
   print()
-  timing.print_header('source', 'threads', 'workers', 'images/s of processor time', 'images/s')
-  for (name, counts), values in speeds.items():
-    timing.print_row(name, *counts, *(f'{speed:.0f}' for speed in np.median(values, 0)))
+  columns = 'source', 'threads', 'workers', 'images/s of processor time', 'images/s'
+  timing.print_table(
+    dict(zip(columns, (name, *counts, *np.median(values, 0).round().astype(int)), strict=True))
+    for (name, counts), values in speeds.items()
+  )
 
 
 def decode_only(content):
@@ -130,18 +132,22 @@ def measure_decoding(files, title):
     'decoding, cropping, resizing': decode,
     "decoding, cropping, resizing with the decoder's reduction": decode_reduced,
   }
-  times = collections.defaultdict(list)
-  for _ in range(_ROUNDS.value):
-    for name, step in steps.items():
-      start = time.process_time()
-      for content in files:
-        step(content)
-      times[name].append((time.process_time() - start) / len(files))
+
+  def decode_all(step):
+    return [step(content) for content in files]
+
+  calls = {name: functools.partial(decode_all, step) for name, step in steps.items()}
+  times = timing.medians(calls, _ROUNDS.value, time.process_time)
   print()
-  timing.print_header(title, 'ms of processor time per image', 'images/s')
-  for name, values in times.items():
-    timing.print_row(name, f'{1e3 * np.median(values):.2f}', f'{1 / np.median(values):.0f}')
-  exact, reduced = (np.float64(list(map(step, files))) for step in (decode, decode_reduced))
+  timing.print_table(
+    {
+      title: name,
+      'ms of processor time per image': f'{1e3 * seconds / len(files):.2f}',
+      'images/s': f'{len(files) / seconds:.0f}',
+    }
+    for name, seconds in times.items()
+  )
+  exact, reduced = (np.float64(decode_all(step)) for step in (decode, decode_reduced))
   error = np.sqrt(np.mean((exact - reduced) ** 2))
   print(f'\nRoot mean square difference of the two results: {error:.2f} of 255 levels.')
 

@@ -50,8 +50,8 @@ def draw(
   """Draws image i with labels[i]. Returns all images and the number of non-finite images."""
   images, nonfinite = [], 0
   for start in range(0, len(labels), batch_size):
-    numbers = np.arange(start, min(start + batch_size, len(labels)))
-    samples = jax.device_get(sampler(params, labels[numbers], numbers))
+    indices = np.arange(start, min(start + batch_size, len(labels)))
+    samples = jax.device_get(sampler(params, labels[indices], indices))
     images.append(samples.images)
     nonfinite += int((~samples.finite).sum())
   return np.concatenate(images), nonfinite

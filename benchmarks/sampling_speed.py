@@ -7,7 +7,6 @@ Prints Markdown tables. Each time is the median of several calls after compilati
 a table are called in turn.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -30,9 +29,9 @@ def inverses_of_run(run):
   """Yields one table row per batch size and inverse of the flow."""
   model, params, blocks = run.model, run.params, run.config.model.flow.blocks
   for batch in map(int, _BATCHES.value):
-    numbers = np.arange(batch)
-    labels = numbers % max(run.config.data.num_classes, 1)
-    z = sampling.Sampler(model, run.config).latents(params, labels, numbers)
+    indices = np.arange(batch)
+    labels = indices % max(run.config.data.num_classes, 1)
+    z = sampling.Sampler(model, run.config).latents(params, labels, indices)
     auto = run.config.with_sampling(inverse='auto')
     plan = sampling.plan_inverse(model, auto, params, z, labels)
     chunk_sizes = {
@@ -62,13 +61,13 @@ def inverses_of_run(run):
 def guidance_of_run(run):
   """Yields one table row per batch size and guidance method, with the time of the prior."""
   for batch in map(int, _BATCHES.value):
-    numbers = np.arange(batch)
+    indices = np.arange(batch)
     calls = {}
     for method in ('none', 'component', 'resample'):
       guidance = config_lib.Guidance(method=method, scale=1.0)
       config = run.config.with_sampling(guidance=guidance)
       sampler = sampling.Sampler(run.model, config)
-      calls[method] = functools.partial(sampler.latents, run.params, numbers % 10, numbers)
+      calls[method] = functools.partial(sampler.latents, run.params, indices % 10, indices)
     for name, seconds in timing.medians(calls, _REPEATS.value).items():
       milliseconds = f'{1e3 * seconds / batch:.2f}'
       yield {'batch': batch, 'guidance': name, 'prior, ms/image': milliseconds}
@@ -79,15 +78,10 @@ def random_model(image_size, flow, prior):
 
   Noise on the initial parameters makes the flow different from the identity.
   """
-  config = config_lib.from_config_dict(fashion_mnist.get_config())
-  model_config = dataclasses.replace(
-    config.model,
-    patch_size=4,
-    flow=dataclasses.replace(config.model.flow, **flow),
-    prior=dataclasses.replace(config.model.prior, **prior),
-  )
-  data = dataclasses.replace(config.data, image_size=image_size, channels=3)
-  config = dataclasses.replace(config, data=data, model=model_config)
+  values = fashion_mnist.get_config()
+  values.data.update(image_size=image_size, channels=3)
+  values.model.update(patch_size=4, flow=flow, prior=prior)
+  config = config_lib.from_config_dict(values)
   model = farmer.build(config)
   params = jax.jit(functools.partial(farmer.init_params, model=model))(jax.random.key(0))
   keys = iter(jax.random.split(jax.random.key(1), 1000))
@@ -97,12 +91,12 @@ def random_model(image_size, flow, prior):
 
 def prior_and_inverse(config, model, params, batch):
   """Returns a function that draws latents and a function that inverts the flow sequentially."""
-  numbers = np.arange(batch)
+  indices = np.arange(batch)
   sampler = sampling.Sampler(model, config)
-  z = sampler.latents(params, numbers % 10, numbers)
+  z = sampler.latents(params, indices % 10, indices)
   return {
-    'prior': functools.partial(sampler.latents, params, numbers % 10, numbers),
-    'inverse': functools.partial(sampler.images, params, z, numbers % 10),
+    'prior': functools.partial(sampler.latents, params, indices % 10, indices),
+    'inverse': functools.partial(sampler.images, params, z, indices % 10),
   }
 
 

@@ -8,7 +8,11 @@ import jax
 import numpy as np
 
 
-def medians(variants: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
+def medians(
+  variants: dict[Any, Callable[[], Any]],
+  repeats: int,
+  clock: Callable[[], float] = time.perf_counter,
+) -> dict[Any, float]:
   """Calls the functions in turn, `repeats` times. Returns the median seconds of each function.
 
   The first call of each function, which compiles, is not timed.
@@ -18,26 +22,15 @@ def medians(variants: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, f
   times: dict[Any, list[float]] = {name: [] for name in variants}
   for _ in range(repeats):
     for name, function in variants.items():
-      start = time.perf_counter()
+      start = clock()
       jax.block_until_ready(function())
-      times[name].append(time.perf_counter() - start)
+      times[name].append(clock() - start)
   return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def print_row(*cells: object) -> None:
-  """Prints a row of a Markdown table."""
-  print(f'| {" | ".join(map(str, cells))} |', flush=True)
-
-
-def print_header(*names: str) -> None:
-  """Prints the header of a Markdown table."""
-  print_row(*names)
-  print_row(*['---'] * len(names))
-
-
 def print_table(rows: Iterable[dict[str, Any]]) -> None:
-  """Prints each row {column: cell} of a table as soon as the row is computed."""
+  """Prints each row {column: cell} of a Markdown table as soon as the row is computed."""
   for number, row in enumerate(rows):
-    if number == 0:
-      print_header(*row)
-    print_row(*row.values())
+    lines = [row.values()] if number else [row, ['---'] * len(row), row.values()]
+    for cells in lines:
+      print(f'| {" | ".join(map(str, cells))} |', flush=True)

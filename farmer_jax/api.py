@@ -22,14 +22,15 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from flax import traverse_util
 from jaxtyping import Float, Int, PyTree, UInt8
 
 from farmer_jax import config as config_lib
 from farmer_jax import errors, noise, sampling, teacher
 from farmer_jax.distributed import mesh
 from farmer_jax.evaluation import likelihood, scoring
-from farmer_jax.nn import farmer, student
-from farmer_jax.ops import bits
+from farmer_jax.nn import farmer, layers, student
+from farmer_jax.ops import units
 from farmer_jax.workdir import layout
 
 Images = UInt8[np.ndarray, 'B H W C']
@@ -40,26 +41,20 @@ Labels = Sequence[int | str | None] | Int[np.ndarray, 'B']
 
 @dataclasses.dataclass(frozen=True)
 class LogProb:
-  """Log-densities of images.
-
-  `bits_per_dim` estimates an upper bound on the length of a lossless code. It is None if
-  `config.noise.kind` is 'gaussian'.
-  """
+  """Log-densities of images."""
 
   nats: Float[np.ndarray, 'B']
+  # Estimates an upper bound on the length of a lossless code. None with Gaussian noise.
   bits_per_dim: Float[np.ndarray, 'B'] | None
 
 
 def load(
   path: epath.PathLike, step: int | None = None, overrides: Mapping[str, Any] | None = None
 ) -> 'Run':
-  """Opens a trained run for inference. The parameters are restored at the first use.
+  """Opens the trained run in the workdir `path`. The parameters are restored at the first use.
 
-  Args:
-    path: workdir of the run.
-    step: step of the checkpoint. None selects the newest valid checkpoint.
-    overrides: settings by key, for example `{'sampling.guidance.scale': 1.5}`. Settings that
-      affect training cannot change.
+  `step` None selects the newest valid checkpoint. `overrides` are settings by key, for example
+  `{'sampling.guidance.scale': 1.5}`.
 
   Raises:
     WorkdirError: `path` is not the workdir of a run, or an override affects training.
@@ -72,50 +67,39 @@ def load(
   if overrides:
     config = _with_overrides(config, overrides)
     config_lib.check(config)
-  return Run.open(workdir, config, step)
+  return Run(workdir, config, step)
 
 
 class Run:
-  """A trained run. Use `load` or `Run.open` to create one.
+  """A trained run. `load` opens a run with its own configuration.
 
   Images are processed in batches of the configured size, on all devices of this process. Methods
   raise `DataError` if the images or latents have a wrong shape or dtype, or a label does not exist.
-
-  Attributes:
-    config: the configuration.
-    workdir: absolute path of the workdir.
-    class_names: names of the classes, or () if they are unknown.
+  `class_names` is () if the names are unknown.
   """
 
-  def __init__(self, workdir: epath.Path, config: config_lib.Config, step: int | None = None):
-    self.workdir, self.config, self._step = workdir, config, step
-    self.class_names: tuple[str, ...] = layout.read_class_names(workdir)
-
-  @classmethod
-  def open(
-    cls, workdir: epath.PathLike, config: config_lib.Config, step: int | None = None
-  ) -> 'Run':
+  def __init__(self, workdir: epath.PathLike, config: config_lib.Config, step: int | None = None):
     """Opens the run in `workdir`. `config` can change only settings that do not affect training.
 
     Raises:
       WorkdirError: `workdir` is not the workdir of a run, or `config` changes another setting.
       ConfigError: the model needs float64, and the 64-bit mode of JAX is off.
     """
-    workdir = layout.open_run(config, workdir)
+    self.workdir, self.config, self._step = layout.open_run(config, workdir), config, step
     _require_x64('config.model.dtype', config.model.dtype)
-    return cls(workdir, config, step)
+    self.class_names: tuple[str, ...] = layout.read_class_names(self.workdir)
 
   @functools.cached_property
   def model(self) -> farmer.Farmer:
     """The model. A distillation run has a `student.StudentFarmer`."""
-    return _build_model(self.config)
+    build = farmer.build if self.config.teacher is None else student.build
+    return build(self.config)
 
   @property
   def params(self) -> PyTree:
     """Parameters for evaluation: the EMA if the run has one.
 
-    A distillation run has the parameters of the teacher and, under the key 'student', of the
-    student.
+    A distillation run has the teacher's parameters and, under the key 'student', the student's.
     """
     return self._restored[0]
 
@@ -145,7 +129,7 @@ class Run:
     loss = self._map_images(score, config.likelihood.batch_size, images, labels)
     has_bits = noise.build(config.noise).has_bits_per_dim
     nats = -loss * np.asarray(images[0]).size
-    return LogProb(nats, bits.bits_per_dim(loss) if has_bits else None)
+    return LogProb(nats, units.bits_per_dim(loss) if has_bits else None)
 
   def sample(
     self, labels: Labels, *, seed: int = 0, guidance: float | config_lib.Guidance | None = None
@@ -169,8 +153,8 @@ class Run:
         configured, method=method, scale=float(guidance), final_scale=None
       )
     sampler = self._sampler(seed=seed, guidance=guidance)
-    numbers = np.arange(len(labels), dtype=np.int32)
-    return self._quantized(sampler, self._label_numbers(labels, len(labels)), numbers)
+    indices = np.arange(len(labels), dtype=np.int32)
+    return self._quantized(sampler, self._label_numbers(labels, len(labels)), indices)
 
   def encode(self, images: Images, labels: Labels | None = None, *, seed: int = 0) -> Latents:
     """Adds noise to images and maps them to latents. Only a class-conditional flow uses the labels.
@@ -185,9 +169,8 @@ class Run:
 
   def decode(self, latents: Latents, labels: Labels | None = None) -> Images:
     """Maps latents to images without denoising. This is the inverse of `encode`."""
-    latents, model = np.asarray(latents), self.config.model
-    shape = self.model.num_tokens, model.token_channels(self.config.data.channels)
-    _check_array('latents', latents, 'float', shape)
+    latents = np.asarray(latents)
+    _check_array('latents', latents, 'float', (self.config.num_tokens, self.config.token_channels))
     sampler, label_numbers = self._sampler(denoise=False), self._label_numbers(labels, len(latents))
     return self._quantized(sampler.images, latents, label_numbers)
 
@@ -213,12 +196,11 @@ class Run:
 
   def _sampler(self, **changes: Any) -> sampling.Sampler:
     """Returns a sampler with changed settings. Reuses compiled programs."""
-    settings = dataclasses.replace(self.config.sampling, **changes)
-    _require_x64('config.sampling.dtype', settings.dtype)
-    return _build_sampler(dataclasses.replace(self.config, sampling=settings))
+    _require_x64('config.sampling.dtype', self.config.sampling.dtype)
+    return _build_sampler(self.model, self.config.with_sampling(**changes))
 
   def _quantized(self, draw: Callable[..., sampling.Samples], *arrays: np.ndarray) -> Images:
-    """Returns the images of the samples that `draw` returns. Warns if samples are not finite."""
+    """Returns the images that `draw` samples. Warns if samples are not finite."""
     fields = operator.attrgetter('images', 'finite')
     batch_size = self.config.sampling.batch_size
     images, finite = self._in_batches(lambda *args: fields(draw(*args)), batch_size, *arrays)
@@ -255,9 +237,11 @@ class Run:
     labels = [None] * count if labels is None else list(labels)
     if len(labels) != count or not count:
       raise errors.DataError(f'{len(labels)} labels for {count} images; pass one label per image')
+    if None in labels:
+      sampling.check_no_class(self.config)
     num_classes = self.config.data.num_classes
-    indices = [sampling.class_index(label, num_classes, self.class_names) for label in labels]
-    return np.array(indices, np.int32)
+    numbers = [sampling.class_label(label, num_classes, self.class_names) for label in labels]
+    return np.array(numbers, np.int32)
 
 
 def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> None:
@@ -269,27 +253,17 @@ def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int, ...
     )
 
 
-def _build_model(config: config_lib.Config) -> farmer.Farmer:
-  return farmer.build(config) if config.teacher is None else student.build(config)
-
-
 @functools.lru_cache(maxsize=16)
-def _build_sampler(config: config_lib.Config) -> sampling.Sampler:
+def _build_sampler(model: farmer.Farmer, config: config_lib.Config) -> sampling.Sampler:
   config_lib.check(config)
-  return sampling.Sampler(_build_model(config), config)
+  return sampling.Sampler(model, config)
 
 
 @functools.lru_cache(maxsize=16)
 def _loss_function(config: config_lib.Config, num_draws: int, seed: int) -> Callable[..., Any]:
   """Returns a compiled function (params, images, labels, indices) -> loss in nats/dim [B]."""
   scorer = likelihood.Scorer(farmer.build(config), config, num_draws, 'label', seed)
-
-  def loss(params: PyTree, *batch: jax.Array) -> jax.Array:
-    if config.model.dtype == 'float64':
-      params = jax.tree.map(lambda a: a.astype(np.float64), params)
-    return scorer(params, *batch)['loss']
-
-  return jax.jit(loss)
+  return jax.jit(lambda params, *batch: scorer(params, *batch)['loss'])
 
 
 @functools.lru_cache(maxsize=16)
@@ -299,20 +273,18 @@ def _encoder(model: farmer.Farmer, settings: config_lib.Noise, seed: int) -> Cal
 
   def encode(params: PyTree, images: jax.Array, labels: jax.Array, indices: jax.Array) -> jax.Array:
     values = noise.evaluation_images(noise_model, images, indices, seed)
+    params = layers.cast_params(params, model.config.dtype)
     return model.apply({'params': params}, values, labels, method='encode')[0]
 
   return jax.jit(encode)
 
 
 def _with_overrides(config: config_lib.Config, overrides: Mapping[str, Any]) -> config_lib.Config:
-  values = config_lib.to_dict(config)
-  known = {path for path, _ in config_lib.leaves()}
-  for path, value in overrides.items():
-    if path not in known:
+  values = traverse_util.flatten_dict(config_lib.to_dict(config), sep='.')
+  for path in overrides:
+    if path not in values:
       raise errors.ConfigError(config_lib.unknown_key(path))
-    *sections, name = path.split('.')
-    functools.reduce(dict.__getitem__, sections, values)[name] = value
-  return config_lib.from_config_dict(values)
+  return config_lib.from_config_dict(traverse_util.unflatten_dict({**values, **overrides}, sep='.'))
 
 
 def _require_x64(key: str, dtype: str | None) -> None:

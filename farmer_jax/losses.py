@@ -1,5 +1,6 @@
 """Training losses: the negative log-likelihood and the error of a distilled student."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from farmer_jax import config as config_lib
 from farmer_jax import noise as noise_lib
 from farmer_jax import sampling
 from farmer_jax.nn import diagnostics, farmer, student
-from farmer_jax.ops import bits, random
+from farmer_jax.ops import random, units
 from farmer_jax.ops.arrays import Images, Index, Labels, PerBlock, PerImage, Scalar, Tokens, Values
 
 Params = dict[str, Any]
@@ -37,25 +38,22 @@ def nll_loss(
   model: farmer.Farmer,
   config: config_lib.Config,
 ) -> tuple[Float[Array, ''], Metrics]:
-  """Negative log-likelihood of a training batch (arXiv 2510.23588).
+  """Negative log-likelihood of a training batch (arXiv 2510.23588) in nats/dim, and metrics.
 
-  The random keys depend on the training step and on `part`, the index of the microbatch.
-
-  Returns:
-    The loss in nats/dim, and metrics: the loss, its three terms, the negative log-determinant of
-    each flow block, the standard deviation of Gaussian noise if any is added, and bits_per_dim
-    under uniform dequantization. While a curriculum adds noise, bits_per_dim only shows progress
-    and does not bound a code length.
+  The random keys depend on the training step and on `part`, the index of the microbatch. The
+  metrics are the loss, its three terms, the negative log-determinant of each flow block, the
+  standard deviation of Gaussian noise if any is added, and bits_per_dim under uniform
+  dequantization. While a curriculum adds noise, bits_per_dim does not bound a code length.
   """
   noise = noise_lib.build(config.noise, config.train.steps)
-  images, labels = _training_inputs(batch, step, part, config, noise)
+  images, labels = _training_inputs(batch, step, part, config)
   log_density: Any = model.apply({'params': params}, images, labels)
   dims = images[0].size
   metrics = {name: value.mean() for name, value in nll_terms(log_density, dims).items()}
   for block, log_det in enumerate(-log_density.log_dets.mean(1) / dims):
     metrics[f'log_det_block_{block}'] = log_det
   if noise.has_bits_per_dim:
-    metrics['bits_per_dim'] = bits.bits_per_dim(metrics['loss'])
+    metrics['bits_per_dim'] = units.bits_per_dim(metrics['loss'])
   std = noise.training_std(step)
   if std is not None:
     metrics['noise_std'] = std
@@ -65,14 +63,8 @@ def nll_loss(
 def nll_diagnostics(
   params: Params, batch: Batch, step: Index, *, model: farmer.Farmer, config: config_lib.Config
 ) -> dict[str, Array]:
-  """Computes the terms of the loss for each image and the ranges of scales in a batch.
-
-  Returns:
-    The values of `nll_terms` [B], the negative log-determinants `log_det_blocks` [T, B] in
-    nats/dim, and the values of `diagnostics.scale_ranges`.
-  """
-  noise = noise_lib.build(config.noise, config.train.steps)
-  images, labels = _training_inputs(batch, step, 0, config, noise)
+  """Returns `nll_terms` [B], -log|det| of each flow block in nats/dim [T, B], and scale ranges."""
+  images, labels = _training_inputs(batch, step, 0, config)
   log_density: Any = model.apply({'params': params}, images, labels)
   dims = images[0].size
   return {
@@ -112,29 +104,24 @@ def student_errors(
 ) -> PerBlock:
   """Returns mean squared errors of a student that inverts each block of the teacher in one pass.
 
-  The teacher runs forward only. Its flow outputs z⁰ … z^T are the targets. The student's blocks run
-  in sequence from z^T to an estimate of z⁰ (arXiv 2510.23588, one-step distillation). With the
+  The targets are the teacher's flow outputs z⁰ … z^T. The student's blocks run in sequence from z^T
+  plus `input_noise` to an estimate of z⁰ (arXiv 2510.23588, one-step distillation). With the
   objective `hidden`, linear maps of the student's hidden states are compared with the intermediate
   flow outputs, and only the final estimate of z⁰ is compared with the images (BiFlow, arXiv
-  2512.10953).
-
-  `params` has the structure that `init_student` returns. `input_noise` is added to z^T. Row 0 of
-  the result is the error of the images.
+  2512.10953). Row 0 of the result is the error of the images. See `init_student` for `params`.
   """
   outputs: Any = model.apply({'params': teacher}, images, labels, method='flow_outputs')
-  student_outputs: Any = model.apply(
+  results: Any = model.apply(
     {'params': params}, outputs[-1] + input_noise, labels, method='student_outputs'
   )
-  estimates, hidden = student_outputs
+  estimates, hidden = results
   errors = ((estimates - outputs[:-1]) ** 2).mean((2, 3))
   if objective == 'hidden':
     # The hidden state at position i affects token i + 1.
-    hidden = hidden[1:].astype(outputs.dtype)
-    maps = params['alignment']
-    aligned = maps['bias'] + jnp.einsum(
-      'tbnw,twd->tbnd', hidden, maps['kernel'], precision=jax.lax.Precision.HIGHEST
-    )
-    aligned_errors = ((aligned - outputs[1:-1, :, 1:]) ** 2).mean((2, 3))
+    hidden, maps = hidden[1:].astype(outputs.dtype), params['alignment']
+    highest = jax.lax.Precision.HIGHEST
+    aligned = jnp.einsum('tbnw,twd->tbnd', hidden, maps['kernel'], precision=highest)
+    aligned_errors = ((maps['bias'] + aligned - outputs[1:-1, :, 1:]) ** 2).mean((2, 3))
     errors = jnp.concatenate([errors[:1], aligned_errors])
   return errors
 
@@ -149,22 +136,18 @@ def distillation_loss(
   model: student.StudentFarmer,
   config: config_lib.Config,
 ) -> tuple[Float[Array, ''], Metrics]:
-  """Mean squared error of a student on a training batch.
+  """Mean squared error of a student on a training batch, see `student_errors`.
 
   A fraction `config.distill.generated_fraction` of the images is sampled from the teacher with the
   exact inverse, because at sampling time the student inverts latents of the prior.
 
-  See `nll_loss` and `student_errors` for the arguments. Returns the mean error over blocks, and
-  metrics: this mean and the error of each block.
+  Returns the mean error over blocks, and metrics: this mean and the error of each block.
   """
   distill, labels = config.distill, batch['label']
   noise = noise_lib.build(config.noise, config.train.steps)
-
-  def key(name: str) -> PRNGKeyArray:
-    return random.named_key(config.seed, name, step, part)
-
+  key = functools.partial(_key, config, step, part)
   images = noise.evaluation_images(
-    key('noise'), _random_flip(key('flip'), batch['image'], config.data)
+    key('noise'), random_flip(key('flip'), batch['image'], config.data)
   )
   num_drawn = round(distill.generated_fraction * len(images))
   if num_drawn:
@@ -184,24 +167,22 @@ def distillation_loss(
 
 
 def _training_inputs(
-  batch: Batch,
-  step: Index,
-  part: Index,
-  config: config_lib.Config,
-  noise: noise_lib.NoiseModel,
+  batch: Batch, step: Index, part: Index, config: config_lib.Config
 ) -> tuple[Values, Labels]:
   """Returns the inputs of the model for a training batch: random flips, noise, label dropout."""
-
-  def key(name: str) -> PRNGKeyArray:
-    return random.named_key(config.seed, name, step, part)
-
-  images, labels = _random_flip(key('flip'), batch['image'], config.data), batch['label']
+  noise = noise_lib.build(config.noise, config.train.steps)
+  key = functools.partial(_key, config, step, part)
+  images, labels = random_flip(key('flip'), batch['image'], config.data), batch['label']
   dropped = jax.random.bernoulli(key('label_dropout'), config.model.label_dropout, labels.shape)
   labels = jnp.where(dropped, config.data.num_classes, labels)
   return noise.training_images(key('noise'), images, step), labels
 
 
-def _random_flip(key: PRNGKeyArray, images: Images, data: config_lib.Data) -> Images:
+def _key(config: config_lib.Config, step: Index, part: Index, name: str) -> PRNGKeyArray:
+  return random.named_key(config.seed, name, step, part)
+
+
+def random_flip(key: PRNGKeyArray, images: Images, data: config_lib.Data) -> Images:
   """Flips each image left to right with probability 1/2 if `data.flip` is set."""
   if not data.flip:
     return images

@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     print(preempted, file=sys.stderr)
     sys.exit(preemption.EXIT_CODE)
   except errors.UserError as error:
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
       raise
     # `sys.exit` waits for the other processes, which may be waiting for this process.
     _print_error(error)
@@ -96,15 +96,22 @@ def run() -> None:
   # TensorFlow is used only to write TensorBoard events. These variables suppress its log lines.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+  # A notebook sets a backend for its own process. Figures are only written to files.
+  os.environ['MPLBACKEND'] = 'agg'
+  terminal.protect_streams()
   try:
     app.run(main, flags_parser=_parse_flags)
   except errors.UserError as error:
     _print_error(error)
     sys.exit(1)
+  except KeyboardInterrupt:
+    print('Interrupted. Run the same command to start the job again.', file=sys.stderr)
+    sys.exit(75)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
   """Parses flags. Raises ConfigError for errors in flags and in the configuration file."""
+  argv = _checked_config_file(argv)
   try:
     return flags.FLAGS(argv)
   except (AttributeError, KeyError, flags.Error, OSError, TypeError, ValueError) as error:
@@ -118,6 +125,23 @@ def _parse_flags(argv: list[str]) -> list[str]:
         raise cause from cause.__cause__
     message = _unknown_override(argv) or ' '.join(str(error).split())
     raise errors.ConfigError(message) from error
+
+
+def _checked_config_file(argv: list[str]) -> list[str]:
+  """Expands ~ in --config=FILE. Raises ConfigError if the file does not exist.
+
+  For a missing file, ml_collections reports the first override as unknown.
+  """
+  expanded = list(argv)
+  for index, argument in enumerate(argv):
+    name, equals, value = argument.partition('=')
+    if name in ('--config', '-config') and equals:
+      expanded[index] = f'{name}={os.path.expanduser(value)}'
+      file = os.path.expanduser(value).partition(':')[0]
+      if not os.path.isfile(file):
+        reason = 'it is a folder' if os.path.isdir(file) else 'no such file'
+        raise errors.ConfigError(f'cannot read the --config file {file}: {reason}')
+  return expanded
 
 
 def _config_values() -> ml_collections.ConfigDict:

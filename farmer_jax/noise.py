@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from farmer_jax import config
-from farmer_jax.ops import dequantize, random
-from farmer_jax.ops.arrays import Images, Index, Labels, Values
+from farmer_jax.ops import random
+from farmer_jax.ops.arrays import Images, Index, Labels, Scalar, Values
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-  """Uniform dequantization: every gray level is spread over a bin of width 2/256 in [-1, 1).
+  """Uniform dequantization: gray level v is spread over [2v/256 - 1, 2(v + 1)/256 - 1).
 
   The mean log-density of the result gives an upper bound on the code length of the discrete image
   in bits/dim. A curriculum can add Gaussian noise in the first part of training. Without the noise,
@@ -43,27 +43,32 @@ class Uniform:
   def training_images(self, key: PRNGKeyArray, images: Images, step: Index) -> Values:
     """Returns the inputs of the model at a training step."""
     key_bins, key_noise = jax.random.split(key)
-    values = dequantize.dequantize_uniform(key_bins, images)
-    std = self.training_std(step)
+    values, std = self.evaluation_images(key_bins, images), self.training_std(step)
     if std is None:
       return values
     return values + std * jax.random.normal(key_noise, images.shape)
 
   def evaluation_images(self, key: PRNGKeyArray, images: Images) -> Values:
-    """Returns the inputs of the model in evaluation: dequantized, without curriculum noise."""
-    return dequantize.dequantize_uniform(key, images)
+    """Returns the inputs of the model in evaluation: 2(v + u)/256 - 1 with u ~ U(0, 1).
+
+    u takes the midpoints of a grid of 2^15 steps, so that 255 + u is exact in float32. A finer u
+    would sometimes be rounded up into the next interval.
+    """
+    steps = jax.random.bits(key, images.shape, jnp.uint16) >> 1
+    u = (steps.astype(jnp.float32) + 0.5) / 2**15
+    return (images.astype(jnp.float32) + u) / 128 - 1
 
   def quantize(self, values: Values) -> Images:
     """Returns gray levels of real-valued images. Values outside [-1, 1) are clipped."""
-    return dequantize.quantize(values, 'uniform')
+    return jnp.clip(jnp.floor((values + 1) * 128), 0, 255).astype(jnp.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
   """Gaussian noise whose standard deviation falls along half a cosine during training.
 
-  The density of noisy images (arXiv 2510.23588) does not bound a code length. It is reported in
-  nats/dim at the final standard deviation.
+  It is added to 2v/255 - 1, where black and white are exactly -1 and 1. The density of noisy images
+  (arXiv 2510.23588) does not bound a code length. It is reported at the final deviation.
   """
 
   noise: config.Noise
@@ -87,15 +92,15 @@ class Gaussian:
 
   def training_images(self, key: PRNGKeyArray, images: Images, step: Index) -> Values:
     """Returns the inputs of the model at a training step."""
-    return dequantize.dequantize_gaussian(key, images, self.training_std(step))
+    return _add_noise(key, images, self.training_std(step))
 
   def evaluation_images(self, key: PRNGKeyArray, images: Images) -> Values:
     """Returns the inputs of the model in evaluation: with noise of the final standard deviation."""
-    return dequantize.dequantize_gaussian(key, images, self.noise.std_end)
+    return _add_noise(key, images, self.noise.std_end)
 
   def quantize(self, values: Values) -> Images:
     """Returns the nearest gray levels of real-valued images. Values outside [-1, 1] are clipped."""
-    return dequantize.quantize(values, 'gaussian')
+    return jnp.clip(jnp.round((values + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 NoiseModel = Uniform | Gaussian
@@ -120,6 +125,11 @@ def evaluation_images(
     return model.evaluation_images(key, image[None])[0]
 
   return jax.vmap(one_image)(images, indices)
+
+
+def _add_noise(key: PRNGKeyArray, images: Images, std: Scalar) -> Values:
+  noise = jax.random.normal(key, images.shape, jnp.float32)
+  return images.astype(jnp.float32) / 127.5 - 1 + jnp.asarray(std, jnp.float32) * noise
 
 
 def _half_cosine(step: Index, start: float, end: float, span: float) -> Float[Array, '']:

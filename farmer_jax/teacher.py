@@ -6,7 +6,6 @@ from this checkpoint.
 """
 
 import functools
-import json
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from farmer_jax import config as config_lib
 from farmer_jax.nn import farmer
 from farmer_jax.workdir import layout
 
-_TEACHER_FILE = 'teacher.json'
+RECORD_FILE = 'teacher.json'
 
 # Key prefixes of the settings that a student and its teacher must share.
 _SHARED_SETTINGS = (
@@ -35,8 +34,7 @@ def restore_teacher(
   `workdir` is the workdir of the distillation run. It can be missing.
 
   Returns:
-    The parameters of the teacher, and the record for `save_teacher_record`: a dict with the `step`
-    and the `config` of the teacher.
+    The parameters of the teacher, and the record for `RECORD_FILE`: its `step` and its `config`.
 
   Raises:
     WorkdirError: `config.teacher` is not a run, or not the recorded teacher.
@@ -54,7 +52,7 @@ def restore_teacher(
       f' ({"; ".join(found)}); use the settings of the teacher'
     )
   teacher = config_lib.from_config_dict(saved)
-  file = layout.absolute(workdir) / _TEACHER_FILE
+  file = layout.absolute(workdir) / RECORD_FILE
   record = layout.read_json(file, _is_record) if file.exists() else {}
   if record and (found := layout.differences(teacher, record['config'])):
     raise errors.WorkdirError(
@@ -63,11 +61,6 @@ def restore_teacher(
     )
   params, step = restore_params(teacher, teacher_workdir, record.get('step'))
   return params, {'step': step, 'config': saved}
-
-
-def save_teacher_record(workdir: epath.Path, record: dict[str, Any]) -> None:
-  """Records the teacher in the workdir of a distillation run."""
-  layout.write_atomically(workdir / _TEACHER_FILE, json.dumps(record, indent=2) + '\n')
 
 
 def restore_params(

@@ -1,8 +1,12 @@
 """Output to the terminal. Results go to stdout. Log lines, errors and progress go to stderr."""
 
+import contextlib
+import io
 import logging
+import os
 import pathlib
 import sys
+from typing import Any
 
 import tqdm
 from absl import flags
@@ -14,9 +18,8 @@ _PACKAGE = pathlib.Path(__file__).parent
 def configure_logging() -> None:
   """Makes `absl.logging` print plain lines on stderr, above a progress bar.
 
-  The handler prints warnings and errors of all packages and processes, and INFO lines of this
-  package from process 0. With `--verbosity`, the level of this flag applies to all packages. To
-  print an INFO line of this package, the handler reads the process index, which initializes JAX.
+  It prints warnings and errors of all packages and processes, and INFO lines of this package from
+  process 0, whose index initializes JAX. The level of `--verbosity` applies to all packages.
   """
   root, handler = logging.getLogger(), _TerminalHandler()
   for installed in list(root.handlers):
@@ -28,6 +31,19 @@ def configure_logging() -> None:
   else:
     root.setLevel(logging.WARNING)
     absl_logging.get_absl_logger().setLevel(logging.INFO)
+
+
+def protect_streams() -> None:
+  """Makes output that cannot be written harmless: a job must not end because a terminal is closed.
+
+  Characters that the encoding of a stream lacks are replaced by question marks.
+  """
+  for name in ('stdout', 'stderr'):
+    # The stream is None if the descriptor is closed.
+    stream = getattr(sys, name) or open(os.devnull, 'w')  # noqa: SIM115
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors='replace')
+    setattr(sys, name, _ProtectedStream(stream))
 
 
 def print_result(text: str) -> None:
@@ -47,9 +63,8 @@ def progress_bar(
 ) -> tqdm.tqdm:
   """Returns a progress bar, which is a context manager. Process 0 shows it on stderr.
 
-  If stderr is not a terminal, the bar prints a line every 15 seconds. `unit` is a singular noun.
-  `initial` is the number of units that an earlier process completed. The bar appears after `delay`
-  seconds.
+  If stderr is not a terminal, the bar prints a line every 15 seconds. `unit` is a singular noun, of
+  which an earlier process completed `initial`. The bar appears after `delay` seconds.
   """
   interactive = sys.stderr.isatty()
   return tqdm.tqdm(
@@ -89,6 +104,25 @@ class _TerminalHandler(logging.Handler):
       tqdm.tqdm.write(prefix + self.format(record), file=sys.stderr)
     except Exception:
       self.handleError(record)
+
+
+class _ProtectedStream:
+  """A text stream that ignores errors of the operating system."""
+
+  def __init__(self, stream: Any) -> None:
+    self._stream = stream
+
+  def write(self, text: str) -> int:
+    with contextlib.suppress(OSError):
+      self._stream.write(text)
+    return len(text)
+
+  def flush(self) -> None:
+    with contextlib.suppress(OSError):
+      self._stream.flush()
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
 
 
 class _LineStream:

@@ -52,6 +52,21 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def run(trained, tmp_path):
+def run(trained, workdir):
   """The workdir of a copy of the tiny run, which a test may change."""
-  return shutil.copytree(trained, tmp_path / 'run')
+  return shutil.copytree(trained, workdir)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  return tmp_path / 'run'
+
+
+@pytest.fixture(scope='session')
+def uninterrupted(tmp_path_factory):
+  """The workdir of a run of `processes.train`, which tests must not change."""
+  from tests.support import processes
+
+  workdir = tmp_path_factory.mktemp('uninterrupted') / 'run'
+  processes.train(workdir, devices=1).finish()
+  return workdir

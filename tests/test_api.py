@@ -3,15 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 
 import farmer_jax
-from farmer_jax import config, errors
+from farmer_jax import config, errors, noise
 from farmer_jax.data import pipeline, sources
-from farmer_jax.evaluation import likelihood, scoring
-from farmer_jax.ops import bits
+from farmer_jax.evaluation import scoring, validation
+from farmer_jax.ops import units
 from tests.support.runs import CONFIG
 
 SETTINGS = {'sampling.batch_size': 8, 'likelihood.batch_size': 20}
@@ -46,12 +47,12 @@ def test_log_prob_equals_the_scores_of_the_likelihood_job(loaded, run, source, e
   rows = scoring.Scoring(built, epath.Path(run), loaded.params, 3).score(source, 'images')
   found = loaded.log_prob(examples['image'], examples['label'])
   np.testing.assert_allclose(found.bits_per_dim, rows['bits_per_dim'], rtol=1e-6)
-  np.testing.assert_allclose(found.bits_per_dim, bits.bits_per_dim(-found.nats / 64), rtol=1e-6)
+  np.testing.assert_allclose(found.bits_per_dim, units.bits_per_dim(-found.nats / 64), rtol=1e-6)
 
 
 def test_log_prob_equals_validation(loaded, source):
   """The mean over the validation images is the figure that training reports."""
-  evaluate = likelihood.LikelihoodEvaluator(loaded.model, CONFIG)
+  evaluate = validation.LikelihoodEvaluator(loaded.model, CONFIG)
   expected = evaluate(loaded.params, pipeline.evaluation_batches(source, 60))
   batch = source.gather(np.arange(len(source)))
   found = loaded.log_prob(batch['image'], batch['label'], seed=CONFIG.seed)
@@ -75,7 +76,14 @@ def test_decode_inverts_encode(loaded, examples):
   latents = loaded.encode(examples['image'], examples['label'])
   assert latents.shape == (20, 16, 4) and latents.dtype == np.float32
   images = loaded.decode(latents, examples['label'])
-  np.testing.assert_array_equal(images, examples['image'])
+  # Rounding can move a value across an edge between gray levels only if the noise put it there.
+  batch = jnp.asarray(examples['image']), jnp.arange(20)
+  values = noise.evaluation_images(noise.build(CONFIG.noise), *batch, seed=0)
+  distance = np.abs((np.asarray(values) + 1) * 128 % 1 - 0.5)
+  inside = distance < 0.4999
+  assert inside.mean() > 0.99
+  np.testing.assert_array_equal(images[inside], examples['image'][inside])
+  np.testing.assert_allclose(images.astype(int), examples['image'], atol=1)
 
 
 WRONG_IMAGES = [((2, 8, 8, 3), 'uint8'), ((2, 8, 8, 1), 'float32'), ((8, 8, 1), 'uint8')]

@@ -1,6 +1,5 @@
 """The distillation loss: errors written out, gradients, and generated images."""
 
-import dataclasses
 import functools
 
 import flax.linen as nn
@@ -12,27 +11,33 @@ import pytest
 from farmer_jax import config, losses
 from farmer_jax.nn import farmer
 from farmer_jax.nn import student as student_lib
+from tests.support.models import replace
 
 B, SIZE = 6, 4
+STACK = dict(layers=1, width=8, head_dim=4)
 BASE = config.Config(
   data=config.Data(image_size=SIZE, channels=1, num_classes=3),
   noise=config.Noise(kind='gaussian', std_end=0.1),
   model=config.Model(
     patch_size=2,
     dtype='float64',
-    flow=config.Flow(blocks=3, layers=1, width=8, head_dim=4),
-    prior=config.Prior(layers=1, width=8, head_dim=4, condition_copies=1, components=2),
+    flow=config.Flow(blocks=3, **STACK),
+    prior=config.Prior(condition_copies=1, components=2, **STACK),
   ),
 )
 MODEL = student_lib.build(BASE)
+
+
+def moved(params, size, seed):
+  keys = iter(jax.random.split(jax.random.key(seed), 100))
+  return jax.tree.map(lambda a: a + size * jax.random.normal(next(keys), a.shape, a.dtype), params)
 
 
 @pytest.fixture(scope='module')
 def teacher(x64):
   """Parameters without zeros."""
   params = jax.jit(functools.partial(farmer.init_params, model=MODEL))(jax.random.key(0))
-  keys = iter(jax.random.split(jax.random.key(1), 100))
-  return jax.tree.map(lambda a: a + 0.3 * jax.random.normal(next(keys), a.shape, a.dtype), params)
+  return moved(params, 0.3, seed=1)
 
 
 @pytest.fixture(scope='module')
@@ -49,16 +54,14 @@ def initial(key, teacher, objective):
   return nn.unbox(losses.init_student(key, teacher, model=MODEL, objective=objective))
 
 
-def student(teacher, objective, seed=3):
+def student(teacher, objective):
   """A student that has moved away from its teacher."""
-  params = initial(jax.random.key(4), teacher, objective)
-  keys = iter(jax.random.split(jax.random.key(seed), 100))
-  return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape, a.dtype), params)
+  return moved(initial(jax.random.key(4), teacher, objective), 0.1, seed=3)
 
 
 @functools.cache
 def compiled_loss(**settings):
-  changed = dataclasses.replace(BASE, distill=config.Distill(**settings))
+  changed = replace(BASE, distill=settings)
   return jax.jit(functools.partial(losses.distillation_loss, model=MODEL, config=changed))
 
 
@@ -121,19 +124,15 @@ def test_every_parameter_gets_a_gradient(objective, teacher, labels):
   assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradient))
 
 
-def test_generated_images_replace_real_ones(teacher, labels):
+def test_generated_images_replace_real_ones_if_they_are_finite(teacher, labels):
+  """With a prior that generates only infinities, the real images are used."""
   params = student(teacher, 'outputs')
   run = functools.partial(loss, params, teacher, labels=labels)
   half, others = (run(images=levels(seed), generated_fraction=0.5)[0] for seed in (5, 6))
   assert half != others
   all_generated, again = (run(images=levels(seed), generated_fraction=1.0)[0] for seed in (5, 6))
   assert all_generated == again
-
-
-def test_generated_images_that_are_not_finite_are_not_used(teacher, labels):
-  """With a prior that generates only infinities, the real images are used."""
   broken = teacher | {'prior': jax.tree.map(lambda a: a * jnp.inf, teacher['prior'])}
-  params = student(teacher, 'outputs')
   found = loss(params, broken, levels(5), labels, generated_fraction=1.0)[0]
   expected = loss(params, teacher, levels(5), labels, generated_fraction=0.0)[0]
   np.testing.assert_allclose(found, expected, rtol=1e-12)

@@ -24,27 +24,15 @@ def _run(monkeypatch, capsys):
 
 def start(*arguments, stdout=subprocess.PIPE):
   """Runs Python in a new process."""
-  return subprocess.run(
-    [sys.executable, *arguments],
-    cwd=command_line.ROOT,
-    stdout=stdout,
-    stderr=subprocess.PIPE,
-    text=True,
-    timeout=120,
-    check=False,
-  )
+  how = dict(cwd=command_line.ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
+  return subprocess.run([sys.executable, *arguments], **how)
 
 
-def test_overrides_reach_the_job(run):
+def test_overrides_reach_the_job_and_the_default_workdir_is_the_name_of_the_run(run):
   outcome = run(QUICKSTART, '--workdir=w', '--config.train.steps=7', '--config.data.path=p')
   assert outcome.code == 0, outcome.err
   ((built, workdir),) = outcome.jobs
-  assert workdir == 'w'
-  assert built.train.steps == 7
-  assert built.data.path == 'p'
-
-
-def test_default_workdir_is_the_name_of_the_run(run):
+  assert (workdir, built.train.steps, built.data.path) == ('w', 7, 'p')
   assert run(QUICKSTART).jobs[0][1] == 'runs/quickstart'
   assert run('--config=configs/in256.py:1.9b-p8').jobs[0][1] == 'runs/in256-1.9b-p8'
 
@@ -101,8 +89,7 @@ def test_debug_prints_the_traceback(run):
 @pytest.mark.parametrize('error', errors.UserError.__subclasses__())
 def test_user_error_of_a_job_is_one_line(run, error):
   outcome = run(QUICKSTART, job=mock.Mock(side_effect=error('change config.data.path')))
-  assert outcome.code == 1
-  assert outcome.err == 'error: change config.data.path\n'
+  assert (outcome.code, outcome.err) == (1, 'error: change config.data.path\n')
 
 
 def test_bug_is_a_traceback(run):
@@ -127,12 +114,9 @@ def test_user_error_of_a_process_leaves_no_workdir(tmp_path):
   # With --verbosity=0, JAX logs while it initializes its devices; the handler must not use them.
   arguments = f'--workdir={workdir}', '--config.data.source=folder', '--verbosity=0'
   done = start('-m', 'farmer_jax.main', QUICKSTART, *arguments)
-  assert done.returncode == 1
-  lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
-  assert len(lines) == 1
-  assert 'config.data.path' in lines[0]
-  assert 'Traceback' not in done.stderr
-  assert not workdir.exists()
+  (line,) = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+  assert done.returncode == 1 and 'config.data.path' in line
+  assert 'Traceback' not in done.stderr and not workdir.exists()
 
 
 def test_configuration_does_not_import_jax():
@@ -141,8 +125,7 @@ def test_configuration_does_not_import_jax():
     'import sys, farmer_jax, farmer_jax.config, farmer_jax.main;'
     'print({"jax", "flax", "tensorflow"} & set(sys.modules))'
   )
-  done = start('-c', code)
-  assert done.stdout == 'set()\n'
+  assert start('-c', code).stdout == 'set()\n'
 
 
 def test_package_exports():

@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
+import grain
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
@@ -25,14 +25,6 @@ _TIMEOUT = 1200
 orbax_internals.hide_orbax_errors()
 
 
-class DataIterator(Protocol):
-  """An iterator over training batches whose state is saved with the training state."""
-
-  def get_state(self) -> dict: ...
-
-  def set_state(self, state: dict) -> None: ...
-
-
 class Checkpointer:
   """Saves and restores the checkpoints of a training run, WORKDIR/checkpoints/<step>/.
 
@@ -46,16 +38,13 @@ class Checkpointer:
     self._manager: ocp.CheckpointManager | None = None
     self._pending_step: int | None = None  # the step of an unfinished asynchronous save
     self._last_failure: str | None = None  # why the last save failed
+    self._has_read = False  # whether a checkpoint of this run could be read
 
-  def restore_latest(self, state: PyTree, iterator: DataIterator) -> tuple[PyTree, int]:
-    """Restores the newest valid checkpoint.
+  def restore_latest(self, state: PyTree, iterator: grain.DatasetIterator) -> tuple[PyTree, int]:
+    """Restores the newest valid checkpoint into arrays like `state` and into `iterator`.
 
     Moves newer corrupt checkpoints to WORKDIR/checkpoints_quarantine/ and deletes incomplete ones.
     Returns the restored state and its step, or `state` and 0 if there is no checkpoint.
-
-    Args:
-      state: arrays or `jax.ShapeDtypeStruct`, which give shapes, dtypes and shardings.
-      iterator: receives the saved iterator state.
 
     Raises:
       CheckpointError: all checkpoints are corrupt, or a checkpoint cannot be read or moved, or
@@ -70,17 +59,23 @@ class Checkpointer:
       self._losses = restore.read_losses(self._workdir)
     if found is None:
       return state, 0
+    self._has_read = True
     step, (state, iterator_state) = found
     iterator.set_state(iterator_state)
     return state, step
 
   def save(
-    self, step: int, state: PyTree, iterator: DataIterator, loss: float | None = None
+    self, step: int, state: PyTree, iterator: grain.DatasetIterator, loss: float | None = None
   ) -> None:
     """Starts to save `state`, the state of `iterator` and, if finite, the validation `loss`.
 
     Logs a failure of the previous save or of this save. Older checkpoints are not affected. With
     several processes, a failure at the start of this save is raised.
+
+    The first checkpoint of a run is read back before `save` returns.
+
+    Raises:
+      CheckpointError: the first checkpoint cannot be read back.
     """
     self.wait()
     iterator_state = iterator.get_state()
@@ -88,6 +83,7 @@ class Checkpointer:
       loss = None
     manifest = {
       'format': restore.FORMAT,
+      'step': step,
       'leaves': checksums.of_tree(state),
       restore.DATA_ITERATOR: checksums.of_json(iterator_state),
       'loss': loss,
@@ -108,6 +104,11 @@ class Checkpointer:
       if jax.process_count() > 1:
         raise
       self._abandon(step, orbax_internals.describe(error))
+    if not self._has_read:
+      self.wait()
+      if not self._last_failure:
+        restore.read_back(self._workdir, step, state)
+        self._has_read = True
 
   def wait(self) -> None:
     """Waits until the last save has succeeded or failed."""
@@ -123,11 +124,7 @@ class Checkpointer:
     self._pending_step = None
 
   def close(self) -> None:
-    """Waits until the last save has ended, and closes the manager.
-
-    Raises:
-      CheckpointError: the last save failed.
-    """
+    """Waits until the last save has ended. Raises CheckpointError if it failed."""
     self.wait()
     self._close_manager()
     if self._last_failure:
@@ -149,7 +146,6 @@ class Checkpointer:
     processes.on_process_zero(lambda: _remove_incomplete(self._workdir))
 
   def _open_manager(self) -> ocp.CheckpointManager:
-    """Returns Orbax's manager of WORKDIR/checkpoints. The first call opens the manager."""
     if self._manager is None:
       # A thread of a failed save may have written files after `_abandon` deleted them.
       processes.on_process_zero(lambda: _remove_incomplete(self._workdir))

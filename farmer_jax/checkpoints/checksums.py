@@ -46,7 +46,6 @@ def shape_and_dtype(leaf: Any) -> list:
 
 @functools.cache
 def _jitted_sums(sharding: jax.sharding.Sharding) -> Callable[[Array], UInt32[Array, '2']]:
-  """Returns `_sums` for arrays with this sharding. All devices with a shard get the result."""
   if isinstance(sharding, jax.sharding.NamedSharding):
     sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
   return jax.jit(_sums, out_shardings=sharding)

@@ -78,9 +78,9 @@ def item_names(folder: epath.Path) -> set[str]:
 def make_barrier() -> Callable[..., None] | None:
   """Returns the `barrier_sync_fn` of `ocp.AsyncOptions`, or None for a single process.
 
-  At Orbax's own barrier, processes wait until the timeout for a process that failed to save. At
-  this barrier, each process publishes the key at which it waits. If the keys differ, one process
-  has left the save, and the processes that are still in the save raise `OSError`.
+  At Orbax's own barrier, processes wait until the timeout for a process that failed to save. Here,
+  each process publishes the key at which it waits. If the keys differ, one process has left the
+  save, and the processes that are still in the save raise `OSError`.
   """
   if jax.process_count() == 1:
     return None

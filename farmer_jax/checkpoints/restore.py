@@ -4,6 +4,7 @@ A restore executes no code from a checkpoint. TensorStore reads the arrays. All 
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import traverse_util
 from jaxtyping import PyTree
 
 from farmer_jax import errors
@@ -20,8 +22,8 @@ from farmer_jax.distributed import processes
 
 FOLDER = 'checkpoints'
 
-# The items of a checkpoint. The manifest has the keys `format`, `leaves` (the result of
-# `checksums.of_tree` for the state), `data_iterator` (the checksum of this item), `loss` (the
+# The items of a checkpoint. The manifest has the keys `format`, `step`, `leaves` (the result
+# of `checksums.of_tree` for the state), `data_iterator` (the checksum of this item), `loss` (the
 # validation loss or None) and `digest` (the checksum of the other keys).
 STATE, DATA_ITERATOR, MANIFEST = 'state', 'data_iterator', 'manifest'
 
@@ -40,15 +42,13 @@ def restore_state(
   Returns (step, (state, iterator state)), or None if there is no checkpoint, and the steps of
   newer, corrupt checkpoints.
   """
-  target = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
-  )
+  target = jax.tree.map(ocp.tree.to_shape_dtype_struct, state)
   items = {STATE: ocp.args.StandardRestore(target), DATA_ITERATOR: ocp.args.JsonRestore()}
 
   def read(folder: epath.Path) -> tuple[PyTree, dict]:
-    manifest, restored = _on_all_processes(lambda: _read(folder, items, target, exact=True))
+    manifest, restored = _on_all_processes(_read, folder, items, target, exact=True)
     sums = checksums.of_tree(restored[STATE])
-    _on_all_processes(lambda: _verify(manifest, sums, restored[DATA_ITERATOR]))
+    _on_all_processes(_verify, manifest, sums, restored[DATA_ITERATOR])
     return restored[STATE], restored[DATA_ITERATOR]
 
   return _newest_valid(workdir, read)
@@ -59,9 +59,8 @@ def restore_params(
 ) -> tuple[PyTree, int]:
   """Restores 'params' or 'ema_params' to the first local device of each process.
 
-  No file is changed, because the run may be training at the same time. `shapes` is a tree of shapes
-  and dtypes. Without `step`, the newest valid checkpoint is restored. Returns the parameters and
-  their step.
+  No file is changed, because the run may be training at the same time. Without `step`, the newest
+  valid checkpoint is restored. Returns the parameters and their step.
 
   Raises:
     CheckpointError: the checkpoint does not exist, is corrupt, cannot be read, or belongs to
@@ -74,20 +73,40 @@ def restore_params(
   restore_args = ocp.checkpoint_utils.construct_restore_args(target)
   item = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
 
-  def read_here(folder: epath.Path) -> PyTree:
+  def read(folder: epath.Path) -> PyTree:
     manifest, restored = _read(folder, {STATE: item}, target)
     _verify(manifest, checksums.of_tree(restored[STATE]))
     return restored[STATE][name]
 
-  def read(folder: epath.Path) -> PyTree:
-    return _on_all_processes(lambda: read_here(folder))
-
+  read_together = functools.partial(_on_all_processes, read)
   if step is not None:
-    return _restore_step(workdir, step, read), step
-  found, _ = _newest_valid(workdir, read)
+    return _restore_step(workdir, step, read_together), step
+  found, _ = _newest_valid(workdir, read_together)
   if found is None:
     raise errors.CheckpointError(f'{workdir} has no checkpoint; train the model first')
   return found[1], found[0]
+
+
+def read_back(workdir: epath.Path, step: int, state: PyTree) -> None:
+  """Reads and verifies the parameters of a checkpoint that was just saved.
+
+  Raises:
+    CheckpointError: the checkpoint cannot be read, or differs from `state`.
+  """
+  leaves = checksums.leaves_by_path(jax.tree.map(ocp.tree.to_shape_dtype_struct, state))
+  params = {path: leaf for path, leaf in leaves.items() if path.startswith('params/')}
+  target = traverse_util.unflatten_dict(params, sep='/')
+  restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+  item = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+  folder = workdir / FOLDER / str(step)
+  try:
+    manifest, restored = _on_all_processes(_read, folder, {STATE: item}, target)
+    _on_all_processes(_verify, manifest, checksums.of_tree(restored[STATE]))
+  except CorruptCheckpoint as error:
+    raise errors.CheckpointError(
+      f'the first checkpoint of this run, {folder}, cannot be read back ({error}); check the disk,'
+      ' or train into another --workdir'
+    ) from error
 
 
 def list_steps(workdir: epath.Path) -> list[int]:
@@ -159,12 +178,12 @@ def _restore_step(workdir: epath.Path, step: int, read: Callable[[epath.Path], T
     ) from error
 
 
-def _on_all_processes(action: Callable[[], T]) -> T:
-  """Runs `action()` in every process. If it fails in one process, all processes raise the error."""
+def _on_all_processes(action: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+  """Calls `action` in every process. If it fails in one process, all processes raise the error."""
   problem: tuple[bool, str] | None = None
   try:
     with orbax_internals.classify_exceptions():
-      result = action()
+      result = action(*args, **kwargs)
   except (CorruptCheckpoint, errors.UserError) as error:
     problem = isinstance(error, CorruptCheckpoint), str(error)
   problems = [tuple(found) for found in processes.gather(problem) if found]
@@ -207,6 +226,8 @@ def _read_manifest(folder: epath.Path) -> dict:
   digest = manifest.pop('digest', None)
   if digest != checksums.of_json(manifest):
     raise CorruptCheckpoint('its manifest changed on disk')
+  if manifest.get('step', int(folder.name)) != int(folder.name):
+    raise CorruptCheckpoint(f'it is a checkpoint of step {manifest["step"]}')
   if manifest['format'] != FORMAT:
     raise errors.CheckpointError(
       f'checkpoint {folder} has format {manifest["format"]}, and this version of farmer_jax reads'

@@ -1,8 +1,7 @@
 """The configuration: all keys of all jobs.
 
 Configuration files start from `defaults()`, an `ml_collections.ConfigDict`. Command-line overrides
-modify it. `from_config_dict` converts it to the frozen dataclass `Config`. All other packages use
-only the dataclasses.
+modify it. `from_config_dict` converts it to the frozen dataclass `Config`, which all others use.
 """
 
 from farmer_jax.config.checks import check, step_range

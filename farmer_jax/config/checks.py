@@ -62,10 +62,7 @@ def _ranges(config: Config) -> Iterator[str]:
 
 
 def _names(config: Config) -> Iterator[str]:
-  """Checks that the keys that name files cannot point to other folders.
-
-  This matters because a configuration can come from a run of another user.
-  """
+  """Checks keys that name files. A configuration of another user must not point elsewhere."""
   for path in ('name', 'likelihood.name', 'fidelity.name'):
     name = schema.get(config, path)
     # The name of a run can contain folders, for example sweep/run1.
@@ -78,13 +75,14 @@ def _names(config: Config) -> Iterator[str]:
 
 
 def _model(config: Config) -> Iterator[str]:
-  """Checks the sizes of transformers, images, patches and tokens, and the classes."""
   data, model = config.data, config.model
   flow, prior, no_flow = model.flow, model.prior, 'config.model.flow.blocks=0'
   if prior.kind == 'mixture':
     yield from _transformer('prior', prior.width, prior.head_dim, prior.mlp_ratio)
   if flow.blocks:
     yield from _transformer('flow', flow.width, flow.head_dim, flow.mlp_ratio)
+  if prior.kind == 'normal' and not flow.blocks:
+    yield f'config.model.{prior.kind=} and {no_flow} leave no parameters to train; change one'
   if data.image_size % model.patch_size:
     yield f'config.{data.image_size=} must be divisible by config.{model.patch_size=}'
   if prior.informative_channels >= config.token_channels:
@@ -116,7 +114,6 @@ def _training(config: Config) -> Iterator[str]:
 
 
 def _guidance(config: Config) -> Iterator[str]:
-  """Checks that the model has learned the densities that guidance compares."""
   data, model = config.data, config.model
   if config.sampling.guidance.active and not config.supports_guidance:
     yield (
@@ -127,7 +124,6 @@ def _guidance(config: Config) -> Iterator[str]:
 
 
 def _sampling(config: Config) -> Iterator[str]:
-  """Checks that the model supports the requested inverse and denoising."""
   sampling = config.sampling
   if sampling.inverse == 'student':
     if config.teacher is None and config.job != 'distill':
@@ -147,7 +143,6 @@ def _distillation(config: Config) -> Iterator[str]:
 
 
 def _likelihood(config: Config) -> Iterator[str]:
-  """Checks that the model has the requested density."""
   likelihood, num_classes = config.likelihood, config.data.num_classes
   if likelihood.noise_std is not None and config.noise.kind != 'gaussian':
     yield 'config.likelihood.noise_std needs a model trained with config.noise.kind=gaussian'
@@ -163,7 +158,6 @@ def _likelihood(config: Config) -> Iterator[str]:
 
 
 def _fidelity(config: Config) -> Iterator[str]:
-  """Checks that a feature network is available, and that the image sets are large enough."""
   fidelity, inception = config.fidelity, config.feature_network == 'inception'
   if not inception and not config.data.num_classes:
     yield 'config.data.num_classes=0 needs config.fidelity.network=inception'

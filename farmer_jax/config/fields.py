@@ -1,12 +1,8 @@
 """Declarations of configuration keys.
 
 A key is a field of a frozen dataclass. The type of the field defines the allowed values. The string
-below the field is the description, with the unit, that `--config_help` prints:
-
-    warmup_steps: NonNegativeInt = 50
-    \"\"\"Steps of linear warm-up.\"\"\"
-
-Numbers must be above 0 unless their type has a `Range`. `Literal` lists the allowed values.
+below the field is the description, with the unit, that `--config_help` prints. Numbers must be
+above 0 unless their type has a `Range`. `Literal` lists the allowed values.
 """
 
 import ast

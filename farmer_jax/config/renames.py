@@ -3,7 +3,6 @@
 Saved configurations stay readable. Command lines and configuration files must use the new names.
 """
 
-import copy
 from typing import Any
 
 RENAMED_KEYS = {
@@ -35,7 +34,7 @@ RENAMED_KEYS = {
 RENAMED_VALUES = {('distill.objective', 'stages'): 'outputs'}
 
 
-def upgrade(values: Any) -> Any:
+def upgrade(values: Any, prefix: str = '') -> Any:
   """Returns a copy of a nested dict of settings, with old names replaced by new names.
 
   Returns a value that is not a dict unchanged. An old key stays if the new key is also present. A
@@ -43,23 +42,11 @@ def upgrade(values: Any) -> Any:
   """
   if not isinstance(values, dict):
     return values
-  result = copy.deepcopy(values)
-  for old, new in RENAMED_KEYS.items():
-    node, name = _section(result, old)
-    new_name = new.rpartition('.')[2]
-    if name in node and new_name not in node:
-      node[new_name] = node.pop(name)
-  for (path, old_value), new_value in RENAMED_VALUES.items():
-    node, name = _section(result, path)
-    if node.get(name) == old_value:
-      node[name] = new_value
+  result = {}
+  for name, value in values.items():
+    path = f'{prefix}{name}'
+    new_name = RENAMED_KEYS.get(path, path).rpartition('.')[2]
+    if isinstance(value, str):
+      value = RENAMED_VALUES.get((path, value), value)
+    result[name if new_name in values else new_name] = upgrade(value, f'{path}.')
   return result
-
-
-def _section(values: dict, path: str) -> tuple[dict, str]:
-  """Returns the dict that can contain the key at `path`, and the last part of `path`."""
-  *sections, name = path.split('.')
-  for section in sections:
-    node = values.get(section)
-    values = node if isinstance(node, dict) else {}
-  return values, name

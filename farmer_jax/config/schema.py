@@ -81,10 +81,7 @@ def _checked_value(path: str, value: Any, key: fields.Key) -> Any:
 def leaves(
   section: type = Config, prefix: str = '', changeable: bool = False
 ) -> Iterator[tuple[str, fields.Key]]:
-  """Yields the dotted path and the declaration of every key.
-
-  If `changeable`, all keys of the section are changeable.
-  """
+  """Yields the dotted path and the declaration of every key, marked as `changeable` if set."""
   for field in dataclasses.fields(section):
     key = fields.parse(field)
     key = key._replace(changeable=key.changeable or changeable)

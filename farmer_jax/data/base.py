@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+from absl import logging
 from jaxtyping import Int, Int32, Int64, UInt8
 
 from farmer_jax import config, terminal
@@ -44,6 +45,19 @@ class BadExampleError(DataError):
     return f'{self.name} cannot be read ({self.reason}); {self.advice}'
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """Where the images of a source come from, for the log and to recognize the images later.
+
+  `content` has a checksum of the names of all images, and of some images. `ignored` describes files
+  and folders that are not read.
+  """
+
+  folder: str = ''
+  content: tuple[str, ...] = ()
+  ignored: tuple[str, ...] = ()
+
+
 class Source:
   """A random-access sequence of examples.
 
@@ -59,6 +73,7 @@ class Source:
   """
 
   class_names: tuple[str, ...]
+  origin: Origin = Origin()
 
   def __len__(self) -> int:
     raise NotImplementedError
@@ -82,6 +97,7 @@ class ArraySource(Source):
   images: Images
   labels: Labels
   class_names: tuple[str, ...] = ()
+  origin: Origin = Origin()
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -107,6 +123,115 @@ def fingerprint(source: Source) -> int:
     return zlib.crc32(source.images.tobytes())
   chosen = np.unique(np.linspace(0, len(source) - 1, 32).astype(int))
   return zlib.crc32(source.gather(chosen)['image'].tobytes(), len(source))
+
+
+def describe(source: Source) -> dict[str, Any]:
+  """Describes a source: the number of images, in each class if it is known, and their origin."""
+  description = {'images': len(source), 'classes': _class_counts(source)}
+  description |= dataclasses.asdict(source.origin)
+  return description | {'content': list(source.origin.content or _content(source))}
+
+
+def is_same_content(first: Sequence[str], second: Sequence[str]) -> bool:
+  """Compares the `content` of two descriptions. Some images may have become unreadable."""
+  if len(first) != len(second) or first[0] != second[0]:
+    return False
+  equal = sum(a == b for a, b in zip(first[1:], second[1:], strict=True))
+  return 2 * equal >= len(first) - 1
+
+
+def compared_indices(count: int) -> list[int]:
+  """Returns the indices of at most 32 images whose checksums identify the images of a source."""
+  return np.unique(np.linspace(0, count - 1, 32).astype(int)).tolist()
+
+
+def _content(source: Source) -> Iterator[str]:
+  yield str(len(source))
+  for index in compared_indices(len(source)):
+    try:
+      yield f'{zlib.crc32(source[index]["image"].tobytes()):08x}'
+    except BadExampleError:  # The pipeline reports and replaces it.
+      yield ''
+
+
+def summary(source: Source, split: str) -> str:
+  """Describes a source in one line, for the log."""
+  text = f'{len(source)} images in the {split} split'
+  if source.origin.folder:
+    text += f', from {source.origin.folder}'
+  if counts := [f'{name} {count}' for name, count in _class_counts(source).items()]:
+    text += f'; classes: {", ".join(counts[:20])}'
+    text += f', … ({len(counts)} in total)' if len(counts) > 20 else ''
+  if source.origin.ignored:
+    text += f'; ignored: {", ".join(source.origin.ignored)}'
+  return f'{text}.'
+
+
+def _class_counts(source: Source) -> dict[str, int]:
+  labels = getattr(source, 'labels', None)
+  if labels is None:
+    return {}
+  counts = np.bincount(labels, minlength=len(source.class_names)).tolist()
+  return dict(zip(source.class_names, counts, strict=False))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _RelabeledSource(Source):
+  """A source whose labels are replaced by `labels[label]`."""
+
+  source: Source
+  new_labels: Labels
+  class_names: tuple[str, ...]
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, index: int) -> Example:
+    example = self.source[index]
+    return {**example, 'label': self.new_labels[example['label']]}
+
+  def name(self, index: int) -> str:
+    return self.source.name(index)
+
+
+def with_classes(source: Source, class_names: tuple[str, ...], data: config.Data) -> Source:
+  """Returns the source with the labels of `class_names`. See `sources.load`.
+
+  Raises:
+    DataError: the source has another class, and `data.unknown_classes` is 'stop' or the source
+      reads its labels only on access.
+  """
+  if not class_names or source.class_names in ((), class_names):
+    return source
+  where = f'--config.data.source={data.source}'
+  if not isinstance(source, ArraySource):
+    data = dataclasses.replace(data, unknown_classes='stop')
+  mapping = map_classes(source.class_names, class_names, data, where)
+  new_labels = np.array([mapping[name] for name in source.class_names], np.int32)
+  if not isinstance(source, ArraySource):
+    return _RelabeledSource(source, new_labels, class_names)
+  labels = new_labels[source.labels]
+  return ArraySource(source.images[labels >= 0], labels[labels >= 0], class_names)
+
+
+def map_classes(
+  found: Sequence[str], known: Sequence[str], data: config.Data, where: str
+) -> dict[str, int]:
+  """Maps the class names that were found to their indices in `known`, or to -1 if left out.
+
+  Raises:
+    DataError: a class is unknown and `data.unknown_classes` is 'stop', or all classes are unknown.
+  """
+  unknown = [name for name in found if name not in known]
+  if unknown and (data.unknown_classes == 'stop' or len(unknown) == len(found)):
+    raise DataError(
+      f'{where} has classes that the run does not know: {", ".join(unknown[:8])} (the run knows'
+      f' {", ".join(known[:8])}{", …" if len(known) > 8 else ""}); correct the names, or set'
+      ' --config.data.unknown_classes=leave_out to leave out these images'
+    )
+  if unknown:
+    logging.warning(f'{where}: left out images of unknown classes: {", ".join(unknown)}.')
+  return {name: known.index(name) if name in known else -1 for name in found}
 
 
 def fits_in_memory(count: int, data: config.Data) -> bool:

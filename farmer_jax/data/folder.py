@@ -1,23 +1,20 @@
-"""Reads a folder of image files.
+"""Reads a folder of image files, with a layout of `folder_layout`.
 
-    PATH/cat/1.jpg  PATH/dog/a/2.png           one subfolder per class, which can have subfolders
-    PATH/1.jpg  PATH/2.png                     no classes: num_classes=0
-    PATH/train/…  PATH/valid/…                 either layout, with a validation split
+The label of a class is its index in the sorted class names, or in the class names of a run. Names
+are sorted by the code points of their characters: '10' comes before '2'. With `num_classes=0`, the
+names of subfolders are ignored. Without a validation folder, the fraction `valid_fraction` of each
+class is held out for validation, chosen by a hash of the file names.
 
-The label of a class is its index in the sorted class names. With `num_classes=0`, the names of
-subfolders are ignored. PATH is divided into splits if it contains `train`, and otherwise only
-folders named `valid`, `validation`, `val` or `test`. The first of these that exists is the
-validation split. If there is none, the fraction `valid_fraction` of each class is held out for
-validation, chosen by a hash of the file names.
-
-Files with the extension of an image are read. Other files, and hidden files and folders, are
-ignored.
+Files with the extension of an image are read. Other files, hidden files and folders, and folders of
+file managers and storage systems are ignored.
 """
 
 import dataclasses
 import functools
 import os
 import pathlib
+import unicodedata
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,15 +22,11 @@ import numpy as np
 from absl import logging
 
 from farmer_jax import config
-from farmer_jax.data import base, images
+from farmer_jax.data import base, folder_layout, images
 from farmer_jax.errors import ConfigError, DataError
-
-_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 
 # Number of bad files that a warning names.
 _NAMES_SHOWN = 5
-
-_VALID_NAMES = ('valid', 'validation', 'val', 'test')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +37,7 @@ class FolderSource(base.Source):
   labels: base.Labels
   class_names: tuple[str, ...]
   data: config.Data
+  origin: base.Origin
 
   def __len__(self) -> int:
     return len(self.paths)
@@ -58,31 +52,37 @@ class FolderSource(base.Source):
     return str(self.paths[index])
 
 
-def load(data: config.Data, split: str) -> base.Source:
+def load(data: config.Data, split: str, class_names: Sequence[str] = ()) -> base.Source:
   """Loads the images under `data.path`.
 
   If the decoded images fit in memory, `load` decodes all files. Otherwise `load` checks only their
-  headers, and a file is decoded on each access.
+  headers, and a file is decoded on each access. See `sources.load` for `class_names`.
 
   Raises:
     ConfigError: the folder does not exist, the number of its classes is not `data.num_classes`, or
       a split would be empty.
-    DataError: the folder has no images, its layout is not one of those above, or a file cannot be
-      read and is not skipped (`data.bad_files`).
+    DataError: the folder has no images, its layout is ambiguous, it has a class that is not in
+      `class_names`, or a file cannot be read and is not skipped (`data.bad_files`).
   """
-  train, valid = _split_folders(_root(data.path))
-  folder = valid if valid and split == 'valid' else train
-  names = _image_names(train, warn=split == 'train')
-  class_names = _class_names(train, names, data)
-  if folder != train:
-    names = _image_names(folder, warn=True)
-  labels = _labels(folder, names, class_names)
-  if valid:
+  splits = folder_layout.find_splits(_root(data.path), data)
+  folder = splits.valid if splits.valid and split == 'valid' else splits.train
+  names, ignored = _image_names(splits.train, data)
+  found = _class_names(splits.train, names, data, bool(class_names))
+  if folder != splits.train:
+    names, ignored = _image_names(folder, data)
+  known = tuple(class_names) if found and class_names else found
+  labels = _labels(folder, names, known, found, data)
+  if splits.valid:
     chosen = base.stratified_order(names, labels)
   else:
     chosen = base.split_indices(names, labels, data, split)
-  paths = [folder / names[index] for index in chosen]
-  return _readable_source(paths, labels[chosen], class_names, data)
+  chosen = chosen[labels[chosen] >= 0]
+  chosen_names = [names[index] for index in chosen]
+  origin = base.Origin(
+    _printable(str(folder)), tuple(_content(folder, chosen_names)), (*splits.ignored, *ignored)
+  )
+  paths = [folder / name for name in chosen_names]
+  return _readable_source(paths, labels[chosen], known, data, origin)
 
 
 def _root(path: str | None) -> pathlib.Path:
@@ -95,87 +95,110 @@ def _root(path: str | None) -> pathlib.Path:
   return root
 
 
-def _split_folders(root: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:
-  """Returns the folder of the training images and, if it exists, of the validation images."""
-  entries = _list_folder(root)
-  folders = {entry.name for entry in entries if entry.is_dir()}
-  has_images = any(_is_image(entry.name) for entry in entries if not entry.is_dir())
-  if has_images or 'train' not in folders or not folders <= {'train', *_VALID_NAMES}:
-    return root, None
-  return root / 'train', next((root / name for name in _VALID_NAMES if name in folders), None)
+def _image_names(folder: pathlib.Path, data: config.Data) -> tuple[list[str], list[str]]:
+  """Returns the paths of the images below `folder`, relative to it, with '/' on every system.
 
-
-def _image_names(folder: pathlib.Path, warn: bool) -> list[str]:
-  """Returns the paths of the images below `folder`, relative to it, with '/' on every system."""
+  Also returns descriptions of the files and folders that are ignored.
+  """
   names: list[str] = []
+  other_files: list[str] = []
   ignored: list[str] = []
   pending = ['']
   while pending:
     prefix = pending.pop()
-    for entry in _list_folder(folder / prefix):
-      name = prefix + entry.name
-      # A class folder can be a link. Deeper links are not followed, because they can form cycles.
-      if entry.is_dir(follow_symlinks=not prefix):
-        pending.append(f'{name}/')
-      else:
-        (names if _is_image(name) else ignored).append(name)
+    try:
+      entries = folder_layout.list_folder(folder / prefix, ignored)
+    except DataError as error:
+      if not prefix or data.bad_files == 'stop':
+        raise
+      ignored.append(str(error))
+      continue
+    # A class folder can be a link. Deeper links are not followed, because they can form cycles.
+    folders = [e.name for e in entries if e.is_dir(follow_symlinks=not prefix)]
+    if prefix:
+      folder_layout.check_no_splits_below(folder / prefix, folders, data)
+    pending += [f'{prefix}{name}/' for name in folders]
+    for name in {entry.name for entry in entries}.difference(folders):
+      (names if folder_layout.is_image(name) else other_files).append(prefix + name)
   if not names:
     raise DataError(
-      f'{folder} has no images (files ending in {", ".join(_EXTENSIONS)}), only {len(ignored)}'
-      ' other files; correct --config.data.path'
+      f'{folder} has no images (files ending in {", ".join(folder_layout.EXTENSIONS)}), only'
+      f' {len(other_files)} other files; correct --config.data.path'
     )
-  if ignored and warn:
-    logging.warning(
-      f'{folder}: ignored {len(ignored)} files without the extension of an image, such as'
-      f' {min(ignored)}'
-    )
-  return names
+  if other_files:
+    number = f'{len(other_files)} files' if len(other_files) > 1 else '1 file'
+    ignored.append(f'{number} without the extension of an image, such as {min(other_files)}')
+  return names, sorted(set(map(_printable, ignored)))
 
 
-def _list_folder(folder: pathlib.Path) -> list[os.DirEntry]:
-  """Returns the entries of a folder that are not hidden."""
-  try:
-    with os.scandir(folder) as entries:
-      return [entry for entry in entries if not entry.name.startswith('.')]
-  except OSError as error:
-    raise DataError(
-      f'{folder} cannot be listed ({error.strerror}); check its permissions'
-    ) from error
+def _class_of(name: str) -> str:
+  """Returns the class of the image with this relative path, or '' if it is in no subfolder.
+
+  Some systems store an accented letter as one character and others as two. Both are equal here.
+  """
+  folder, slash, _ = name.partition('/')
+  return unicodedata.normalize('NFC', _printable(folder)) if slash else ''
 
 
-def _is_image(name: str) -> bool:
-  return name.lower().endswith(_EXTENSIONS)
+def _printable(name: str) -> str:
+  """Returns a name in which bytes that are not UTF-8 are written as escape sequences."""
+  return os.fsencode(name).decode('utf-8', 'backslashreplace')
 
 
-def _class_names(folder: pathlib.Path, names: Sequence[str], data: config.Data) -> tuple[str, ...]:
-  """Returns the class names in the order of their labels, or () if labels are not used."""
+def _class_names(
+  folder: pathlib.Path, names: Sequence[str], data: config.Data, can_lack_classes: bool
+) -> tuple[str, ...]:
+  """Returns the names of the class folders, sorted, or () if labels are not used."""
   if not data.num_classes:
     return ()
-  class_names = tuple(sorted({name.partition('/')[0] for name in names if '/' in name}))
+  class_names = tuple(sorted(set(map(_class_of, names)) - {''}))
   without_class = next((name for name in names if '/' not in name), None)
   if without_class and class_names:
     raise DataError(
       f'{folder} has class folders, but also images outside of them, such as {without_class}; move'
       ' those into a class folder, or set --config.data.num_classes=0 to train without labels'
     )
-  base.check_num_classes(data, len(class_names), str(folder))
+  if not (class_names and can_lack_classes):
+    base.check_num_classes(data, len(class_names), str(folder))
   return class_names
 
 
 def _labels(
-  folder: pathlib.Path, names: Sequence[str], class_names: tuple[str, ...]
+  folder: pathlib.Path,
+  names: Sequence[str],
+  known: tuple[str, ...],
+  found: tuple[str, ...],
+  data: config.Data,
 ) -> base.Labels:
-  """Returns the class index of each image, or zeros if there are no classes."""
-  if not class_names:
+  """Returns the index in `known` of the class of each image, or zeros if there are no classes.
+
+  `found` are the classes of the training images. The label of an unknown class is -1 if such images
+  are left out.
+  """
+  if not known:
     return np.zeros(len(names), np.int32)
-  numbers = {name: number for number, name in enumerate(class_names)}
-  labels = [numbers.get(name.partition('/')[0], -1) for name in names]
-  if -1 in labels:
-    raise DataError(
-      f'{folder / names[labels.index(-1)]} belongs to none of the classes of the training images;'
-      ' move or remove it'
-    )
-  return np.array(labels, np.int32)
+  classes = list(map(_class_of, names))
+  for name, class_name in zip(names, classes, strict=True):
+    if class_name not in known and class_name not in found:
+      raise DataError(
+        f'{folder / name} belongs to none of the classes of the training images; move or remove it'
+      )
+  mapping = base.map_classes(sorted(set(classes)), known, data, str(folder))
+  return np.array([mapping[name] for name in classes], np.int32)
+
+
+def _content(folder: pathlib.Path, names: Sequence[str]) -> Iterator[str]:
+  """Yields a checksum of all names, and of the bytes of some files.
+
+  They depend neither on where the folder is nor on the library that decodes the images.
+  """
+  yield f'{zlib.crc32(chr(10).join(names).encode("utf-8", "surrogateescape")):08x}'
+  for index in base.compared_indices(len(names)):
+    path = folder / names[index]
+    try:
+      yield f'{zlib.crc32(path.read_bytes()):08x}' if path.is_file() else ''
+    except OSError:  # The file is reported when it is decoded.
+      yield ''
 
 
 def _readable_source(
@@ -183,18 +206,19 @@ def _readable_source(
   labels: base.Labels,
   class_names: tuple[str, ...],
   data: config.Data,
+  origin: base.Origin,
 ) -> base.Source:
   """Returns a source of the readable files. Skips other files if `data.bad_files` is 'skip'."""
   if not base.fits_in_memory(len(paths), data):
     readable = [index for index, _ in _read_files(paths, _check_header, data)]
     readable_paths = tuple(paths[index] for index in readable)
-    return FolderSource(readable_paths, labels[readable], class_names, data)
+    return FolderSource(readable_paths, labels[readable], class_names, data, origin)
   pixels = np.empty((len(paths), data.image_size, data.image_size, data.channels), np.uint8)
   readable = []
   for index, image in _read_files(paths, functools.partial(_decode, data=data), data):
     pixels[len(readable)] = image
     readable.append(index)
-  return base.ArraySource(pixels[: len(readable)], labels[readable], class_names)
+  return base.ArraySource(pixels[: len(readable)], labels[readable], class_names, origin)
 
 
 def _read_files(

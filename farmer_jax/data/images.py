@@ -9,6 +9,7 @@ Pillow's own helpers are not used for three steps:
 """
 
 import contextlib
+import functools
 import io
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 import PIL
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms
 
 Pixels = UInt8[np.ndarray, 'size size channels']
 _Conversion = Callable[[Image.Image, str], Image.Image]
@@ -57,8 +58,8 @@ def decode(encoded: bytes, size: int, channels: int) -> Pixels:
   """Decodes an image, resizes its short side to `size` and crops its center.
 
   One channel is luminance (ITU-R 601). Three channels are RGB. The EXIF orientation is applied.
-  Transparent pixels are composited over white. The first frame of an animation is used. Embedded
-  color profiles are not applied.
+  Transparent pixels are composited over white. The first frame of an animation is used. Colors are
+  converted to sRGB if the file has another color profile. Damaged profiles are ignored.
 
   Raises:
     BadImageError: the bytes cannot be decoded, or decoding would take too much memory or time.
@@ -144,13 +145,39 @@ def _crop_range(length: int, scale: float, size: int) -> tuple[float, float]:
 def _to_array(image: Image.Image, size: int, channels: int) -> Pixels:
   """Converts to 8 bits per channel, composites over white if transparent, and applies `fit`."""
   mode = 'L' if channels == 1 else 'RGB'
+  profile = image.info.get('icc_profile') or b''
+  native_mode = {'L': 'L', 'LA': 'L', 'CMYK': 'CMYK'}.get(image.mode, 'RGB')
+  to_srgb = _transform_to_srgb(profile, native_mode)
+  decoded_mode = mode if to_srgb is None else native_mode
   if image.mode.startswith('I'):  # 16-bit gray. `Image.convert` would clip it at 255.
-    image = _in_bands(image, mode, _eight_bits)
+    image, to_srgb = _in_bands(image, mode, _eight_bits), None
   elif image.has_transparency_data:
-    image = _in_bands(image, mode, _over_white)
+    image = _in_bands(image, decoded_mode, _over_white)
   else:
-    image = _convert(image, mode)
-  return np.array(fit(image, size)).reshape(size, size, channels)
+    image = _convert(image, decoded_mode)
+  image = fit(image, size)
+  if to_srgb is not None:  # After `fit`, because few pixels remain.
+    image = _convert(to_srgb.apply(image), mode)
+  return np.array(image).reshape(size, size, channels)
+
+
+@functools.lru_cache(maxsize=64)
+def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+  """Returns the color transform of a profile, or None if it is sRGB or cannot be applied.
+
+  Transforms can be used in several threads at the same time.
+  """
+  try:
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if 'srgb' in (source.profile.profile_description or '').lower():
+      return None
+    return ImageCms.buildTransform(
+      *(source, ImageCms.createProfile('sRGB'), mode, 'RGB'),
+      renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+      flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+  except (OSError, ValueError, ImageCms.PyCMSError):
+    return None
 
 
 def _in_bands(image: Image.Image, mode: str, convert: _Conversion) -> Image.Image:
@@ -177,6 +204,8 @@ def _over_white(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
+  if image.mode == mode:
+    return image
   if image.mode not in ('1', 'L', 'RGB'):
     image = image.convert('RGB')  # Pillow cannot convert some modes, such as CMYK, to gray.
   return image if image.mode == mode else image.convert(mode)

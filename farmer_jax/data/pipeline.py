@@ -30,12 +30,11 @@ class TrainIterator(grain.DatasetIterator):
   """An endless iterator over shuffled batches, which can be checkpointed.
 
   Each epoch is another permutation of the source. A batch may contain the end of one epoch and the
-  start of the next: no example is dropped, and a batch may be larger than the source.
+  start of the next: no example is dropped, and a batch may be larger than the source. Each value of
+  `order` is a different shuffle order.
 
-  The state contains the number of batches taken, `order`, the bad examples, and the number of
-  worker restarts. Bad examples and restarts are logged. The iterator raises DataError if their
-  number exceeds its limit, or if waiting for a batch takes too long. `order` starts at 0. Each call
-  of `change_order` sets it to a new value, and each value is a different shuffle order.
+  Bad examples and restarts of workers are logged. The iterator raises DataError if their number
+  exceeds its limit, or if waiting for a batch takes too long.
   """
 
   def __init__(
@@ -49,8 +48,8 @@ class TrainIterator(grain.DatasetIterator):
   ):
     """Creates the iterator without starting threads or workers.
 
-    `batch_size` is the number of images over all processes. Each batch consists of `process_count`
-    consecutive shards. The iterator reads shard `process_index`.
+    A batch of `batch_size` images consists of `process_count` consecutive shards. The iterator
+    reads shard `process_index`.
 
     Raises:
       ConfigError: the batch cannot be divided among the processes.
@@ -137,28 +136,18 @@ class TrainIterator(grain.DatasetIterator):
     )
 
   def counts(self) -> dict[str, int]:
-    """Counts the faults of this process since the start of the run.
-
-    Returns:
-      `bad_examples`: different examples that could not be read. `replaced_examples`: replacements,
-      one in each epoch for each bad example. `worker_restarts`: restarts after a worker died.
-    """
+    """Counts the faults of this process since the start of the run."""
     return {
-      'bad_examples': len(self._bad.indices),
-      'replaced_examples': self._bad.reads,
+      'bad_examples': len(self._bad.indices),  # different examples
+      'replaced_examples': self._bad.reads,  # a bad example is replaced in each epoch
       'worker_restarts': self._restarts,
     }
 
   def change_order(self) -> None:
-    """Continues at the same position with a new order of the examples.
-
-    Sets `order` to one more than the largest value that it has had, including values that
-    `set_state` has replaced.
-    """
+    """Continues at the same position with an order that this iterator has not had before."""
     self._seek(self._position, self._largest_order + 1)
 
   def get_state(self) -> dict[str, Any]:
-    """Returns the state as a dict that can be written as JSON."""
     return {
       'batches': self._position,
       'order': self.order,
@@ -203,21 +192,18 @@ def evaluation_batches(
 ) -> Iterator[base.Batch]:
   """Yields each example from index `start` to `limit` - 1 once, in order, in batches of equal size.
 
-  The last batch is padded with copies of the last example. `mask` is False for these copies. See
-  `TrainIterator` for `batch_size`, `process_index` and `process_count`. All processes get the same
-  number of batches.
-
-  With `skip_bad_examples`, up to `data.max_bad_examples` unreadable examples are logged and get the
-  `mask` False. `data` also sets the number of threads and the limits on waiting.
+  The last batch is padded with copies of the last example. See `TrainIterator` for `batch_size`,
+  `process_index` and `process_count`. `data` sets the number of threads and the limits.
 
   Yields:
     `{'image': uint8 [B, H, W, C], 'label': int32 [B], 'index': int32 [B], 'mask': bool [B]}`, where
-    B is batch_size / process_count, and `index` is the index of the example in the source.
+    B is batch_size / process_count, and `index` is the index in the source. `mask` is False for
+    padding and, with `skip_bad_examples`, for examples that cannot be read.
 
   Raises:
     ConfigError: the batch cannot be divided among the processes.
-    DataError: an example cannot be read and `skip_bad_examples` is False, more than
-      `data.max_bad_examples` examples cannot be read, or waiting takes too long.
+    DataError: an example cannot be read (with `skip_bad_examples`: more than
+      `data.max_bad_examples`), or waiting takes too long.
   """
   share = _process_share(batch_size, process_index, process_count, 'train.valid_batch_size')
   data = data or config.Data()
@@ -245,12 +231,7 @@ def evaluation_batches(
 
 
 def _process_share(batch_size: int, process_index: int, process_count: int, key: str) -> slice:
-  """Returns the range of the shard of each batch that a process reads.
-
-  Raises:
-    ConfigError: `batch_size`, the value of --config.KEY, is not a positive multiple of
-      `process_count`.
-  """
+  """Returns the part of each batch that a process reads. `batch_size` is the value of a `key`."""
   if batch_size < 1 or batch_size % process_count:
     raise ConfigError(
       f'--config.{key}={batch_size} must be a positive multiple of the number of processes,'

@@ -34,14 +34,9 @@ from farmer_jax import config
 from farmer_jax.data import reading
 from farmer_jax.errors import DataError, UserError
 
-# Longest time between two checks while a batch is awaited, seconds.
-_POLL_SECONDS = 1.0
-
-# Longest wait for threads and worker processes to end, seconds.
-_CLOSE_SECONDS = 3.0
-
-# Time between two searches for new worker processes, seconds. A process takes longer to start.
-_SEARCH_SECONDS = 0.02
+_POLL_SECONDS = 1.0  # longest time between two checks while a batch is awaited
+_CLOSE_SECONDS = 3.0  # longest wait for threads and worker processes to end
+_SEARCH_SECONDS = 0.02  # between two searches for worker processes, which take longer to start
 
 # All prefetchers and threads that still exist.
 _prefetchers: 'weakref.WeakSet[Prefetcher]' = weakref.WeakSet()
@@ -62,10 +57,9 @@ class Prefetcher(Generic[Result]):
     depth: int,
     count: float = math.inf,
   ):
-    """Creates the iterator without starting threads.
+    """Creates an iterator over `count` results, of which `depth` are read ahead.
 
-    The iterator yields `count` results and reads `depth` results ahead. `data` sets the limits on
-    waiting. `split` names the data in messages: 'training' or 'validation'.
+    `data` sets the limits on waiting. `split` is 'training' or 'validation', for messages.
     """
     self._read, self._data, self._split = read, data, split
     self._threads, self._depth, self._count = threads, depth, count
@@ -92,11 +86,7 @@ class Prefetcher(Generic[Result]):
     return self
 
   def __next__(self) -> Result:
-    """Waits for the next result. Raises any exception that `read` raised.
-
-    Raises:
-      DataError: waiting took longer than the limit.
-    """
+    """Waits for the next result. Raises DataError after a limit, or the exception of `read`."""
     self.start()
     if not self._pending:
       raise StopIteration
@@ -107,7 +97,6 @@ class Prefetcher(Generic[Result]):
     return future.result()
 
   def _wait(self, future: concurrent.futures.Future) -> None:
-    """Waits until `future` is done. Logs long waits."""
     warning, limit = self._data.stall_warning_seconds, self._data.stall_limit_seconds
     start, reports = time.monotonic(), 0
     poll = min(_POLL_SECONDS, warning, limit or _POLL_SECONDS)

@@ -36,7 +36,7 @@ class BadExample:
   replacement: str  # name of the example that is tried next
 
 
-# A batch, which is empty if too many examples are bad, and the bad examples.
+# A batch, which is empty if more than `data.max_bad_examples` are bad, and the bad examples.
 ReadResult = tuple[base.Batch, tuple[BadExample, ...]]
 
 
@@ -44,8 +44,6 @@ def read_batch(
   source: base.Source, max_bad_examples: int, indices: Int[np.ndarray, 'B']
 ) -> ReadResult:
   """Reads the examples at `indices`, or replacements of examples that cannot be read.
-
-  The batch is empty if more than `max_bad_examples` different examples are bad.
 
   Raises:
     DataError: an example is bad, and so are all replacements that were tried.
@@ -78,10 +76,8 @@ def read_batch(
 def _read_example(source: base.Source, index: int) -> base.Example:
   """Returns `source[index]`, and records the read while it is in progress.
 
-  Raises:
-    UserError: the source raised it.
-    RuntimeError: the source raised another exception. The message names the example. The type is
-      RuntimeError because pickle, which sends exceptions from workers, fails for some other types.
+  Converts exceptions except UserError to RuntimeError, whose message names the example, because
+  pickle, which sends exceptions from workers, fails for some types.
   """
   thread = threading.get_ident()
   _reads[thread] = time.monotonic(), source, index
@@ -105,10 +101,7 @@ def replacement_index(index: int, attempt: int, count: int) -> int:
 
 
 def slowest_read() -> tuple[str, float]:
-  """Returns the name and the time, in seconds, of the longest read in progress in this process.
-
-  Returns ('', 0.0) if no thread is reading.
-  """
+  """Returns the name and the time, in seconds, of the longest read in progress, or ('', 0.0)."""
   reads = _reads.copy().values()
   if not reads:
     return '', 0.0
@@ -117,10 +110,10 @@ def slowest_read() -> tuple[str, float]:
 
 
 def start_reporting(period: float, *unused_worker_numbers: int) -> None:
-  """Starts a thread that logs, every `period` seconds, an example that takes longer than `period`.
+  """Starts a thread in a worker process that logs examples that take longer than `period` seconds.
 
-  Worker processes call this function, because the main process does not know which example they
-  read. Grain appends the index of the worker and the number of workers to the arguments.
+  The main process does not know which example a worker reads. Grain appends the index of the worker
+  and the number of workers to the arguments.
   """
 
   def report() -> None:
@@ -147,11 +140,7 @@ class BadExampleCounter:
     self.reads = 0
 
   def add(self, bad: Iterable[BadExample]) -> None:
-    """Counts the bad examples of a batch, and logs one line per example.
-
-    Raises:
-      DataError: more than `limit` different examples are bad.
-    """
+    """Counts and logs the bad examples of a batch. Raises DataError if the limit is exceeded."""
     for example in bad:
       self.indices.add(example.index)
       self.reads += 1

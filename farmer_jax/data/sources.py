@@ -12,8 +12,10 @@ import gzip
 import pathlib
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 from jaxtyping import Int, Int64, UInt8
 
 from farmer_jax import config
@@ -26,21 +28,31 @@ FASHION_MNIST_CLASSES = (
 )
 
 
-def load(data: config.Data, split: str) -> base.Source:
+def load(data: config.Data, split: str, class_names: Sequence[str] = ()) -> base.Source:
   """Loads the split 'train' or 'valid' of the source `data.source`. The splits are disjoint.
 
   Images have the shape [image_size, image_size, channels]. Labels are in [0, num_classes), or all 0
   if num_classes is 0.
 
+  `class_names` are the classes of a trained run, in the order of their labels. The label of an
+  image is then the index of the name of its class, whatever the order of the classes in the data.
+  If either names are unknown, labels are taken as they are.
+
   Raises:
     ConfigError: a setting does not match the data.
-    DataError: the images, labels or files cannot be used.
+    DataError: the images, labels or files cannot be used, or a class is not in `class_names` and
+      `data.unknown_classes` is 'stop'.
   """
   if split not in ('train', 'valid'):
     raise ValueError(f"split must be 'train' or 'valid', not {split!r}")
-  source = _LOADERS.get(data.source, tfds.load)(data, split)
+  if data.source == 'folder':
+    source = folder.load(data, split, class_names)
+  else:
+    source = _LOADERS.get(data.source, tfds.load)(data, split)
+    source = base.with_classes(source, tuple(class_names), data)
   if not len(source):
     raise DataError(f'--config.data.source={data.source} has no images in its {split} split')
+  logging.info(base.summary(source, split))
   return source
 
 
@@ -60,8 +72,9 @@ def _load_fashion_mnist(data: config.Data, split: str) -> base.Source:
   if not data.path:
     return tfds.load(data, split)
   prefix = 'train' if split == 'train' else 't10k'
-  image_file = pathlib.Path(data.path) / f'{prefix}-images-idx3-ubyte.gz'
-  label_file = pathlib.Path(data.path) / f'{prefix}-labels-idx1-ubyte.gz'
+  folder_path = pathlib.Path(data.path).expanduser()
+  image_file = folder_path / f'{prefix}-images-idx3-ubyte.gz'
+  label_file = folder_path / f'{prefix}-labels-idx1-ubyte.gz'
   pixels, labels = _read_idx(image_file, 3), _read_idx(label_file, 1)
   if len(pixels) != len(labels):
     raise DataError(
@@ -133,6 +146,5 @@ def _load_synthetic(data: config.Data, split: str) -> base.Source:
 _LOADERS = {
   'digits': _load_digits,
   'fashion_mnist': _load_fashion_mnist,
-  'folder': folder.load,
   'synthetic': _load_synthetic,
 }

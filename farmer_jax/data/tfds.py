@@ -1,6 +1,7 @@
 """Reads data sets of TensorFlow Datasets (TFDS) from ArrayRecord files without TensorFlow."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Int64
 from farmer_jax import config
 from farmer_jax.data import base, images
 from farmer_jax.errors import ConfigError, DataError
+from farmer_jax.workdir import layout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,10 +54,8 @@ def load(data: config.Data, split: str) -> base.Source:
   set has only a 'train' split, the fraction `data.valid_fraction` of it is held out as 'valid'.
 
   Raises:
-    ConfigError: the data set is unknown or not prepared, or its splits, images or classes do not
-      match `data`.
-    DataError: the data set is prepared in a format without random access, or a record that is
-      cached in memory is unusable.
+    ConfigError: the data set is unknown or not prepared, or does not match `data`.
+    DataError: the format has no random access, or a record that is cached in memory is unusable.
   """
   import tensorflow_datasets as tfds  # Imported here because it is slow.
 
@@ -83,8 +83,9 @@ def load(data: config.Data, split: str) -> base.Source:
 
 def _prepared_builder(tfds: Any, data: config.Data) -> Any:
   """Returns the TFDS builder of `data.source`. Raises ConfigError unless it is prepared."""
+  layout.check_no_pattern(data.path or '', '--config.data.path')
   try:
-    builder = tfds.builder(data.source, data_dir=data.path)
+    builder = tfds.builder(data.source, data_dir=data.path and os.path.expanduser(data.path))
   except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
     summary = str(error).strip().splitlines()[0].rstrip('.')
     raise ConfigError(
@@ -110,18 +111,18 @@ def _prepare_command(data: config.Data) -> str:
 
 def _image_key(tfds: Any, features: Mapping[str, Any], name: str) -> str:
   """Returns the name of the image feature: 'image', or the only image feature."""
-  key, keys = _find_feature(features, tfds.features.Image, 'image')
-  if key is None:
+  keys = _find_features(features, tfds.features.Image, 'image')
+  if len(keys) != 1:
     raise ConfigError(
       f'TFDS data set {name} must have one image feature, but it has'
       f' {", ".join(keys) or "no image features"}; choose another --config.data.source'
     )
-  if features[key].np_dtype not in (np.uint8, np.uint16):
+  if features[keys[0]].np_dtype not in (np.uint8, np.uint16):
     raise ConfigError(
       f'the images of TFDS data set {name} are not of 8 or 16 bits; choose another'
       ' --config.data.source'
     )
-  return key
+  return keys[0]
 
 
 def _label_key(
@@ -133,18 +134,17 @@ def _label_key(
   """
   if not data.num_classes:
     return None, ()
-  key, _ = _find_feature(features, tfds.features.ClassLabel, 'label')
-  names = tuple(features[key].names) if key and features[key].num_classes else ()
+  keys = _find_features(features, tfds.features.ClassLabel, 'label')
+  feature = features[keys[0]] if len(keys) == 1 else None
+  names = tuple(feature.names) if feature and feature.num_classes else ()
   base.check_num_classes(data, len(names), f'TFDS data set {data.source}')
-  return key, names
+  return keys[0], names
 
 
-def _find_feature(
-  features: Mapping[str, Any], kind: type, preferred: str
-) -> tuple[str | None, list[str]]:
-  """Returns the preferred or only feature of a kind, or None, and all features of that kind."""
+def _find_features(features: Mapping[str, Any], kind: type, preferred: str) -> list[str]:
+  """Returns the preferred feature of a kind or, if there is none, all features of that kind."""
   keys = [key for key, feature in features.items() if isinstance(feature, kind)]
-  return preferred if preferred in keys else keys[0] if len(keys) == 1 else None, keys
+  return [preferred] if preferred in keys else keys
 
 
 def _split_name(names: Sequence[str], data: config.Data, split: str) -> str:
@@ -157,9 +157,9 @@ def _split_name(names: Sequence[str], data: config.Data, split: str) -> str:
   others = [name for name in names if name != 'train']
   if split == 'train' or not others:
     return 'train'
-  if data.valid_split not in others:
-    raise ConfigError(
-      f'--config.data.valid_split={data.valid_split} is not a validation split of {data.source};'
-      f' set it to {" or ".join(others)}'
-    )
-  return data.valid_split
+  if data.valid_split in others:
+    return data.valid_split
+  raise ConfigError(
+    f'--config.data.valid_split={data.valid_split} is not a validation split of {data.source};'
+    f' set it to {" or ".join(others)}'
+  )

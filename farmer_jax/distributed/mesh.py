@@ -54,10 +54,9 @@ class Mesh:
       yield
 
   def shardings(self, tree: PyTree) -> PyTree:
-    """Returns the `NamedSharding` of each array of a tree, by the logical axis names in its box.
+    """Returns the sharding of each array of a tree, by the logical axis names in its box.
 
     Arrays without an `nn.Partitioned` box and axes that cannot be divided evenly are replicated.
-    The result has no boxes.
     """
     specs = nn.logical_to_mesh(nn.get_partition_spec(tree), self._rules)
     uneven, total = 0, 0
@@ -116,9 +115,8 @@ class Mesh:
     """Rounds a batch size up to a multiple of the number of shards."""
     return -(-batch_size // self.batch_shards) * self.batch_shards
 
-  def _num_shards(self, axes: None | str | tuple[str, ...]) -> int:
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(self.mesh.shape[name] for name in names)
+  def _num_shards(self, axis: None | str | tuple[str, ...]) -> int:
+    return math.prod(self.mesh.shape[name] for name in jax.tree.leaves(axis))
 
 
 def _axis_sizes(mesh: config_lib.Mesh, num_devices: int) -> tuple[int, ...]:

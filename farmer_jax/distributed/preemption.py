@@ -1,4 +1,8 @@
-"""Handles preemption: clusters send SIGTERM some time before they take a machine away."""
+"""Handles signals that end a job: the job saves its progress and can be started again.
+
+Clusters send SIGTERM some time before they take a machine away, and SLURM also SIGUSR1. A terminal
+that is closed sends SIGHUP. Ctrl-C sends SIGINT.
+"""
 
 import contextlib
 import ctypes
@@ -6,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -16,6 +20,8 @@ from jax.experimental import multihost_utils
 
 # EX_TEMPFAIL of sysexits.h. The progress is saved, and the same command resumes the job.
 EXIT_CODE = 75
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 # A cluster may send one notice twice, to the process and to its process group. A SIGTERM within
 # this many seconds of the first one is ignored.
@@ -27,9 +33,9 @@ class Preempted(Exception):
 
 
 class PreemptionListener:
-  """Context in which SIGTERM requests a stop after the current step.
+  """Context in which a signal requests a stop after the current step.
 
-  A second SIGTERM exits at once. After the context, the previous signal handler is active again.
+  A second signal exits at once. After the context, the previous handlers are active again.
   """
 
   def __init__(self) -> None:
@@ -42,28 +48,29 @@ class PreemptionListener:
     # calls it.
     if jax.process_count() > 1 and threading.current_thread() is threading.main_thread():
       self._jax_handler = _c_handler()
-    self._previous = _set_handler(self._on_signal)
+    self._previous = _set_handlers(self._on_signal, _SIGNALS)
     return self
 
   def __exit__(self, *exception: object) -> None:
-    _set_handler(self._previous)
+    for number, handler in self._previous.items():
+      _set_handlers(handler, (number,))
 
-  def _on_signal(self, number: int, frame: FrameType | None) -> None:
-    del frame
+  def _on_signal(self, number: int, _: FrameType | None) -> None:
     self._num_signals += 1
     if self._num_signals > 1:
       if time.monotonic() - self._first_time > _DUPLICATE_SECONDS:
         os._exit(128 + number)
       return
     self._first_time = time.monotonic()
-    logging.warning('SIGTERM: the job saves a checkpoint and exits. Another SIGTERM exits at once.')
+    name = signal.Signals(number).name
+    logging.warning(f'{name}: the job saves a checkpoint and exits. Another signal exits at once.')
     if self._jax_handler:
-      self._jax_handler(number)
+      self._jax_handler(signal.SIGTERM)
 
   def should_stop(self, step: int) -> bool:
     """Returns whether to save and exit after `step`. Must be called after each step.
 
-    After any process has received SIGTERM, all processes get True at the same step.
+    After any process has received a signal, all processes get True at the same step.
     """
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
@@ -71,22 +78,33 @@ class PreemptionListener:
 
 
 @contextlib.contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-  """Context of a job without unsaved progress. SIGTERM exits at once with `EXIT_CODE`."""
-  previous = _set_handler(lambda number, frame: os._exit(EXIT_CODE))
+def exit_on_signals() -> Iterator[None]:
+  """Context of a job without unsaved progress. A signal exits at once with `EXIT_CODE`.
+
+  Ctrl-C raises KeyboardInterrupt, so that it does not end a notebook.
+  """
+  signals = [number for number in _SIGNALS if number != signal.SIGINT]
+  previous = _set_handlers(lambda number, frame: os._exit(EXIT_CODE), signals)
   try:
     yield
   finally:
-    _set_handler(previous)
+    for number, handler in previous.items():
+      _set_handlers(handler, (number,))
 
 
-def _set_handler(handler: Any) -> Any:
-  """Sets the handler of SIGTERM. Returns the previous handler, or None if it is unknown."""
-  # Python allows signal handlers only in the main thread. A job in another thread, for example in a
-  # notebook, does not handle SIGTERM.
-  if threading.current_thread() is threading.main_thread():
-    return signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
-  return None
+def _set_handlers(handler: Any, signals: Iterable[int]) -> dict[int, Any]:
+  """Sets the handler of signals. Returns the previous handlers, None if one is unknown.
+
+  Python allows signal handlers only in the main thread. A job in another thread, for example in a
+  notebook, handles no signals. Ignored signals stay ignored: nohup ignores SIGHUP.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    return {}
+  return {
+    number: signal.signal(number, handler or signal.SIG_DFL)
+    for number in signals
+    if signal.getsignal(number) is not signal.SIG_IGN
+  }
 
 
 def _c_handler() -> Callable[[int], None] | None:

@@ -41,10 +41,10 @@ def start(
 
 
 def gather(value: T) -> list[T]:
-  """Gathers one value from each process, in the order of the processes.
+  """Gathers one value from each process, in the order of the processes, which must all call this.
 
   A value is anything that JSON can represent. `multihost_utils.process_allgather` takes only arrays
-  of equal shapes. All processes must call this function.
+  of equal shapes.
   """
   if jax.process_count() == 1:
     return [value]

@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 
-from farmer_jax import config, terminal
+from farmer_jax import config, losses, terminal
 from farmer_jax.data import base
 from farmer_jax.evaluation import feature_statistics, image_sets
 from farmer_jax.ops import random
@@ -63,12 +63,12 @@ def load_or_train(data: config.Data, train_source: base.Source, folder: epath.Pa
         return jax.tree.unflatten(tree, [arrays[f'arr_{i}'] for i in range(len(leaves))])
     except (*image_sets.NPZ_ERRORS, KeyError) as error:
       logging.warning(f'{file} is corrupt ({error}). The classifier is trained again.')
-  params = _train(network, train_source, initial, data.flip)
-  image_sets.save_npz(file, {f'arr_{i}': leaf for i, leaf in enumerate(jax.tree.leaves(params))})
+  params = _train(network, train_source, initial, data)
+  layout.write_npz(file, {f'arr_{i}': leaf for i, leaf in enumerate(jax.tree.leaves(params))})
   return params
 
 
-def _train(network: Classifier, source: base.Source, params: Params, flip: bool) -> Params:
+def _train(network: Classifier, source: base.Source, params: Params, data: config.Data) -> Params:
   """Trains with Adam and a cosine schedule on augmented images."""
   optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _STEPS))
 
@@ -77,7 +77,7 @@ def _train(network: Classifier, source: base.Source, params: Params, flip: bool)
     params: Params, state: optax.OptState, images: Images, labels: Int[Array, 'B'], step: int
   ) -> tuple[Params, optax.OptState, Float[Array, '']]:
     def loss_fn(params: Params) -> Float[Array, '']:
-      outputs: Any = network.apply({'params': params}, _augment(images, step, flip))
+      outputs: Any = network.apply({'params': params}, _augment(images, step, data))
       return optax.softmax_cross_entropy_with_integer_labels(outputs.logits, labels).mean()
 
     loss, gradients = jax.value_and_grad(loss_fn)(params)
@@ -95,12 +95,9 @@ def _train(network: Classifier, source: base.Source, params: Params, flip: bool)
   return params
 
 
-def _augment(images: Images, step: int, flip: bool) -> Images:
-  """Shifts each image by up to two pixels. With `flip`, mirrors it with probability 1/2."""
+def _augment(images: Images, step: int, data: config.Data) -> Images:
+  """Shifts each image by up to two pixels, and flips images like training."""
   key_shift, key_flip = (random.named_key(_SEED, name, step) for name in ('shift', 'mirror'))
   shifts = jax.random.randint(key_shift, (len(images), 2), -2, 3)
   images = jax.vmap(lambda image, shift: jnp.roll(image, shift, (0, 1)))(images, shifts)
-  if not flip:
-    return images
-  mirrored = jax.random.bernoulli(key_flip, 0.5, (len(images), 1, 1, 1))
-  return jnp.where(mirrored, images[:, :, ::-1], images)
+  return losses.random_flip(key_flip, images, data)

@@ -16,7 +16,7 @@ from absl import app
 from etils import epath
 
 from farmer_jax import errors, terminal
-from farmer_jax.evaluation import image_sets, inception
+from farmer_jax.evaluation import inception
 from farmer_jax.workdir import layout
 
 PYTORCH_FILE = 'pt_inception-2015-12-05-6726825d.pth'
@@ -55,7 +55,7 @@ def convert(source: epath.Path, target: epath.Path) -> None:
     for path, shape in shapes.items()
   }
   arrays[inception.CHECKSUM] = np.array(inception.checksum(arrays))
-  image_sets.save_npz(target, arrays)
+  layout.write_npz(target, arrays)
 
 
 def convert_once(source: epath.Path, folder: epath.Path) -> epath.Path:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -105,17 +105,12 @@ class FeatureNetwork:
       yield indices, jax.tree.map(without_padding, jax.device_get(outputs))
 
   def compare(
-    self,
-    samples: Statistics,
-    reference: Statistics,
-    neighbors: int,
-    labels: Labels | None = None,
+    self, samples: Statistics, reference: Statistics, neighbors: int, labels: Labels | None = None
   ) -> dict[str, float | None]:
     """Compares samples with real images. See `feature_statistics.compare`.
 
-    Names of metrics of classifier features start with `classifier_`. The classifier adds its
-    accuracy on held-out real images and, with the labels of the samples, the fraction of samples
-    that it recognizes as their class.
+    A classifier adds its accuracy on held-out real images and, with the labels of the samples, the
+    fraction of samples that it recognizes as their class.
     """
     compared = statistics_lib.compare(samples, reference, neighbors)
     if self.name == 'inception':
@@ -131,14 +126,17 @@ class FeatureNetwork:
     return metrics
 
 
-def load(config: config_lib.Config, folder: epath.Path) -> FeatureNetwork:
+def load(
+  config: config_lib.Config, folder: epath.Path, class_names: Sequence[str] = ()
+) -> FeatureNetwork:
   """Loads the network that `config.fidelity.network` selects.
 
-  `folder` stores the trained classifier or the converted weights of Inception.
+  `folder` stores the trained classifier or the converted weights of Inception. The classifier
+  predicts indices in `class_names`, the classes of the run.
   """
   if config.feature_network == 'inception':
     return load_inception(config.fidelity.weights, folder, config.fidelity.batch_size)
-  return load_classifier(config.data, folder, config.fidelity.batch_size)
+  return load_classifier(config.data, folder, config.fidelity.batch_size, class_names)
 
 
 def load_inception(weights: str | None, folder: epath.Path, batch_size: int) -> FeatureNetwork:
@@ -161,9 +159,11 @@ def load_inception(weights: str | None, folder: epath.Path, batch_size: int) -> 
   return FeatureNetwork('inception', *arguments, batch_size)
 
 
-def load_classifier(data: config_lib.Data, folder: epath.Path, batch_size: int) -> FeatureNetwork:
+def load_classifier(
+  data: config_lib.Data, folder: epath.Path, batch_size: int, class_names: Sequence[str] = ()
+) -> FeatureNetwork:
   """Loads the classifier of the training images. Trains it if `folder` does not contain it."""
-  train, valid = (sources.load(data, split) for split in ('train', 'valid'))
+  train, valid = (sources.load(data, split, class_names) for split in ('train', 'valid'))
   module = classifier.Classifier(data.num_classes)
 
   def apply(params: Any, images: UInt8[Array, 'B H W C']) -> Outputs:
@@ -184,9 +184,9 @@ def load_classifier(data: config_lib.Data, folder: epath.Path, batch_size: int) 
 def load_reference(
   config: config_lib.Config, network: FeatureNetwork, folder: epath.Path
 ) -> tuple[Statistics, str]:
-  """Loads or computes the statistics of the real images that `config.fidelity.reference` names.
+  """Returns the statistics and the name of the real images `config.fidelity.reference`.
 
-  Returns the statistics and the name of the images. `folder` stores computed statistics.
+  `folder` stores computed statistics.
 
   Raises:
     DataError: the reference cannot be read, or its statistics belong to another network.

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from farmer_jax.errors import DataError
 from farmer_jax.evaluation import image_sets
 from farmer_jax.ops import sample_quality
+from farmer_jax.workdir import layout
 
 
 @flax.struct.dataclass
@@ -69,14 +70,14 @@ def save(path: epath.Path, statistics: Statistics) -> None:
     if moments is not None:
       arrays |= {f'mu{suffix}': moments.mean, f'sigma{suffix}': moments.covariance}
   optional = {'features': statistics.features, 'logits': statistics.logits}
-  image_sets.save_npz(path, arrays | {n: a for n, a in optional.items() if a is not None})
+  layout.write_npz(path, arrays | {n: a for n, a in optional.items() if a is not None})
 
 
 def load(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> Statistics:
   """Reads statistics from the arrays of the npz file at `path`.
 
-  The file was written by `save`, or is another file with `mu` and `sigma`, such as a reference
-  batch of ADM (github.com/openai/guided-diffusion).
+  `save` wrote the file, or it has at least `mu` and `sigma`, like a reference batch of ADM
+  (github.com/openai/guided-diffusion).
 
   Raises:
     DataError: the file is corrupt or lacks an array.
@@ -89,6 +90,8 @@ def load(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> Statistics:
       return sample_quality.Moments(count, mean, covariance * (count - 1))
 
     optional = {name: arrays[name] for name in ('features', 'logits') if name in arrays}
+    if not all(np.isfinite(arrays[n]).all() for n in {'mu', 'sigma'}.union(optional)):
+      raise ValueError('it contains values that are not finite')
     return Statistics(moments(''), moments('_s') if 'mu_s' in arrays else None, **optional)
   except (*image_sets.NPZ_ERRORS, KeyError) as error:
     raise DataError(f'cannot read the statistics in {path}: {error}') from error

@@ -1,8 +1,7 @@
 """Grids of images, and plots, as arrays and PNG files."""
 
-import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,26 +56,16 @@ def save_png(path: epath.Path, image: Picture) -> None:
     Image.fromarray(image).save(file, format='png')
 
 
-@contextlib.contextmanager
-def plot(
-  rows: int, columns: int, size: tuple[float, float], **options: Any
-) -> Iterator[tuple[Any, Any]]:
-  """Context with a matplotlib figure and its axes [rows, columns].
+def plot(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+  """Returns a matplotlib figure of `size` inches and its axes [rows, columns].
 
-  `size` is in inches. `matplotlib.pyplot.subplots` receives the options.
+  `Figure.subplots` receives the options.
   """
-  import matplotlib  # The import takes a second, and most jobs draw no plots.
+  # The import takes a second, and most jobs draw no plots.
+  from matplotlib.figure import Figure
 
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(
-    rows, columns, figsize=size, squeeze=False, layout='constrained', **options
-  )
-  try:
-    yield figure, axes
-  finally:
-    pyplot.close(figure)
+  figure = Figure(figsize=size, layout='constrained')
+  return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def to_array(figure: Any) -> Picture:
@@ -99,23 +88,21 @@ def training_curves(path: epath.Path, records: Sequence[dict[str, Any]], title: 
     if points:
       panel.plot(*zip(*points, strict=True), style, label=label)
 
-  with plot(1, 2, size=(11, 4)) as (figure, axes):
-    left, right = axes[0]
-    draw(left, 'train', name, '-', 'train')
-    draw(left, 'valid', name, 'o-', 'valid')
-    values = [
-      r[name] for r in records if r['split'] == 'train' and np.isfinite(r.get(name, np.nan))
-    ]
-    if values:
-      # Without a limit, the high losses of the first steps would hide the rest of the curve.
-      low, high = min(values), np.quantile(values, 0.9)
-      left.set_ylim(low - 0.1 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)
-    left.set(xlabel='step', ylabel='bits/dim' if name == 'bits_per_dim' else f'loss, {unit}')
-    for term in terms:
-      draw(right, 'train', term, '-', term)
-    right.set(xlabel='step', ylabel=f'terms of the loss, {unit}')
-    for panel in (left, right):
-      if panel.lines:
-        panel.legend()
-    figure.suptitle(title)
-    save_png(path, to_array(figure))
+  figure, axes = plot(1, 2, size=(11, 4))
+  left, right = axes[0]
+  draw(left, 'train', name, '-', 'train')
+  draw(left, 'valid', name, 'o-', 'valid')
+  values = [r[name] for r in records if r['split'] == 'train' and np.isfinite(r.get(name, np.nan))]
+  if values:
+    # Without a limit, the high losses of the first steps would hide the rest of the curve.
+    low, high = min(values), np.quantile(values, 0.9)
+    left.set_ylim(low - 0.1 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)
+  left.set(xlabel='step', ylabel='bits/dim' if name == 'bits_per_dim' else f'loss, {unit}')
+  for term in terms:
+    draw(right, 'train', term, '-', term)
+  right.set(xlabel='step', ylabel=f'terms of the loss, {unit}')
+  for panel in (left, right):
+    if panel.lines:
+      panel.legend()
+  figure.suptitle(title)
+  save_png(path, to_array(figure))

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -66,10 +66,11 @@ def from_path(path: str | epath.Path, data: config.Data) -> ImageSet:
   path = layout.absolute(path)
   if not path.exists():
     raise DataError(f'{path} does not exist; it should be an npz file or a folder of images')
-  files = [path] if path.is_file() else sorted(path.glob('*.npz'))
+  # `path.glob` would read a path such as samples[1] as a pattern.
+  files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix == '.npz')
   if not files:
     data = dataclasses.replace(
-      data, source='folder', path=str(path), num_classes=0, valid_fraction=0.0
+      data, source='folder', path=str(path), num_classes=0, valid_fraction=0.0, layout='auto'
     )
     images = from_source(sources.load(data, 'train'), path.name)
     return dataclasses.replace(images, labels=None)
@@ -91,13 +92,6 @@ def open_npz(path: epath.Path) -> Any:
     return np.load(path.open('rb'), allow_pickle=False)
   except NPZ_ERRORS as error:
     raise DataError(f'cannot read {path}: {error}') from error
-
-
-def save_npz(path: epath.Path, arrays: Mapping[str, Any]) -> None:
-  """Writes an npz file atomically. Missing folders are created."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with layout.atomic_path(path) as temporary, temporary.open('wb') as file:
-    np.savez(file, **arrays)
 
 
 def _image_count(file: epath.Path) -> int:

@@ -1,13 +1,13 @@
-"""The likelihood of each image, and the mean over a split.
+"""The likelihood of each image.
 
 Except for rounding, results do not depend on batches or devices, see `noise.evaluation_images`.
 
 Axes: B batch, N tokens, T flow blocks, C classes.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from farmer_jax import config as config_lib
 from farmer_jax import losses
 from farmer_jax import noise as noise_lib
-from farmer_jax.nn import farmer
-from farmer_jax.ops import bits
+from farmer_jax.nn import farmer, layers
 
 Params = dict[str, Any]
 Scores = dict[str, Array]
@@ -26,6 +25,7 @@ Labels = Int[Array, 'B']
 Values = Float[Array, 'B H W C']
 
 
+@dataclasses.dataclass(eq=False)
 class Scorer:
   """Computes the likelihood of each image, averaged over noise draws.
 
@@ -33,16 +33,11 @@ class Scorer:
   label "no class") or 'marginal' (all classes are equally likely: log mean_c p(x | c)).
   """
 
-  def __init__(
-    self,
-    model: farmer.Farmer,
-    config: config_lib.Config,
-    draws: int = 1,
-    condition: str = 'label',
-    seed: int = 0,
-  ) -> None:
-    self._model, self._noise = model, noise_lib.build(config.noise)
-    self._draws, self._condition, self._seed = draws, condition, seed
+  model: farmer.Farmer
+  config: config_lib.Config
+  draws: int = 1
+  condition: str = 'label'
+  seed: int = 0
 
   def __call__(
     self, params: Params, images: UInt8[Array, 'B H W C'], labels: Labels, indices: Int[Array, 'B']
@@ -64,15 +59,18 @@ class Scorer:
       `predicted` [B], for 'marginal': the class with the highest likelihood.
     """
 
+    noise = noise_lib.build(self.config.noise)
+    params = layers.cast_params(params, self.config.model.dtype)
+
     def one_draw(draw: Int[Array, '']) -> Scores:
-      values = noise_lib.evaluation_images(self._noise, images, indices, self._seed, draw)
+      values = noise_lib.evaluation_images(noise, images, indices, self.seed, draw)
       return self._score(params, values, labels)
 
-    scores = jax.lax.map(one_draw, jnp.arange(self._draws))  # leading axis: draws
+    scores = jax.lax.map(one_draw, jnp.arange(self.draws))  # leading axis: draws
     log_classes = scores.pop('log_classes', None)
     result = {name: values.mean(0) for name, values in scores.items()}
-    dims, discrete = images[0].size, self._noise.has_bits_per_dim
-    if discrete and self._draws > 1:
+    dims, discrete = images[0].size, noise.has_bits_per_dim
+    if discrete and self.draws > 1:
       result['loss_importance'] = -_log_mean_exp(-scores['loss'] * dims) / dims
     if log_classes is not None:
       # The mean density over draws estimates the probability of a discrete image. Draws of Gaussian
@@ -83,18 +81,18 @@ class Scorer:
 
   def _score(self, params: Params, images: Values, labels: Labels) -> Scores:
     """Returns the scores of one draw and, for 'marginal', log p(x | c) [B, C] in nats."""
-    dims, num_classes = images[0].size, self._model.num_classes
-    if self._condition == 'marginal' and num_classes:
+    dims, num_classes = images[0].size, self.model.num_classes
+    if self.condition == 'marginal' and num_classes:
       return _marginalize(self._densities_by_class(params, images), dims)
-    if self._condition != 'label':
+    if self.condition != 'label':
       labels = jnp.full_like(labels, num_classes)
-    density: Any = self._model.apply({'params': params}, images, labels)
+    density: Any = self.model.apply({'params': params}, images, labels)
     tokens, log_dets = -density.tokens, -density.log_dets.T / dims
     return {**losses.nll_terms(density, dims), 'tokens': tokens, 'log_dets': log_dets}
 
   def _densities_by_class(self, params: Params, images: Values) -> farmer.LogDensity:
     """Returns log-densities given each class, with a leading axis C."""
-    model, variables = self._model, {'params': params}
+    model, variables = self.model, {'params': params}
     labels = jnp.zeros(len(images), jnp.int32)
     if model.config.flow.class_conditional:
       log_density = functools.partial(model.apply, variables, images)
@@ -128,42 +126,3 @@ def _marginalize(densities: farmer.LogDensity, dims: int) -> Scores:
 
 def _log_mean_exp(values: Float[Array, 'k ...']) -> Float[Array, '...']:
   return jax.nn.logsumexp(values, axis=0) - math.log(len(values))
-
-
-class LikelihoodEvaluator:
-  """Computes the mean negative log-likelihood of a split, for validation during training.
-
-  The density is given the label of each image. Each image has one noise draw.
-  """
-
-  def __init__(self, model: farmer.Farmer, config: config_lib.Config) -> None:
-    self._noise = noise_lib.build(config.noise)
-    scorer = Scorer(model, config, seed=config.seed)
-    self._sums = jax.jit(functools.partial(_masked_sums, scorer=scorer))
-
-  def __call__(self, params: Params, batches: Iterable[dict[str, Array]]) -> dict[str, float]:
-    """Evaluates the model on batches of `data.pipeline.evaluation_batches`.
-
-    Returns:
-      Means over the images in nats/dim: `loss`, `nll_informative`, `nll_redundant` and `log_det`.
-      With uniform dequantization also `bits_per_dim`. With Gaussian noise also `noise_std`, the
-      standard deviation at which the density is evaluated.
-    """
-    total: dict[str, float] = {}
-    for batch in batches:
-      sums = jax.device_get(self._sums(params, batch))
-      total = {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}
-    count = total.pop('count')
-    means = {name: value / count for name, value in total.items()}
-    if self._noise.has_bits_per_dim:
-      return means | {'bits_per_dim': bits.bits_per_dim(means['loss'])}
-    return means | {'noise_std': self._noise.noise.std_end}
-
-
-def _masked_sums(params: Params, batch: dict[str, Array], *, scorer: Scorer) -> Scores:
-  """Returns sums of each term over the images of a batch, without padding, and their `count`."""
-  scores = scorer(params, batch['image'], batch['label'], batch['index'])
-  # If padding is nan, a sum of products with the mask is nan.
-  mask = batch['mask'].astype(bool)
-  names = ('loss', 'nll_informative', 'nll_redundant', 'log_det')
-  return {name: jnp.where(mask, scores[name], 0).sum() for name in names} | {'count': mask.sum()}

@@ -19,7 +19,7 @@ from sklearn import metrics
 from farmer_jax.data import base
 from farmer_jax.evaluation import figures
 from farmer_jax.evaluation.figures import Picture
-from farmer_jax.ops import bits
+from farmer_jax.ops import units
 
 TERMS = ('nll_informative', 'nll_redundant', 'log_det', 'nll_class')
 
@@ -33,13 +33,9 @@ Values = Float[np.ndarray, 'n']
 
 
 class Detection(NamedTuple):
-  """Out-of-distribution detection by one score of the images of two datasets.
+  """Out-of-distribution detection by one score of the images of two datasets."""
 
-  `auroc` is the probability that an image of the model's dataset has a higher score than an
-  out-of-distribution image.
-  """
-
-  auroc: float
+  auroc: float  # probability that an image of the model's dataset has the higher score
   scores: Values
   ood_scores: Values
 
@@ -84,13 +80,12 @@ def detect_ood(rows: Rows, ood_rows: Rows, dims: int) -> dict[str, Detection]:
     `complexity_corrected` adds the length of the image as a PNG, because simple images have high
     likelihoods under any model (Serrà et al. 2020, arXiv 1909.11480).
   """
-  pair = rows, ood_rows
-  nats_per_dim = [np.asarray(r.get('loss_importance', r['loss']), np.float64) for r in pair]
-  log_density = [-loss * dims / math.log(2) for loss in nats_per_dim]
-  corrected = [
-    bits_per_image + r['png_bits'] for bits_per_image, r in zip(log_density, pair, strict=True)
-  ]
-  in_distribution = np.repeat([1, 0], [len(loss) for loss in nats_per_dim])
+  log_density, corrected = [], []
+  for r in (rows, ood_rows):
+    nats_per_dim = np.asarray(r.get('loss_importance', r['loss']), np.float64)
+    log_density.append(-nats_per_dim * dims / math.log(2))
+    corrected.append(log_density[-1] + r['png_bits'])
+  in_distribution = np.repeat([1, 0], [len(scores) for scores in log_density])
   detections = {}
   for name, scores in {'log_density': log_density, 'complexity_corrected': corrected}.items():
     values = np.concatenate(scores)
@@ -112,7 +107,7 @@ def with_bits(rows: Rows) -> Rows:
   """Adds bits/dim to the rows of uniformly dequantized images."""
   losses = _select(rows, ('loss', 'loss_importance'))
   return rows | {
-    name.replace('loss', 'bits_per_dim'): bits.bits_per_dim(loss.astype(np.float64))
+    name.replace('loss', 'bits_per_dim'): units.bits_per_dim(loss.astype(np.float64))
     for name, loss in losses.items()
   }
 
@@ -175,18 +170,18 @@ def draw_detections(detections: dict[str, Detection], names: tuple[str, str]) ->
     'log_density': 'log₂ p(x), bits/image',
     'complexity_corrected': 'log₂ p(x) + PNG length, bits/image',
   }
-  with figures.plot(1, len(detections), size=(11, 3.6)) as (figure, axes):
-    for panel, (name, detection) in zip(axes[0], detections.items(), strict=True):
-      scores = detection.scores, detection.ood_scores
-      # Outliers would make the other values hard to see.
-      low, high = _quantiles(np.concatenate(scores), 0.005)
-      edges = np.linspace(low, high, 80)
-      for values, label in zip(scores, names, strict=True):
-        panel.hist(np.clip(values, low, high), edges, density=True, alpha=0.6, label=label)
-      panel.set(title=f'AUROC {detection.auroc:.3f}', xlabel=labels[name], yticks=[])
-      panel.legend()
-    figure.suptitle('Out-of-distribution detection')
-    return figures.to_array(figure)
+  figure, axes = figures.plot(1, len(detections), size=(11, 3.6))
+  for panel, (name, detection) in zip(axes[0], detections.items(), strict=True):
+    scores = detection.scores, detection.ood_scores
+    # Outliers would make the other values hard to see.
+    low, high = _quantiles(np.concatenate(scores), 0.005)
+    edges = np.linspace(low, high, 80)
+    for values, label in zip(scores, names, strict=True):
+      panel.hist(np.clip(values, low, high), edges, density=True, alpha=0.6, label=label)
+    panel.set(title=f'AUROC {detection.auroc:.3f}', xlabel=labels[name], yticks=[])
+    panel.legend()
+  figure.suptitle('Out-of-distribution detection')
+  return figures.to_array(figure)
 
 
 def _draw_classes(
@@ -203,15 +198,15 @@ def _draw_classes(
   low, high = _quantiles(values, 0.001)
   edges = np.linspace(low, high, 60)
   size = 6.5, 0.9 + 0.5 * len(groups)
-  with figures.plot(len(groups), 1, size=size, sharex=True) as (figure, axes):
-    for panel, (name, group) in zip(axes[:, 0], groups.items(), strict=True):
-      panel.hist(group, edges, color='C0' if name == 'all' else 'C1')
-      panel.axvline(np.nanmean(group), color='black', linewidth=1)
-      panel.set_ylabel(name, rotation=0, ha='right', va='center')
-      panel.set_yticks([])
-      panel.spines[['top', 'right', 'left']].set_visible(False)
-    axes[-1, 0].set_xlabel(f'negative log-likelihood, {unit} (vertical line: mean)')
-    return figures.to_array(figure)
+  figure, axes = figures.plot(len(groups), 1, size=size, sharex=True)
+  for panel, (name, group) in zip(axes[:, 0], groups.items(), strict=True):
+    panel.hist(group, edges, color='C0' if name == 'all' else 'C1')
+    panel.axvline(np.nanmean(group), color='black', linewidth=1)
+    panel.set_ylabel(name, rotation=0, ha='right', va='center')
+    panel.set_yticks([])
+    panel.spines[['top', 'right', 'left']].set_visible(False)
+  axes[-1, 0].set_xlabel(f'negative log-likelihood, {unit} (vertical line: mean)')
+  return figures.to_array(figure)
 
 
 def _draw_extremes(values: Values, indices: Indices, source: base.Source, unit: str) -> Picture:
@@ -233,17 +228,17 @@ def _draw_tokens(tokens: Float[np.ndarray, 'n N']) -> Picture:
   mean = np.nanmean(tokens, axis=0)
   low, high = np.nanquantile(tokens, (0.1, 0.9), axis=0)
   side = int(len(mean) ** 0.5)
-  with figures.plot(1, 2, size=(11, 4), width_ratios=(1, 1.8)) as (figure, axes):
-    left, right = axes[0]
-    shown = left.imshow(mean.reshape(side, side), cmap='viridis')
-    figure.colorbar(shown, ax=left, label='informative channels, nats/token')
-    left.set(title='mean over images', xticks=[], yticks=[])
-    position = np.arange(1, len(mean) + 1)
-    right.fill_between(position, low, high, alpha=0.3, label='10 % to 90 % of images')
-    right.plot(position, mean, label='mean')
-    right.set(xlabel='token, raster order', ylabel='negative log-likelihood, nats')
-    right.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, frameon=False)
-    return figures.to_array(figure)
+  figure, axes = figures.plot(1, 2, size=(11, 4), width_ratios=(1, 1.8))
+  left, right = axes[0]
+  shown = left.imshow(mean.reshape(side, side), cmap='viridis')
+  figure.colorbar(shown, ax=left, label='informative channels, nats/token')
+  left.set(title='mean over images', xticks=[], yticks=[])
+  position = np.arange(1, len(mean) + 1)
+  right.fill_between(position, low, high, alpha=0.3, label='10 % to 90 % of images')
+  right.plot(position, mean, label='mean')
+  right.set(xlabel='token, raster order', ylabel='negative log-likelihood, nats')
+  right.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+  return figures.to_array(figure)
 
 
 def _quantiles(values: Values, fraction: float) -> tuple[float, float]:

@@ -1,10 +1,7 @@
-"""Figures of samples: sweeps over sampling settings, and the path from latents to images.
-
-All functions draw one named row for each label. All columns use the same random numbers.
-"""
+"""Figures of samples: sweeps over sampling settings, and the path from latents to images."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,97 +19,111 @@ from farmer_jax.nn.farmer import Farmer
 GUIDANCE_SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 REDUNDANT_VARIANCES = (0.0, 0.2, 0.4, 0.8, 1.0, 1.2, 1.5, 2.0, 4.0)
 
-Params = dict[str, Any]
-Labels = Sequence[int]
-Names = Sequence[str]
-Sizes = Sequence[int] | None  # chunk sizes, see `sampling.Sampler`
-Images = UInt8[np.ndarray, 'B H W C']
-Values = Float[Array, 'B H W C']
+Columns = Mapping[str, UInt8[Array | np.ndarray, 'rows H W C']]  # {title: images}
 
 
-def guidance_sweep(
-  model: Farmer, config: Config, params: Params, labels: Labels, names: Names, chunk_sizes: Sizes
-) -> Picture:
-  """Draws one column for each guidance scale in `GUIDANCE_SCALES`."""
-  guidance = config.sampling.guidance
-  method = 'resample' if guidance.method == 'none' else guidance.method
-  # The compiled program includes guidance only if the configured scale is not 0.
-  guidance = dataclasses.replace(guidance, method=method, scale=1.0)
-  sampler = sampling.Sampler(model, config.with_sampling(guidance=guidance), chunk_sizes)
-  columns = {f'w = {scale:g}': dict(scales=(scale, scale)) for scale in GUIDANCE_SCALES}
-  return _sweep(sampler, params, labels, names, columns)
+@dataclasses.dataclass(frozen=True)
+class SamplingFigures:
+  """Draws figures with one named row for each label. All columns use the same random numbers.
 
-
-def redundant_variance_sweep(
-  model: Farmer, config: Config, params: Params, labels: Labels, names: Names, chunk_sizes: Sizes
-) -> Picture:
-  """Draws one column for each factor on the variance of the redundant channels.
-
-  All images of a row have the same informative channels.
+  See `sampling.Sampler` for `chunk_sizes`.
   """
-  sampler = sampling.Sampler(model, config, chunk_sizes)
-  columns = {f'x {factor:g}': dict(variance=factor) for factor in REDUNDANT_VARIANCES}
-  return _sweep(sampler, params, labels, names, columns)
 
+  model: Farmer
+  config: Config
+  params: dict[str, Any]
+  labels: Sequence[int]
+  names: Sequence[str]
+  chunk_sizes: Sequence[int] | None = None
 
-def inversion_path(
-  model: Farmer, config: Config, params: Params, labels: Labels, names: Names
-) -> Picture:
-  """Draws the tokens between the flow blocks: latents z^T on the left, the image z⁰ on the right.
+  def draw_supported(self) -> dict[str, Picture]:
+    """Draws all figures that the model supports, by name."""
+    model, prior = self.config.model, self.config.model.prior
+    pictures = {}
+    if self.config.supports_guidance:
+      pictures['guidance'] = self.guidance_sweep()
+    if prior.kind == 'mixture' and prior.informative_channels:
+      pictures['redundant'] = self.redundant_variance_sweep()
+    if model.flow.blocks:
+      pictures['denoising_path'] = self.inversion_path()
+    if self.config.teacher is not None:
+      pictures['student'] = self.student_comparison()
+    return pictures
 
-  All tokens except the tokens of the image are rescaled to the range of gray levels.
-  """
-  z = sampling.Sampler(model, config).latents(params, labels, np.arange(len(labels)))
+  def guidance_sweep(self) -> Picture:
+    """Draws one column for each guidance scale in `GUIDANCE_SCALES`."""
+    guidance = self.config.sampling.guidance
+    method = 'resample' if guidance.method == 'none' else guidance.method
+    # The compiled program includes guidance only if the configured scale is not 0.
+    guidance = dataclasses.replace(guidance, method=method, scale=1.0)
+    columns = {f'w = {scale:g}': dict(scales=(scale, scale)) for scale in GUIDANCE_SCALES}
+    return self._sweep(columns, guidance=guidance)
 
-  @jax.jit
-  def invert_block(z: Float[Array, 'B N d'], block: int) -> Float[Array, 'B N d']:
-    arguments = z, jnp.asarray(labels, jnp.int32), block
-    return model.apply({'params': params}, *arguments, method='invert_block')[0]
+  def redundant_variance_sweep(self) -> Picture:
+    """Draws one column for each factor on the variance of the redundant channels.
 
-  tokens = model.final_flow_output(z)
-  columns = {}
-  for block in range(config.model.flow.blocks, -1, -1):  # number of blocks left to invert
-    # Each block reverses the order of the tokens.
-    values = model.tokens_to_images(tokens[:, ::-1] if block % 2 else tokens)
-    columns[f'z^{block}'] = _rescale(values) if block else _quantize(config, values)
-    if block:
+    All images of a row have the same informative channels.
+    """
+    columns = {f'x {factor:g}': dict(variance=factor) for factor in REDUNDANT_VARIANCES}
+    return self._sweep(columns)
+
+  def inversion_path(self) -> Picture:
+    """Draws the tokens between the flow blocks: latents z^T on the left, the image z⁰ on the right.
+
+    All tokens except the tokens of the image are rescaled to the range of gray levels.
+    """
+    model, labels = self.model, jnp.asarray(self.labels, jnp.int32)
+
+    @jax.jit
+    def invert_block(z: Float[Array, 'B N d'], block: int) -> Float[Array, 'B N d']:
+      return model.apply({'params': self.params}, z, labels, block, method='invert_block')[0]
+
+    tokens = model.final_flow_output(self._latents(sampling.Sampler(model, self.config)))
+    columns = {}
+    for block in range(self.config.model.flow.blocks, 0, -1):  # number of blocks left to invert
+      # Each block reverses the order of the tokens.
+      columns[f'z^{block}'] = _rescale(
+        model.tokens_to_images(tokens[:, ::-1] if block % 2 else tokens)
+      )
       tokens = invert_block(tokens, block - 1)
-  return figures.sample_grid(np.stack(list(columns.values()), 1), names, list(columns))
+    columns['z^0'] = self._quantize(model.tokens_to_images(tokens))
+    return self._grid(columns)
+
+  def student_comparison(self) -> Picture:
+    """Draws images of the exact inverse and of the student's inverse, and their difference.
+
+    Gray means no difference.
+    """
+    samplers = [
+      sampling.Sampler(self.model, self.config.with_sampling(inverse=inverse, denoise=False))
+      for inverse in ('sequential', 'student')
+    ]
+    z = self._latents(samplers[0])
+    exact, student = (sampler.images(self.params, z, self.labels) for sampler in samplers)
+    difference = self._quantize(student.values - exact.values)
+    return self._grid({'exact': exact.images, 'student': student.images, 'diff.': difference})
+
+  def _latents(self, sampler: sampling.Sampler, **options: Any) -> Float[Array, 'B N d']:
+    return sampler.latents(self.params, self.labels, np.arange(len(self.labels)), **options)
+
+  def _sweep(self, columns: dict[str, dict[str, Any]], **settings: Any) -> Picture:
+    """Draws a column for each item of `columns`, {title: arguments of `Sampler.latents`}."""
+    config = self.config.with_sampling(**settings)
+    sampler = sampling.Sampler(self.model, config, self.chunk_sizes)
+    latents = {title: self._latents(sampler, **options) for title, options in columns.items()}
+    return self._grid(
+      {title: sampler.images(self.params, z, self.labels).images for title, z in latents.items()}
+    )
+
+  def _grid(self, columns: Columns) -> Picture:
+    images = np.stack(jax.device_get(list(columns.values())), 1)
+    return figures.sample_grid(images, self.names, list(columns))
+
+  def _quantize(self, values: Float[Array, 'B H W C']) -> UInt8[np.ndarray, 'B H W C']:
+    return np.asarray(noise_lib.build(self.config.noise).quantize(values))
 
 
-def student_comparison(
-  model: Farmer, config: Config, params: Params, labels: Labels, names: Names
-) -> Picture:
-  """Draws images of the exact inverse and of the student's inverse, and their difference.
-
-  Gray means no difference.
-  """
-  exact, student = (
-    sampling.Sampler(model, config.with_sampling(inverse=inverse, denoise=False))
-    for inverse in ('sequential', 'student')
-  )
-  z = exact.latents(params, labels, np.arange(len(labels)))
-  samples = [sampler.images(params, z, labels) for sampler in (exact, student)]
-  difference = _quantize(config, samples[1].values - samples[0].values)
-  pictures = np.stack([samples[0].images, samples[1].images, difference], 1)
-  return figures.sample_grid(pictures, names, ('exact', 'student', 'diff.'))
-
-
-def _sweep(
-  sampler: sampling.Sampler, params: Params, labels: Labels, names: Names, columns: dict[str, Any]
-) -> Picture:
-  """Draws a column for each item of `columns`, {title: arguments of `Sampler.latents`}."""
-  numbers = np.arange(len(labels))
-  latents = [sampler.latents(params, labels, numbers, **options) for options in columns.values()]
-  images = [jax.device_get(sampler.images(params, z, labels).images) for z in latents]
-  return figures.sample_grid(np.stack(images, 1), names, list(columns))
-
-
-def _quantize(config: Config, values: Values) -> Images:
-  return np.asarray(noise_lib.build(config.noise).quantize(values))
-
-
-def _rescale(images: Values) -> Images:
+def _rescale(images: Float[Array, 'B H W C']) -> UInt8[np.ndarray, 'B H W C']:
   """Maps the middle 98 % of the values of each image to the range of gray levels."""
   values = np.asarray(images)
   low, high = np.quantile(values, (0.01, 0.99), axis=(1, 2, 3), keepdims=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,13 @@ from farmer_jax.workdir import layout, results
 Params = dict[str, Any]
 
 
-def load_sources(config: config_lib.Config) -> tuple[base.Source, base.Source | None]:
-  """Loads the data source to score and, if configured, the out-of-distribution data source."""
+def load_sources(
+  config: config_lib.Config, class_names: Sequence[str] = ()
+) -> tuple[base.Source, base.Source | None]:
+  """Loads the data source to score and, if configured, the out-of-distribution data source.
+
+  Labels are indices in `class_names`, the classes of the run.
+  """
   settings, data = config.likelihood, config.data
   if settings.source is not None:
     # With condition='none', the classes of another dataset do not matter.
@@ -34,7 +39,7 @@ def load_sources(config: config_lib.Config) -> tuple[base.Source, base.Source | 
     )
   elif settings.path is not None:
     data = dataclasses.replace(data, path=settings.path)
-  source = sources.load(data, settings.split)
+  source = sources.load(data, settings.split, class_names if data.num_classes else ())
   if settings.ood_source is None:
     return source, None
   # The classes of out-of-distribution images are not classes of the model.
@@ -66,8 +71,6 @@ class Scoring:
     self._likelihood, self._noise = config.likelihood, noise_lib.build(self._config.noise)
     self._folder = workdir / 'likelihood' / 'rows'
     self._devices = mesh.LocalDevices()
-    if self._config.model.dtype == 'float64':
-      params = jax.tree.map(lambda a: a.astype(np.float64), params)
     self._params = self._devices.replicate(params)
     # Identifies the parameters. A maximum does not depend on the order of its operands.
     self._maxima = [float(abs(leaf).max()) for leaf in jax.tree.leaves(params)]
@@ -77,23 +80,22 @@ class Scoring:
   def score(self, source: base.Source, description: str) -> Rows:
     """Scores the images of a data source. A progress bar shows `description`.
 
-    Returns:
-      Arrays with one row for each image, in order, in every process: the results of
-      `likelihood.Scorer`, `index`, `label`, bits/dim for uniform dequantization, and `png_bits`
-      for out-of-distribution detection.
+    Returns in every process arrays with one row for each image, in order: the results of
+    `likelihood.Scorer`, `index`, `label`, bits/dim for uniform dequantization, and `png_bits` for
+    out-of-distribution detection.
     """
     count = min(len(source), self._likelihood.examples or len(source))
     num_processes, process = jax.process_count(), jax.process_index()
     ends = [count * p // num_processes for p in range(num_processes + 1)]
-    fingerprint = base.fingerprint(source)
-    store = self._open_store(source, fingerprint, process, ends[process])
+    open_store = functools.partial(self._open_store, source, base.fingerprint(source))
+    store = open_store(process, ends[process])
     if ends[process] < ends[process + 1]:
       self._score_missing(store, source, description, ends[process], ends[process + 1])
     processes.barrier(f'scored {description}')
     parts = []
-    for p, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for p, (start, end) in enumerate(itertools.pairwise(ends)):
       if end > start:
-        store = self._open_store(source, fingerprint, p, start)
+        store = open_store(p, start)
         parts.append({name: store.read(name, end - start) for name in store.names})
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return with_bits(rows) if self._noise.has_bits_per_dim else rows
@@ -139,10 +141,8 @@ class Scoring:
     if self._likelihood.dtype == 'bfloat16' and self._change_by_dtype is None:
       self._change_by_dtype = self._compare_dtypes(next(iter(batches(start=start))))
     # Batches start at multiples of their size, as in `sampling.to_disk.draw_missing`.
-    scored: Iterator[Any] = (
-      (batch, self._scorer(self._params, *self._shard(batch)))
-      for batch in batches(start=start + done - done % size)
-    )
+    to_score = batches(start=start + done - done % size)
+    scored: Iterator[Any] = ((batch, self._apply(self._scorer, batch)) for batch in to_score)
     done_images = min(done, end - start)
     with terminal.progress_bar(f'scoring {description}', 'image', end - start, done_images) as bar:
       # The devices compute the next batch at the same time.
@@ -162,7 +162,7 @@ class Scoring:
     model = dataclasses.replace(self._config.model, dtype='float32')
     float32_scorer = self._build_scorer(dataclasses.replace(self._config, model=model))
     exact, rounded = (
-      np.asarray(scorer(self._params, *self._shard(batch))['loss'], np.float64)[batch['mask']]
+      np.asarray(self._apply(scorer, batch)['loss'], np.float64)[batch['mask']]
       for scorer in (float32_scorer, self._scorer)
     )
     change = (rounded - exact)[np.isfinite(rounded - exact)]
@@ -172,6 +172,6 @@ class Scoring:
       'largest_nats_per_dim': float(abs(change).max(initial=0)),
     }
 
-  def _shard(self, batch: base.Batch) -> tuple[jax.Array, ...]:
-    """Returns the arguments of the scorer."""
-    return self._devices.shard((batch['image'], batch['label'], batch['index']))
+  def _apply(self, scorer: Any, batch: base.Batch) -> likelihood.Scores:
+    arrays = self._devices.shard((batch['image'], batch['label'], batch['index']))
+    return scorer(self._params, *arrays)

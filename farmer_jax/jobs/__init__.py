@@ -24,15 +24,14 @@ def run(config: config_lib.Config, workdir: str) -> None:
     'sample': config.sampling.dtype,
     'fidelity': config.sampling.dtype,
   }
-  if 'float64' in (config.model.dtype, job_dtypes.get(config.job)):
-    jax.config.update('jax_enable_x64', True)
+  host.configure_jax('float64' in (config.model.dtype, job_dtypes.get(config.job)))
   module = importlib.import_module(f'farmer_jax.jobs.{config.job}')
   # JAX handles SIGTERM in jobs of several processes. Training uses JAX's handler to write a
   # checkpoint at the same step in all processes.
   keep_jax_handler = config.job in ('pretrain', 'distill') and jax.process_count() > 1
   preempted = None
   try:
-    with contextlib.nullcontext() if keep_jax_handler else preemption.exit_on_sigterm():
+    with contextlib.nullcontext() if keep_jax_handler else preemption.exit_on_signals():
       module.run(config, workdir)
   except preemption.Preempted as error:
     preempted = error

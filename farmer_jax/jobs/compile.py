@@ -4,9 +4,7 @@
 """
 
 import functools
-import json
 import re
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,10 +17,9 @@ from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.jobs import training_run
 from farmer_jax.nn import farmer
 from farmer_jax.training import optimizer as optimizer_lib
-from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
 from farmer_jax.workdir import layout
-from farmer_jax.xla import ahead_of_time, chips, flops
+from farmer_jax.xla import ahead_of_time, flops
 
 STEP = 'training step'
 
@@ -50,23 +47,31 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
     logging.info(f'Compiling the {name} for {len(devices)} x {kind} ...')
     options = step_lib.COMPILER_OPTIONS.get(devices[0].platform) if name == STEP else None
     report['programs'][name] = ahead_of_time.compile_and_measure(name, lowered, kind, options)
-  step, peak = report['programs'][STEP], chips.peak_flops(kind)
+  step, peak = report['programs'][STEP], flops.chip(kind).peak_flops
   if peak and (seconds := step['estimated_seconds']):
     step['estimated_mfu'] = report['flops_per_step'] / len(devices) / seconds / peak
-  file = workdir / 'compile' / _file_name(config, report)
-  file.parent.mkdir(parents=True, exist_ok=True)
-  layout.write_atomically(file, json.dumps(report, indent=2) + '\n')
-  _print_report(report)
+  where = re.sub(r'\W+', '-', config.compile.topology or f'{len(devices)}-local')
+  shape = 'x'.join(map(str, mesh.mesh.shape.values()))
+  settings = f'{config.train.batch_size}-{config.model.remat}-{config.model.dtype}'
+  file = workdir / 'compile' / f'{where}-{shape}-{settings}.json'
+  layout.write_json(file, report)
+  terminal.print_result(
+    f'{report["parameters"] / 1e6:.0f} million parameters,'
+    f' {report["flops_per_step"] / 1e12:.1f} TFLOP per step of {config.train.batch_size} images;'
+    f' {len(devices)} x {kind}, mesh {report["mesh"]}, remat {config.model.remat}'
+  )
+  for name, program in report['programs'].items():
+    terminal.print_result(ahead_of_time.describe(name, program))
   terminal.print_result(str(file))
 
 
 def _lower(
   config: config_lib.Config, mesh: mesh_lib.Mesh
-) -> tuple[state_lib.TrainState, dict[str, jax.stages.Lowered]]:
+) -> tuple[step_lib.TrainState, dict[str, jax.stages.Lowered]]:
   """Returns the shapes of the training state, and the traced programs by name."""
   model, optimizer = farmer.build(config), optimizer_lib.create(config)
   init_params = functools.partial(farmer.init_boxed_params, model=model)
-  init = state_lib.initializer(init_params, optimizer, config.train.ema_decay)
+  init = step_lib.initializer(init_params, optimizer, config.train.ema_decay)
   state = mesh.abstract(jax.eval_shape(init, jax.random.key(0)))
   side, size = config.data.image_size, config.train.batch_size
   shape = size, side, side, config.data.channels
@@ -83,22 +88,3 @@ def _lower(
     labels = jax.ShapeDtypeStruct((size,), np.int32, sharding=mesh.sharded)
     programs |= sampling.Sampler(model, config).lower(state.params, labels)
   return state, programs
-
-
-def _file_name(config: config_lib.Config, report: dict[str, Any]) -> str:
-  devices = re.sub(r'\W+', '-', config.compile.topology or f'{report["devices"]}-local')
-  shape = 'x'.join(map(str, report['mesh'].values()))
-  return (
-    f'{devices}-{shape}-{config.train.batch_size}-{config.model.remat}-{config.model.dtype}.json'
-  )
-
-
-def _print_report(report: dict[str, Any]) -> None:
-  terminal.print_result(
-    f'{report["parameters"] / 1e6:.0f} million parameters,'
-    f' {report["flops_per_step"] / 1e12:.1f} TFLOP per step of {report["batch_size"]} images;'
-    f' {report["devices"]} x {report["device_kind"]}, mesh {report["mesh"]}, remat'
-    f' {report["remat"]}'
-  )
-  for name, program in report['programs'].items():
-    terminal.print_result(ahead_of_time.describe(name, program))

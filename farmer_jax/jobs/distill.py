@@ -11,10 +11,9 @@ from etils import epath
 from farmer_jax import config as config_lib
 from farmer_jax import losses, sampling, terminal
 from farmer_jax import teacher as teacher_lib
-from farmer_jax.evaluation import figures, reconstruction, sampling_figures
-from farmer_jax.jobs import training_hooks, training_run
+from farmer_jax.evaluation import figures, sampling_figures, validation
+from farmer_jax.jobs import training_job, training_run
 from farmer_jax.nn import farmer, student
-from farmer_jax.training import loop
 from farmer_jax.workdir import layout
 
 
@@ -22,42 +21,37 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   """Trains, validates and draws samples. Prints the accuracy and the speed of the student."""
   config = dataclasses.replace(config, teacher=str(layout.absolute(config.teacher)))
   config = config.with_sampling(inverse='student')
-  resources = training_run.Resources.load(config)
+  class_names = layout.read_class_names(layout.absolute(config.teacher))
+  resources = training_run.Resources.load(config, class_names)
   model = student.build(config)
   teacher, record = teacher_lib.restore_teacher(config, workdir)
   teacher = resources.mesh.place(farmer.box_params(teacher, model))
   workdir = training_run.prepare_workdir(config, workdir, resources)
   if not jax.process_index():
-    teacher_lib.save_teacher_record(workdir, record)
+    layout.write_json(workdir / teacher_lib.RECORD_FILE, record)
 
   def sampling_params(params: dict[str, Any]) -> dict[str, Any]:
     return teacher | {'student': params['student']}
 
-  evaluator = reconstruction.ReconstructionEvaluator(model, config, teacher)
-  validation = training_hooks.validation_hook(config, resources.valid, resources.mesh, evaluator)
-  with training_run.training_context(config, workdir, resources) as iterator:
-    state = loop.train(
-      config,
-      workdir,
-      resources.mesh,
-      init_params=functools.partial(
-        losses.init_student, model=model, objective=config.distill.objective
-      ),
-      loss_fn=functools.partial(losses.distillation_loss, model=model, config=config),
-      iterator=iterator,
-      validation=validation,
-      hooks=[
-        training_hooks.sample_hook(
-          config, workdir, resources.mesh, resources.train.class_names, model, sampling_params
-        )
-      ],
-      frozen=(teacher,),
-    )
-  if validation.metrics:
+  evaluator = validation.ReconstructionEvaluator(model, config, teacher)
+  state, metrics = training_job.train(
+    config,
+    workdir,
+    resources,
+    model,
+    evaluator,
+    init_params=functools.partial(
+      losses.init_student, model=model, objective=config.distill.objective
+    ),
+    loss_fn=functools.partial(losses.distillation_loss, model=model, config=config),
+    sampling_params=sampling_params,
+    frozen=(teacher,),
+  )
+  if metrics:
     terminal.print_result(
       f'Held-out reconstruction ({resources.num_validated(config)} images):'
-      f' PSNR {validation.metrics["psnr"]:.2f} dB, root mean square error'
-      f' {validation.metrics["rmse"]:.4f} (pixels in [-1, 1])'
+      f' PSNR {metrics["psnr"]:.2f} dB, root mean square error'
+      f' {metrics["rmse"]:.4f} (pixels in [-1, 1])'
     )
   params = sampling_params(state.evaluation_params)
   _compare_with_exact_inverse(config, workdir, model, params, resources.train.class_names)
@@ -81,7 +75,8 @@ def _compare_with_exact_inverse(
     f' ms ({found["speedup"]:.1f} times faster), in batches of {len(batch)}'
   )
   names = [class_names[label] for label in labels] if class_names else ()
-  picture = sampling_figures.student_comparison(model, config, params, labels.tolist(), names)
+  drawn = sampling_figures.SamplingFigures(model, config, params, labels.tolist(), names)
+  picture = drawn.student_comparison()
   path = workdir / 'figures' / 'student.png'
   if not jax.process_index():
     figures.save_png(path, picture)

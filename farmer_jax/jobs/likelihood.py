@@ -1,7 +1,5 @@
 """`--job=likelihood`: computes the likelihood of each image of a split."""
 
-import json
-
 import jax
 from etils import epath
 
@@ -17,10 +15,10 @@ _NOT_IN_NAME = {'name', 'source', 'split', 'batch_size'}
 
 def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   """Scores the images. Writes WORKDIR/likelihood/<name>.json and .csv, and figures."""
-  model_run, settings = api.Run.open(workdir, config), config.likelihood
-  workdir = model_run.workdir
+  model_run, settings = api.Run(workdir, config), config.likelihood
+  workdir = layout.results_folder(config, model_run.workdir)
   host.enable_compilation_cache(workdir)
-  source, ood_source = scoring.load_sources(config)
+  source, ood_source = scoring.load_sources(config, model_run.class_names)
   scorer = scoring.Scoring(config, workdir, *model_run.density)
   rows = scorer.score(source, 'images')
   ood_rows = None if ood_source is None else scorer.score(ood_source, 'out-of-distribution images')
@@ -44,11 +42,11 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   name = settings.name or layout.results_name(prefix, settings, _NOT_IN_NAME)
   folder = workdir / 'likelihood'
   for suffix, table in tables.items():
-    layout.write_atomically(folder / f'{name}{suffix}.csv', likelihood_summary.to_csv(table))
+    layout.write_text(folder / f'{name}{suffix}.csv', likelihood_summary.to_csv(table))
   for kind, picture in pictures.items():
     figures.save_png(workdir / 'figures' / f'likelihood-{name}-{kind}.png', picture)
   # The JSON file is written last. If it exists, the job is complete.
-  layout.write_atomically(folder / f'{name}.json', json.dumps(report, indent=2) + '\n')
+  layout.write_json(folder / f'{name}.json', report)
   terminal.print_result(likelihood_summary.to_text(report))
   terminal.print_result(
     f'{folder / name}.json, .csv; {workdir / "figures" / f"likelihood-{name}"}-*.png'

@@ -9,10 +9,10 @@ from etils import epath
 from farmer_jax import config as config_lib
 from farmer_jax import losses, terminal
 from farmer_jax.distributed import mesh as mesh_lib
-from farmer_jax.evaluation import likelihood
-from farmer_jax.jobs import training_hooks, training_run
+from farmer_jax.evaluation import validation
+from farmer_jax.jobs import training_job, training_run
 from farmer_jax.nn import farmer
-from farmer_jax.training import divergence, loop
+from farmer_jax.training import divergence
 
 
 def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
@@ -20,25 +20,18 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   resources = training_run.Resources.load(config)
   workdir = training_run.prepare_workdir(config, workdir, resources)
   model = farmer.build(config)
-  evaluator = likelihood.LikelihoodEvaluator(model, config)
-  validation = training_hooks.validation_hook(config, resources.valid, resources.mesh, evaluator)
-  with training_run.training_context(config, workdir, resources) as iterator:
-    loop.train(
-      config,
-      workdir,
-      resources.mesh,
-      init_params=functools.partial(farmer.init_boxed_params, model=model),
-      loss_fn=functools.partial(losses.nll_loss, model=model, config=config),
-      iterator=iterator,
-      validation=validation,
-      hooks=[
-        training_hooks.sample_hook(
-          config, workdir, resources.mesh, resources.train.class_names, model
-        )
-      ],
-      diagnose=_diagnosis(config, model, resources.mesh),
-    )
-  _report(validation.metrics, resources.num_validated(config))
+  evaluator = validation.LikelihoodEvaluator(model, config)
+  _, metrics = training_job.train(
+    config,
+    workdir,
+    resources,
+    model,
+    evaluator,
+    init_params=functools.partial(farmer.init_boxed_params, model=model),
+    loss_fn=functools.partial(losses.nll_loss, model=model, config=config),
+    diagnose=_diagnosis(config, model, resources.mesh),
+  )
+  _report(metrics, resources.num_validated(config))
 
 
 def _diagnosis(

@@ -1,9 +1,9 @@
 """`--job=sample`: draws images from a trained run."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
+import einops
 import jax
 from etils import epath
 
@@ -26,8 +26,9 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
   Returns:
     The folder of the samples.
   """
-  trained = api.Run.open(workdir, config)
-  workdir, names, num_classes = trained.workdir, trained.class_names, config.data.num_classes
+  trained = api.Run(workdir, config)
+  workdir = layout.results_folder(config, trained.workdir)
+  names, num_classes = trained.class_names, config.data.num_classes
   host.enable_compilation_cache(workdir)
   labels = sampling.parse_labels(config, names)
   model = sampling.in_sampling_dtype(trained.model, config.sampling)
@@ -40,13 +41,18 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
   if jax.process_index():
     return folder
   report = to_disk.summarize(folder, config.sampling, step, plan, seconds)
-  layout.write_atomically(folder / REPORT_FILE, json.dumps(report, indent=2) + '\n')
+  layout.write_json(folder / REPORT_FILE, report)
   label_names = [sampling.label_name(label, num_classes, names) for label in labels]
   _save_images(config.sampling, folder, label_names)
   if config.sampling.figures:
     rows = config.sampling.grid_rows
-    common = model, config, params, labels[:rows], label_names[:rows]
-    _save_figures(config, workdir / 'figures', common, plan.get('chunk_sizes'))
+    drawn = sampling_figures.SamplingFigures(
+      model, config, params, labels[:rows], label_names[:rows], plan.get('chunk_sizes')
+    )
+    for name, picture in drawn.draw_supported().items():
+      file = workdir / 'figures' / f'{name}.png'
+      figures.save_png(file, picture)
+      terminal.print_result(f'Figure: {file}')
   _print_report(report, folder)
   return folder
 
@@ -62,11 +68,10 @@ def _save_images(
   one_label_a_row = 1 < num_labels <= min(settings.grid_rows, settings.count)
   rows = num_labels if one_label_a_row else min(settings.grid_rows, settings.count)
   columns = min(settings.grid_columns, settings.count // rows)
+  # Image i has the label at index i % num_labels.
+  order = '(columns rows)' if one_label_a_row else '(rows columns)'
   images = store.read('images', rows * columns)
-  if one_label_a_row:  # Image i has the label at index i % num_labels.
-    grid = images.reshape(columns, rows, *images.shape[1:]).swapaxes(0, 1)
-  else:
-    grid = images.reshape(rows, columns, *images.shape[1:])
+  grid = einops.rearrange(images, f'{order} ... -> rows columns ...', rows=rows)
   names = label_names if one_label_a_row else ()
   figures.save_png(folder / 'grid.png', figures.sample_grid(grid, names))
   if settings.png:
@@ -74,31 +79,6 @@ def _save_images(
       end = min(start + results.ROWS_PER_FILE, settings.count)
       for number, image in enumerate(store.read('images', end, start), start):
         figures.save_png(folder / 'png' / f'{number:06d}.png', figures.as_rgb(image))
-
-
-def _save_figures(
-  config: config_lib.Config,
-  folder: epath.Path,
-  common: tuple[Any, Any, Any, Any, Any],
-  chunk_sizes: Sequence[int] | None,
-) -> None:
-  """Saves figures of the effects of sampling settings, and of the images between flow blocks.
-
-  `common` contains the arguments that all functions of `sampling_figures` share.
-  """
-  prior = config.model.prior
-  pictures = {}
-  if config.supports_guidance:
-    pictures['guidance'] = sampling_figures.guidance_sweep(*common, chunk_sizes)
-  if prior.kind == 'mixture' and prior.informative_channels:
-    pictures['redundant'] = sampling_figures.redundant_variance_sweep(*common, chunk_sizes)
-  if config.model.flow.blocks:
-    pictures['denoising_path'] = sampling_figures.inversion_path(*common)
-  if config.teacher is not None:
-    pictures['student'] = sampling_figures.student_comparison(*common)
-  for name, picture in pictures.items():
-    figures.save_png(folder / f'{name}.png', picture)
-    terminal.print_result(f'Figure: {folder / name}.png')
 
 
 def _print_report(report: dict[str, Any], folder: epath.Path) -> None:

@@ -1,24 +1,22 @@
-"""Code that the training jobs share: data, mesh, workdir and the final report."""
+"""What the training jobs prepare: data, mesh and workdir."""
 
-import contextlib
 import dataclasses
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 from absl import logging
 from etils import epath
 
 from farmer_jax import config as config_lib
-from farmer_jax import terminal
 from farmer_jax.data import base, pipeline, sources
 from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.distributed import processes
-from farmer_jax.errors import ConfigError
-from farmer_jax.evaluation import figures
-from farmer_jax.jobs import training_hooks
-from farmer_jax.workdir import layout, lock, metrics
+from farmer_jax.errors import ConfigError, WorkdirError
+from farmer_jax.workdir import layout
 from farmer_jax.xla import host
+
+# Describes the training and the validation images of a run: number, classes, folder.
+_DATA_FILE = 'data.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,18 +24,35 @@ class Resources:
   """Data and mesh of a run, loaded before the workdir is claimed to find errors first."""
 
   train: base.Source
-  valid: base.Source
+  valid: base.Source | None  # None if validation is disabled
   mesh: mesh_lib.Mesh
 
   @classmethod
-  def load(cls, config: config_lib.Config) -> 'Resources':
-    """Opens both splits of the data and creates the mesh."""
-    train, valid = (sources.load(config.data, split) for split in ('train', 'valid'))
-    return cls(train, valid, make_mesh(config))
+  def load(cls, config: config_lib.Config, class_names: Sequence[str] = ()) -> 'Resources':
+    """Opens both splits of the data, with labels for `class_names`, and creates the mesh."""
+    splits = ('train', 'valid') if config.train.validate_every else ('train',)
+    train, *valid = (sources.load(config.data, split, class_names) for split in splits)
+    return cls(train, valid[0] if valid else None, make_mesh(config))
+
+  def validation_batches(self, config: config_lib.Config) -> Iterator[dict[str, jax.Array]]:
+    """Yields the batches of the validation split on the mesh."""
+    assert self.valid is not None
+    index, count = self.mesh.process_shard()
+    batches = pipeline.evaluation_batches(
+      self.valid,
+      self.mesh.round_up(config.train.valid_batch_size),
+      config.train.valid_examples,
+      process_index=index,
+      process_count=count,
+      data=config.data,
+      skip_bad_examples=True,
+    )
+    return map(self.mesh.global_batch, batches)
 
   def num_validated(self, config: config_lib.Config) -> int:
     """Returns the number of images that validation uses."""
-    return min(len(self.valid), config.train.valid_examples or len(self.valid))
+    count = 0 if self.valid is None else len(self.valid)
+    return min(count, config.train.valid_examples or count)
 
 
 def make_mesh(config: config_lib.Config, devices: list[jax.Device] | None = None) -> mesh_lib.Mesh:
@@ -67,34 +82,41 @@ def claim_workdir(config: config_lib.Config, workdir: epath.PathLike) -> epath.P
 def prepare_workdir(
   config: config_lib.Config, workdir: epath.PathLike, resources: Resources
 ) -> epath.Path:
-  """Claims the workdir and stores the class names in it. Returns the absolute path."""
+  """Claims the workdir, and logs and records the data. Returns the absolute path.
+
+  Raises:
+    WorkdirError: the run was started with other classes or with other training images.
+  """
   path = claim_workdir(config, workdir)
-  if not jax.process_index():
-    layout.write_class_names(path, resources.train.class_names)
-  logging.info(f'{len(resources.train)} training images, {len(resources.valid)} validation images.')
+  processes.on_process_zero(lambda: _record_data(path, resources))
   return path
 
 
-@contextlib.contextmanager
-def training_context(
-  config: config_lib.Config, workdir: epath.Path, resources: Resources
-) -> Iterator[pipeline.TrainIterator]:
-  """Context of a training run. Yields the training iterator.
-
-  Holds the lock of the workdir and activates the mesh. At the end, draws the training curves and
-  prints the paths of the results.
-  """
-  start, mesh = time.monotonic(), resources.mesh
-  iterator = pipeline.TrainIterator(
-    resources.train, config.data, config.train.batch_size, config.seed, *mesh.process_shard()
-  )
-  with contextlib.ExitStack() as stack, mesh.activate(), contextlib.closing(iterator):
-    processes.on_process_zero(lambda: stack.enter_context(lock.hold(workdir)))
-    yield iterator
-  curves = workdir / 'figures' / 'curves.png'
-  if not jax.process_index():
-    figures.training_curves(curves, metrics.read(workdir), config.name)
-  terminal.print_result(f'Finished after {(time.monotonic() - start) / 60:.1f} minutes.')
-  if config.train.sample_every:
-    terminal.print_result(f'Samples: {training_hooks.grid_path(workdir, config.train.steps)}')
-  terminal.print_result(f'Curves:  {curves}')
+def _record_data(workdir: epath.Path, resources: Resources) -> None:
+  """Writes classes.json and data.json, or compares the data with those of the first start."""
+  data = {'training': base.describe(resources.train)}
+  if resources.valid is not None:
+    data['validation'] = base.describe(resources.valid)
+  names, saved_names = resources.train.class_names, layout.read_class_names(workdir)
+  if saved_names and names != saved_names:
+    missing, new = sorted(set(saved_names) - set(names)), sorted(set(names) - set(saved_names))
+    raise WorkdirError(
+      f'the classes of the data are not those of the run {workdir} (missing:'
+      f' {", ".join(missing) or "none"}; new: {", ".join(new) or "none"}); restore the classes, or'
+      ' train into another --workdir'
+    )
+  layout.write_class_names(workdir, names)
+  file = workdir / _DATA_FILE
+  saved = layout.read_json(file, lambda value: isinstance(value, dict)) if file.exists() else {}
+  for split, found in data.items():
+    before = saved.get(split, found)
+    if base.is_same_content(before['content'], found['content']):
+      continue
+    problem = (
+      f'the {split} images are not those of the first start of the run {workdir} ({file.name}:'
+      f' {before["images"]} images, now {found["images"]})'
+    )
+    if split == 'training':
+      raise WorkdirError(f'{problem}; restore the images, or train into another --workdir')
+    logging.warning(f'{problem}. Validation losses cannot be compared with earlier ones.')
+  layout.write_json(file, saved | data)

@@ -18,8 +18,7 @@ from farmer_jax.ops.arrays import Index
 Queries = Float[Array, 'B h n D']
 Keys = Float[Array, 'B h m D']  # or values
 LayerCache = tuple[Keys, Keys]  # keys, values
-# One entry per layer. If one array held the caches of all layers, XLA would copy a slice of this
-# array at each decoding step.
+# One entry per layer. XLA would copy slices of one array for all layers at each decoding step.
 Cache = tuple[LayerCache, ...]
 
 # Queries per chunk of causal attention over a full sequence.
@@ -35,8 +34,7 @@ def attend(
   """Softmax attention with `q` scaled by 1/sqrt(D). Returns merged heads in the dtype of `q`.
 
   With `causal`, query i sees only the keys 0 … position + i. Causal attention over a full sequence
-  runs in chunks of queries that fit into fast memory. Each chunk reads only the keys that its
-  queries can see.
+  runs in chunks of queries that fit into fast memory, each with only the keys that it can see.
   """
   q = q / math.sqrt(q.shape[-1])
   n = q.shape[2]
@@ -44,10 +42,9 @@ def attend(
     return _attend_chunk(q, k, v, causal, position)
   chunks = []
   for start in range(0, n, _QUERY_CHUNK):
-    end = min(start + _QUERY_CHUNK, n)
-    chunks.append(
-      _attend_chunk(q[:, :, start:end], k[:, :, :end], v[:, :, :end], causal, position + start)
-    )
+    end = start + _QUERY_CHUNK
+    visible = k[:, :, :end], v[:, :, :end]
+    chunks.append(_attend_chunk(q[:, :, start:end], *visible, causal, position + start))
   return jnp.concatenate(chunks, axis=1)
 
 
@@ -83,8 +80,7 @@ def _weighted_sums(weights: Float[Array, 'B h n m'], v: Keys) -> Float[Array, 'B
 def _weighted_sums_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
   """Derivative that treats the column of ones as a constant.
 
-  JAX's default rule slices this column off in the backward pass. On TPUs, slicing takes longer
-  than the product.
+  JAX's default rule slices this column off in the backward pass, which on TPUs is slow.
   """
   (weights, v), (weights_dot, v_dot) = primals, tangents
   from_values = layers.product('bhnm,bhmd->bhnd', weights, v_dot)
@@ -104,11 +100,10 @@ def split_heads(x: Float[Array, 'B n width'], head_dim: int) -> Queries:
 def update_cache(cache: LayerCache, k: Queries, v: Queries, position: Index) -> LayerCache:
   """Writes the keys and values of n tokens into a cache, starting at `position`."""
   start = tuple(jnp.asarray(index, jnp.int32) for index in (0, 0, position, 0))
-  cached_k, cached_v = cache
-  return (
-    jax.lax.dynamic_update_slice(cached_k, k, start),
-    jax.lax.dynamic_update_slice(cached_v, v, start),
+  cached_k, cached_v = (
+    jax.lax.dynamic_update_slice(old, new, start) for old, new in zip(cache, (k, v), strict=True)
   )
+  return cached_k, cached_v
 
 
 def scan_with_cache(
@@ -118,20 +113,13 @@ def scan_with_cache(
   inputs: PyTree,
   tokens_per_step: int = 1,
 ) -> tuple[Any, PyTree]:
-  """`lax.scan` over tokens with a cache that grows.
+  """Scans step((carry, cache), inputs) -> ((carry, cache), outputs) with a cache that grows.
 
   Attention reads the full cache, so a cache of the final length would waste time at the first
-  tokens. The scan runs in at most 4 segments, and the cache grows before each segment.
+  tokens. The scan runs in at most 4 segments, and the cache grows before each segment. `cache` is a
+  `Cache` without unused positions, or None. Each step writes `tokens_per_step` tokens into it.
 
-  Args:
-    step: ((carry, cache), inputs) -> ((carry, cache), outputs).
-    carry: carry of the scan, without the cache.
-    cache: a `Cache` without unused positions, or None.
-    inputs: arrays that are scanned along their leading axis.
-    tokens_per_step: number of tokens that one step writes into the cache.
-
-  Returns:
-    The last carry and the stacked outputs.
+  Returns the last carry and the stacked outputs.
   """
   steps = len(jax.tree.leaves(inputs)[0])
   segment_steps = max(-(-steps // _MAX_SEGMENTS), -(-_MIN_SEGMENT_TOKENS // tokens_per_step))

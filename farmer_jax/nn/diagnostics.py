@@ -14,14 +14,13 @@ def scale_ranges(
 ) -> dict[str, Float[Array, '*T 2']]:
   """Returns the smallest and largest log-scales of a batch.
 
-  The keys are `flow_log_scale` [T, 2] for flow blocks, and `informative_log_scale` [2] and
-  `redundant_log_scale` [2] for mixtures. Keys of components that the model lacks are missing.
+  `flow_log_scale` [T, 2], and `informative_log_scale` [2] and `redundant_log_scale` [2] of the
+  mixtures, without the components that the model lacks.
   """
   model = model.bind({'params': params})
   ranges = {}
   if model.config.flow.blocks:
-    tokens = model.images_to_tokens(images)
-    ranges['flow_log_scale'] = _flow_log_scale_ranges(model.flow, tokens, labels)
+    ranges['flow_log_scale'] = _flow_ranges(model.flow, model.images_to_tokens(images), labels)
   if model.config.prior.kind == 'mixture':
     z, _ = model.encode(images, labels)
     informative = z[..., : model.prior.informative_channels]
@@ -32,7 +31,7 @@ def scale_ranges(
   return ranges
 
 
-def _flow_log_scale_ranges(flow: flow_lib.Flow, x: Array, labels: Array) -> Array:
+def _flow_ranges(flow: flow_lib.Flow, x: Array, labels: Array) -> Array:
   condition = flow.condition(labels)
 
   def step(x: Array, params: PyTree) -> tuple[Array, Array]:

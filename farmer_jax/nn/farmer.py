@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from farmer_jax import config as config_lib
 from farmer_jax.nn import flow, layers, prior, transformer
-from farmer_jax.ops import patches
+from farmer_jax.ops import guidance, patches
 from farmer_jax.ops.arrays import Index, Labels, PerBlock, PerImage, PerToken, Tokens, Values
 
 
@@ -25,17 +25,14 @@ class LogDensity:
 
   @property
   def informative(self) -> PerImage:
-    """Log-density of the informative channels."""
     return self.tokens.sum(1)
 
   @property
-  def log_det(self) -> PerImage:
-    """log|det dz/dx| of the flow."""
+  def log_det(self) -> PerImage:  # log|det dz/dx| of the flow
     return self.log_dets.sum(0)
 
   @property
-  def total(self) -> PerImage:
-    """log p(x | c)."""
+  def total(self) -> PerImage:  # log p(x | c)
     return self.informative + self.redundant + self.log_det
 
 
@@ -70,12 +67,10 @@ class Farmer(nn.Module):
 
   @property
   def num_tokens(self) -> int:
-    """Number of tokens N of an image."""
     return self.config.num_tokens(self.image_size)
 
   @property
   def token_channels(self) -> int:
-    """Number of channels d of a token."""
     return self.config.token_channels(self.channels)
 
   def __call__(self, images: Values, labels: Labels) -> LogDensity:
@@ -98,11 +93,10 @@ class Farmer(nn.Module):
     tolerance: float = 0.0,
   ) -> tuple[Values, flow.Convergence]:
     """Maps latents to images, the inverse of `encode`. See `flow.Flow.inverse`."""
-    if self.config.flow.blocks:
-      x, convergence = self.flow.inverse(z, labels, chunk_sizes, tolerance)
-    else:
+    if not self.config.flow.blocks:
       nothing = jnp.zeros((0, len(z)), z.dtype)
-      x, convergence = z, flow.Convergence(nothing, nothing)
+      return self.tokens_to_images(z), flow.Convergence(nothing, nothing)
+    x, convergence = self.flow.inverse(z, labels, chunk_sizes, tolerance)
     return self.tokens_to_images(x), convergence
 
   def log_density(self, z: Tokens, log_dets: PerBlock, labels: Labels) -> LogDensity:
@@ -113,17 +107,12 @@ class Farmer(nn.Module):
     reversals = section.blocks - (section.blocks > 0 and not section.final_permutation)
     return LogDensity(tokens[:, ::-1] if reversals % 2 else tokens, redundant, log_dets)
 
-  def sample(self, labels: Int[Array, 'S B'], draws: prior.Draws) -> Tokens:
+  def sample(self, labels: Int[Array, 'S B'], draws: guidance.GuidedDraws) -> Tokens:
     """Draws latents from the prior. See `prior.Prior.sample`."""
     return self.prior.sample(labels, draws)
 
   def invert_block(
-    self,
-    z: Tokens,
-    labels: Labels,
-    block: Index,
-    chunk_size: int = 1,
-    tolerance: float = 0.0,
+    self, z: Tokens, labels: Labels, block: Index, chunk_size: int = 1, tolerance: float = 0.0
   ) -> tuple[Tokens, flow.Convergence]:
     """Maps the output of flow block index `block` to its input. See `flow.FlowBlock.inverse`."""
     params = jax.tree.map(lambda a: a[block], self.flow.block_params)
@@ -173,8 +162,9 @@ def init_boxed_params(key: PRNGKeyArray, model: Farmer) -> PyTree:
 def box_params(params: PyTree, model: Farmer) -> PyTree:
   """Puts each parameter into a box with the logical names of its axes."""
   boxes = jax.eval_shape(functools.partial(init_boxed_params, model=model), jax.random.key(0))
-
-  def is_box(node: PyTree) -> bool:
-    return isinstance(node, nn.meta.AxisMetadata)
-
-  return jax.tree.map(lambda box, a: box.replace_boxed(a), boxes, params, is_leaf=is_box)
+  return jax.tree.map(
+    lambda box, a: box.replace_boxed(a),
+    boxes,
+    params,
+    is_leaf=lambda node: isinstance(node, nn.meta.AxisMetadata),
+  )

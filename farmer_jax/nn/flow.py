@@ -16,8 +16,7 @@ from farmer_jax.nn import attention, layers, scaling, transformer
 from farmer_jax.ops import affine, fixed_point
 from farmer_jax.ops.arrays import Condition, Labels, PerBlock, PerImage, Tokens
 
-# In longer sequences, causal blocks pass the last token to the transformer as well. The reason is
-# given in `FlowBlock.affine_parameters`.
+# In longer sequences, causal blocks keep the last token, see `FlowBlock.affine_parameters`.
 _MAX_CUT_TOKENS = 128
 
 
@@ -34,8 +33,7 @@ class FlowBlock(nn.Module):
 
   A causal transformer computes shift and log-scale of token i from the tokens before token i. The
   first token does not change. The block reverses the token order, so that the next block reads the
-  tokens in the other direction. The output projections are zero at initialization. Therefore a new
-  block only reverses the tokens.
+  tokens in the other direction. Output projections start at zero: a new block only reverses.
   """
 
   flow: config.Flow
@@ -76,17 +74,9 @@ class FlowBlock(nn.Module):
   ) -> tuple[Tokens, Convergence]:
     """Inverts `__call__` chunk by chunk, with a key/value cache.
 
-    The tokens of a chunk are computed together by Jacobi iteration. A chunk size of 1 is the
-    sequential inverse, which is exact. A chunk of all tokens is pure Jacobi iteration (arXiv
-    2505.12849, 2505.24791).
-
-    Args:
-      z: output of `__call__`, in reversed token order.
-      condition: see `__call__`.
-      chunk_size: number of tokens that are computed together.
-      tolerance: largest change, relative to 1 + |x|, at which the iteration of a chunk stops.
-      start: initial value of the iteration, in the token order of x. The default is z.
-      max_rounds: maximum number of rounds per chunk. The default is the chunk size.
+    The tokens of a chunk are computed together by Jacobi iteration, see `fixed_point.solve`. A
+    chunk size of 1 is the sequential inverse, which is exact. A chunk of all tokens is pure Jacobi
+    iteration (arXiv 2505.12849, 2505.24791). It starts at `start`, in the order of x, or at z.
     """
     z = z[:, ::-1]
     start = z if start is None else start
@@ -145,11 +135,8 @@ class FlowBlock(nn.Module):
     return hidden if condition is None else hidden + condition[:, None]
 
   def _project(self, hidden: Array) -> tuple[Array, Array]:
-    """Returns shift and log-scale, [B, n, d] each.
-
-    The shift is linear in the hidden states. The log-scale reads normalized hidden states. Without
-    the norm, a large token could make the scale of the next token exponentially large.
-    """
+    """Returns shift and log-scale, [B, n, d] each."""
+    # Without the norm, a large token could make the scale of the next token exponentially large.
     log_scale = self.log_scale_proj(self.norm(hidden))
     return self.shift_proj(hidden), affine.bound_log_scale(log_scale, self.flow.max_log_scale)
 
@@ -165,9 +152,9 @@ def _split_chunks(a: Array, chunk_size: int) -> Array:
 class Flow(nn.Module):
   """T flow blocks.
 
-  Each block reverses the token order. The reversal of the last block is the final permutation of
-  the paper. Because of it, the prior reads the tokens in the opposite direction from the last
-  block. `config.Flow.final_permutation=False` undoes this last reversal.
+  The reversal of the last block is the final permutation of the paper. Because of it, the prior
+  reads the tokens in the opposite direction from the last block.
+  `config.Flow.final_permutation=False` undoes this last reversal.
   """
 
   flow: config.Flow
@@ -216,8 +203,7 @@ class Flow(nn.Module):
   ) -> tuple[Tokens, Convergence]:
     """Maps latents to tokens. Also returns the convergence statistics of each block, [T, B].
 
-    `FlowBlock.inverse` describes chunk sizes and the tolerance. By default all chunk sizes are 1,
-    which gives the exact inverse.
+    See `FlowBlock.inverse`. By default all chunk sizes are 1, which gives the exact inverse.
     """
     chunk_sizes = tuple(chunk_sizes or (1,) * self.flow.blocks)
     condition = self.condition(labels)
@@ -254,8 +240,7 @@ class Flow(nn.Module):
   ) -> tuple[Tokens, PyTree]:
     """Scans `step(z, params of a block) -> (z, outputs)` over the blocks.
 
-    `params` are stacked parameters, by default `block_params`. With `reverse`, the scan starts at
-    the last block.
+    `params` are stacked parameters, by default `block_params`.
     """
     params = self.block_params if params is None else params
     unroll = min(self._unroll, self.flow.blocks)

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from farmer_jax.nn import scaling
 
@@ -26,13 +26,17 @@ def param_dtype(dtype: DTypeLike) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
+def cast_params(params: PyTree, dtype: DTypeLike) -> PyTree:
+  """Converts parameters, for example of a checkpoint, for transformers with another `dtype`."""
+  return jax.tree.map(lambda a: a.astype(param_dtype(dtype)), params)
+
+
 def precision(dtype: DTypeLike) -> jax.lax.Precision:
   """Precision of matrix products whose operands have `dtype`.
 
-  float32 and float64 operands need HIGHEST. With the default precision, TPUs round float32 operands
-  to bfloat16 and GPUs round them to TF32. The inverse of the flow would then invert a slightly
-  different flow. bfloat16 operands need DEFAULT: the cotangents of their products are float32, and
-  HIGHEST would make the backward pass six times as expensive on TPUs.
+  With the default precision, TPUs round float32 operands to bfloat16 and GPUs round them to TF32.
+  The inverse of the flow would then invert a slightly different flow. The cotangents of products of
+  bfloat16 operands are float32. HIGHEST would make their backward pass six times as expensive.
   """
   return jax.lax.Precision.DEFAULT if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
 
@@ -53,8 +57,8 @@ def _dot_general(x: Array, kernel: Array, dimension_numbers: Any, **kwargs: Any)
   """`lax.dot_general` of a dense layer. On CPUs, the leading axes of `x` are merged into one.
 
   XLA's CPU backend transposes activations in memory if the kernel's gradient contracts two axes.
-  With one axis it does not, and training is nearly twice as fast. On TPUs, tokens
-  are often the last axis in memory, so merging the axes would cause a transposition.
+  With one axis, training is nearly twice as fast. On TPUs, tokens are often the last axis in
+  memory, so merging the axes would cause a transposition.
   """
   assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
   if target_platform() != 'cpu':
@@ -111,9 +115,8 @@ class OutputProjection(nn.Module):
   coarser than the narrowest mixture component.
 
   By default the devices gather the kernel, and each device computes the outputs of its own images.
-  If each image has one input vector and many outputs, the kernel is larger than a batch of vectors.
-  With `shard_outputs`, the devices gather the vectors instead, and each device computes a shard of
-  the outputs. The result does not change.
+  With `shard_outputs`, the devices gather the input vectors instead, and each device computes a
+  shard of the outputs. This is cheaper if each image has one vector and many outputs.
   """
 
   features: int
@@ -169,9 +172,8 @@ def scan_stack(
 ) -> Callable[..., nn.Module]:
   """Returns a class for a stack of `length` modules, which one scan applies in sequence.
 
-  `__call__` of the module returns (carry, output). `in_axes` is passed to `nn.scan` and applies to
-  the inputs after the carry. One iteration of the compiled loop runs `unroll` modules, so compile
-  time does not grow with `length`. `remat` is `none` or a key of `REMAT_POLICIES`. The parameters
+  Compile time does not grow with `length`. `__call__` of the module returns (carry, output).
+  `in_axes` is passed to `nn.scan`. `remat` is `none` or a key of `REMAT_POLICIES`. The parameters
   of the stack have a leading axis whose logical name is `name`.
   """
   if remat != 'none':

@@ -1,9 +1,5 @@
-"""The autoregressive prior over latent tokens and its mixture heads.
+"""The autoregressive prior over latent tokens and its mixture heads."""
 
-Axis letters in addition to `ops.arrays`: d_I informative and d_R redundant channels of a token.
-"""
-
-import typing
 from typing import Any
 
 import flax.linen as nn
@@ -13,22 +9,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from farmer_jax import config
 from farmer_jax.nn import attention, layers, scaling, transformer
-from farmer_jax.ops import mixture
+from farmer_jax.ops import guidance, mixture
 from farmer_jax.ops.arrays import Labels, PerImage, PerToken, Tokens
-
-
-@typing.runtime_checkable
-class Draws(typing.Protocol):
-  """Interface by which `sample` draws the channels of tokens. See `sampling.GuidedDraws`."""
-
-  def token(self, mixtures: mixture.Mixture, i: Any) -> Float[Array, 'B d_I']:
-    """Draws the informative channels of token i from mixtures [S, B, ...]."""
-
-  def shared(self, mixtures: mixture.Mixture, num_tokens: int) -> Float[Array, 'B N d_R']:
-    """Draws the redundant channels of all tokens from shared mixtures [S, B, ...]."""
-
-  def normal(self, num_tokens: int, channels: int) -> Float[Array, 'B N c']:
-    """Draws from a normal distribution."""
 
 
 class MixtureHead(nn.Module):
@@ -101,7 +83,6 @@ class Prior(nn.Module):
 
   @property
   def informative_channels(self) -> int:
-    """Number of informative channels d_I."""
     return self.prior.num_informative_channels(self.channels)
 
   @property
@@ -133,11 +114,10 @@ class Prior(nn.Module):
     shared = self.redundant_head(hidden[:, -1]) if self._has_redundant_mixture else None
     return token_mixtures, shared
 
-  def sample(self, labels: Int[Array, 'S B'], draws: Draws) -> Tokens:
+  def sample(self, labels: Int[Array, 'S B'], draws: guidance.GuidedDraws) -> Tokens:
     """Draws latents: the informative channels token by token, then all redundant channels.
 
-    Guidance needs two streams of labels: the classes and "no class". All streams read the drawn
-    tokens and run as one batch.
+    All streams of labels read the drawn tokens and run as one batch.
     """
     copies, (num_streams, batch) = self.prior.condition_copies, labels.shape
     labels = labels.reshape(-1)
@@ -181,7 +161,7 @@ class NormalPrior(nn.Module):
     log_prob = mixture.standard_normal_log_prob(z)
     return log_prob, jnp.zeros_like(log_prob[:, 0])
 
-  def sample(self, labels: Int[Array, 'S B'], draws: Draws) -> Tokens:
+  def sample(self, labels: Int[Array, 'S B'], draws: guidance.GuidedDraws) -> Tokens:
     """Draws latents."""
     del labels
     z = draws.normal(self.num_tokens, self.channels)

@@ -74,33 +74,19 @@ def residual_init(layers: int) -> nn.initializers.Initializer:
 
 
 def optimizer_of_parameters(params: PyTree, config: config_lib.Config) -> PyTree:
-  """Returns the optimizer of each parameter, 'muon' or 'adam'.
-
-  Parameters can be in boxes with the logical names of their axes.
-  """
-
-  def optimizer(path: Any, _: Any) -> str:
-    return 'muon' if _uses_muon(_kind(_names(path)), config) else 'adam'
-
-  def is_box(node: Any) -> bool:
-    return isinstance(node, nn.meta.AxisMetadata)
-
-  return jax.tree_util.tree_map_with_path(optimizer, params, is_leaf=is_box)
+  """Returns the optimizer of each parameter, which can be in a box: 'muon' or 'adam'."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: _rule(path, leaf, config).optimizer,
+    params,
+    is_leaf=lambda node: isinstance(node, nn.meta.AxisMetadata),
+  )
 
 
 def learning_rate_factors(params: PyTree, config: config_lib.Config) -> PyTree:
   """Returns the factor of the learning rate of each parameter of a model or of a student."""
-
-  def factor(path: Any, leaf: Any) -> float:
-    kind, ratio = _kind(_names(path)), BASE_WIDTH / _width(_names(path), config.model)
-    if _uses_muon(kind, config):
-      # The entries of an orthogonal matrix have a root mean square of 1 / sqrt(larger side). That
-      # of Adam's updates is about 0.2 (arXiv 2502.16982). The change of an output depends on the
-      # largest singular value of an update, which this factor makes independent of the width.
-      return 0.2 * math.sqrt(max(leaf.shape[-2:]) * ratio)
-    return ratio if KINDS[kind].divided else 1.0
-
-  return jax.tree_util.tree_map_with_path(factor, params)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: _rule(path, leaf, config).factor, params
+  )
 
 
 def table(params: PyTree, config: config_lib.Config) -> str:
@@ -109,40 +95,41 @@ def table(params: PyTree, config: config_lib.Config) -> str:
   The update size is the root mean square of an update at the peak learning rate. For Adam, it is
   about the maximum: typical updates are five times smaller.
   """
-  rate, factors = config.train.optimizer.learning_rate, learning_rate_factors(params, config)
+  rate = config.train.optimizer.learning_rate
   counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  optimizers = jax.tree.leaves(optimizer_of_parameters(params, config))
-  for (path, leaf), optimizer, factor in zip(
-    leaves, optimizers, jax.tree.leaves(factors), strict=True
-  ):
-    size = rate * factor / (math.sqrt(max(leaf.shape[-2:])) if optimizer == 'muon' else 1)
-    counts[_kind(_names(path)), optimizer, f'{size:.2g}'] += leaf.size
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    kind, optimizer, factor = _rule(path, leaf, config)
+    divisor = math.sqrt(max(leaf.shape[-2:])) if optimizer == 'muon' else 1.0
+    counts[kind, optimizer, f'{rate * factor / divisor:.2g}'] += leaf.size
   rows = [('kind', 'number', 'initial deviation', 'optimizer', 'update size', 'parameters')]
-  for name, kind in KINDS.items():
-    for (other, optimizer, size), count in counts.items():
-      if other == name:
-        rows.append((name, f'{count:,}', kind.initial, optimizer, size, kind.parameters))
+  for name, entry in KINDS.items():
+    for (kind, optimizer, size), count in counts.items():
+      if kind == name:
+        rows.append((name, f'{count:,}', entry.initial, optimizer, size, entry.parameters))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _names(path: Any) -> list[str]:
-  # Boxes of parameters add keys of other types.
-  return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+class _Rule(NamedTuple):
+  kind: str  # key of KINDS
+  optimizer: str
+  factor: float  # of the learning rate
 
 
-def _kind(names: list[str]) -> str:
+def _rule(path: Any, leaf: Any, config: config_lib.Config) -> _Rule:
+  """Returns how a parameter is updated. `leaf` can be a box, which adds keys of other types."""
+  names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
   if names[-1] in ('positions', 'embedding'):
-    return 'embedding'
-  if names[-1] != 'kernel':
-    return 'vector'
-  return next((kind for module, kind in _KIND_OF_MODULE.items() if module in names), 'hidden')
-
-
-def _width(names: list[str], model: config_lib.Model) -> int:
-  return (model.prior if names[0] == 'prior' else model.flow).width
-
-
-def _uses_muon(kind: str, config: config_lib.Config) -> bool:
-  return config.train.optimizer.kind == 'muon' and KINDS[kind].muon
+    kind = 'embedding'
+  elif names[-1] != 'kernel':
+    kind = 'vector'
+  else:
+    kind = next((kind for module, kind in _KIND_OF_MODULE.items() if module in names), 'hidden')
+  ratio = BASE_WIDTH / (config.model.prior if names[0] == 'prior' else config.model.flow).width
+  if config.train.optimizer.kind == 'muon' and KINDS[kind].muon:
+    # The entries of an orthogonal matrix have a root mean square of 1 / sqrt(larger side). That of
+    # Adam's updates is about 0.2 (arXiv 2502.16982). The change of an output depends on the largest
+    # singular value of an update, which this factor makes independent of the width.
+    shape = getattr(leaf, 'value', leaf).shape
+    return _Rule(kind, 'muon', 0.2 * math.sqrt(max(shape[-2:]) * ratio))
+  return _Rule(kind, 'adam', ratio if KINDS[kind].divided else 1.0)

@@ -25,8 +25,7 @@ class StudentBlock(flow.FlowBlock):
   ) -> tuple[Tokens, Float[Array, 'B N-1 width']]:
     """Maps the output z of a flow block, in reversed order, to an estimate of its input.
 
-    Shift and log-scale are computed from z, because the input is unknown. Also returns the hidden
-    states. Hidden state i affects token i + 1.
+    Shift and log-scale are computed from z, as the input is unknown. Also returns hidden states.
     """
     z = z[:, ::-1]
     shift, log_scale, hidden = self.affine_parameters(z, condition)

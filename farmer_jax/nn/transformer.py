@@ -37,22 +37,15 @@ class StackConfig:
     cls, section: config_lib.Flow | config_lib.Prior, model: config_lib.Model
   ) -> 'StackConfig':
     """Returns the settings for `section`, the flow or the prior of a model."""
-    return cls(
-      layers=section.layers,
-      width=section.width,
-      head_dim=section.head_dim,
-      mlp_ratio=section.mlp_ratio,
-      dtype=jnp.dtype(model.dtype),
-      remat=model.remat,
-      unroll=model.scan_unroll,
-    )
+    sizes = section.layers, section.width, section.head_dim, section.mlp_ratio
+    return cls(*sizes, jnp.dtype(model.dtype), model.remat, model.scan_unroll)
 
 
 class TransformerLayer(nn.Module):
   """Attention and an MLP, each with a preceding norm and a residual connection.
 
-  The dense layers have no biases. The gradient of a bias is a reduction over all activations, which
-  needs separate kernels and adds compile time.
+  The gradient of a bias is a reduction over all activations, which needs separate kernels and adds
+  compile time. The dense layers therefore have no biases.
   """
 
   stack_config: StackConfig
@@ -79,7 +72,7 @@ class TransformerLayer(nn.Module):
   def extend(
     self, x: NewHidden, cache: attention.LayerCache | None = None, position: Index = 0
   ) -> tuple[NewHidden, attention.LayerCache | None]:
-    """Processes n tokens at `position`, which also attend to the cached tokens before `position`.
+    """Processes n tokens at `position`, which also attend to the cached tokens before it.
 
     Also returns the cache with the n tokens added, or None if there is no cache.
     """
@@ -118,7 +111,6 @@ class Transformer(nn.Module):
     self.one_layer = TransformerLayer(**fields, parent=None)
 
   def __call__(self, x: Hidden) -> Hidden:
-    """Full pass over sequences."""
     return self.stack(x)[0]
 
   def extend(

@@ -22,12 +22,11 @@ def affine_inverse(z: Vectors, shift: Vectors, log_scale: Vectors) -> Vectors:
 def bound_log_scale(log_scale: Float[Array, '*shape'], upper: float) -> Float[Array, '*shape']:
   """Applies a smooth upper bound. An `upper` of 0 means no bound.
 
-  Negative values stay unchanged. Positive values approach `upper`. The function is twice
-  continuously differentiable and maps 0 to 0.
+  Negative values, which mean narrow densities, stay unchanged. Positive values approach `upper`.
+  The function is twice continuously differentiable and maps 0 to 0.
 
   Only the inverse multiplies by exp(log_scale), in T blocks in sequence. With the bound b, a
   latent grows at most by e^(T b), which does not overflow float32 while T b is below about 80.
-  Negative log-scales mean narrow densities and need no bound.
   """
   if not upper:
     return log_scale

@@ -1,7 +1,4 @@
-"""Jacobi iteration for strictly triangular systems x = f(x).
-
-Axis letters: B batch, n tokens, d channels of a token.
-"""
+"""Jacobi iteration for strictly triangular systems x = f(x)."""
 
 from collections.abc import Callable
 

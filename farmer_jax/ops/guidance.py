@@ -2,21 +2,61 @@
 
 Guidance draws from p'(z) ∝ p_c(z)^(1 + w) · p_u(z)^(-w). p_c is the mixture given the class, p_u is
 the mixture given "no class", and w ≥ 0 is the guidance scale (arXiv 2510.23588). Powers of mixtures
-have no closed form. `resample` approximates p' by weighted candidates. `draw_component_product`
-replaces p' by a product of two Gaussians, as in GIVT and JetFormer (arXiv 2312.02116, 2411.19722).
+have no closed form.
 
-All functions draw for one image. `jax.vmap` maps them over a batch. `mixtures` has a leading axis
-of S streams: p_c alone (S = 1, no guidance), or p_c and p_u. `scale` is w. `std` and `variance`
-multiply the standard deviation and the variance of the proposal.
+The functions draw for one image. `mixtures` has a leading axis of S streams: p_c alone (S = 1, no
+guidance), or p_c and p_u. `scale` is w. `std` and `variance` multiply the standard deviation and
+the variance of the proposal.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from farmer_jax import config
 from farmer_jax.ops import mixture, random
-from farmer_jax.ops.arrays import Scalar
+from farmer_jax.ops.arrays import Scalar, Tokens
+
+
+class GuidedDraws:
+  """Draws for a batch of images, with one random key per image and one guidance scale per token.
+
+  An image does not depend on the others. `variance` multiplies that of the redundant channels.
+  """
+
+  def __init__(
+    self, keys: PRNGKeyArray, scales: Float[Array, 'N'], variance: Scalar, guidance: config.Guidance
+  ):
+    self._informative_keys, self._redundant_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    self._scales, self._variance, self._guidance = scales, variance, guidance
+
+  def token(self, mixtures: mixture.Mixture, i: Int[Array, '']) -> Float[Array, 'B d_I']:
+    """Draws the informative channels of token i from mixtures [S, B, ...]."""
+
+    def draw_one(key: PRNGKeyArray, mixtures: mixture.Mixture) -> Float[Array, 'd_I']:
+      return draw_token(jax.random.fold_in(key, i), mixtures, self._scales[i], self._guidance)
+
+    return jax.vmap(draw_one, (0, 1))(self._informative_keys, mixtures)
+
+  def shared(self, mixtures: mixture.Mixture, num_tokens: int) -> Float[Array, 'B N d_R']:
+    """Draws the redundant channels of all tokens from one shared mixture per image, [S, B, ...].
+
+    The guidance scale is the scale of the last token.
+    """
+
+    def draw_one(key: PRNGKeyArray, mixtures: mixture.Mixture) -> Float[Array, 'N d_R']:
+      return draw_shared(
+        key, mixtures, self._scales[-1], self._guidance, num_tokens, self._variance
+      )
+
+    return jax.vmap(draw_one, (0, 1))(self._redundant_keys, mixtures)
+
+  def normal(self, num_tokens: int, channels: int) -> Tokens:
+    """Draws from a normal distribution with mean 0 and the variance of the redundant channels."""
+    draw_one = functools.partial(jax.random.normal, shape=(num_tokens, channels))
+    return jnp.sqrt(self._variance) * jax.vmap(draw_one)(self._redundant_keys)
 
 
 def draw_token(
@@ -41,8 +81,7 @@ def draw_shared(
 ) -> Float[Array, 'N d']:
   """Draws the redundant channels of all tokens of an image from its shared mixtures [S, K, d].
 
-  With resampling, all tokens choose independently from one pool of candidates. With a variance of
-  0, each draw is the mean of a component.
+  With resampling, all tokens choose independently from one pool. A variance of 0 draws the means.
   """
   std = variance**0.5
   if len(mixtures.logits) == 1:
@@ -68,11 +107,8 @@ def resample(
 
   The weight of a candidate is p' divided by the density that it was drawn from. Its logarithm is
   w (log p_c - log p_u) for p_c and (w + 1) (log p_c - log p_u) for p_u. As the pools grow, the
-  distribution of the chosen candidates approaches p'.
-
-  `guidance` has factors that sharpen the proposal mixtures, the weighing mixtures and the weights.
-  `sizes` are the numbers of candidates from p_c and from p_u. `num_draws` is the number of
-  independent choices from the pool.
+  distribution of the chosen candidates approaches p'. `sizes` are the numbers of candidates from
+  p_c and from p_u. The `num_draws` choices from the pool are independent.
   """
   key_candidates, key_choice = jax.random.split(key)
   proposal = _proposal(mixtures, guidance, std)
@@ -94,8 +130,9 @@ def draw_component_product(
 ) -> Float[Array, 'd']:
   """Chooses component k by the weights of p_c, and draws from the guided product of Gaussians k.
 
-  In each channel, the product is Gaussian if its precision (1 + w)/σ_c² - w/σ_u² is positive. The
-  other channels use the Gaussian of p_c.
+  GIVT and JetFormer replace p' by this product (arXiv 2312.02116, 2411.19722). In each channel, the
+  product is Gaussian if its precision (1 + w)/σ_c² - w/σ_u² is positive. The other channels use the
+  Gaussian of p_c.
   """
   key_component, key_noise = jax.random.split(key)
   k = random.categorical(key_component, mixtures.logits[0])
@@ -113,6 +150,5 @@ def draw_component_product(
 def _proposal(
   mixtures: mixture.Mixture, guidance: config.Guidance, std: Scalar = 1.0
 ) -> mixture.Mixture:
-  """Returns the mixtures from which candidates are drawn."""
   scales = guidance.proposal_scale_factor * std
   return mixture.sharpen(mixtures, guidance.proposal_logit_factor, scales)

@@ -1,6 +1,5 @@
-"""Diagonal Gaussian mixtures: densities and samples.
+"""Diagonal Gaussian mixtures, float32 or float64: densities and samples.
 
-The arithmetic uses the dtype of the mixture, which is float32 or float64.
 `lead` are any leading axes: [B, N] for one mixture per token, [B] for one mixture per image.
 """
 
@@ -40,8 +39,7 @@ def shared_log_prob(mixture: Mixture, z: Tokens) -> PerToken:
   from the center has an error of about 2e-7 · (D / scale)² nats per channel. For the most likely
   component of each token, the log-density is therefore recomputed in the direct form, which needs
   [B, N, d] numbers. The errors of the other components matter only for tokens that several
-  components explain about equally well. The center is chosen close to the narrow components, whose
-  errors are the largest.
+  components explain about equally well.
   """
   log_weights = jax.nn.log_softmax(mixture.logits)[:, None]  # [B, 1, K]
   components = log_weights + _expanded_log_probs(mixture, z)  # [B, N, K]
@@ -73,10 +71,7 @@ def _expanded_log_probs(mixture: Mixture, z: Tokens) -> Float[Array, 'B N K']:
 
 
 def sharpen(mixture: Mixture, logit_factor: float, scale_factor: Scalar) -> Mixture:
-  """Multiplies the logits and the standard deviations by factors.
-
-  With a `scale_factor` of 0, the components are points. The result has samples but no density.
-  """
+  """Multiplies the logits and the standard deviations by factors. A factor of 0 gives points."""
   return Mixture(
     mixture.logits * logit_factor, mixture.means, mixture.log_scales + jnp.log(scale_factor)
   )
@@ -87,8 +82,7 @@ def sample(
 ) -> Float[Array, '... d']:
   """Draws points [*lead, *shape, d], with `shape` points from each mixture."""
   key_component, key_noise = jax.random.split(key)
-  lead, d = mixture.logits.shape[:-1], mixture.means.shape[-1]
-  draws = math.prod(shape)
+  lead, d, draws = mixture.logits.shape[:-1], mixture.means.shape[-1], math.prod(shape)
   component = random.categorical(key_component, mixture.logits, (draws,))  # [*lead, draws]
 
   def select(a: Float[Array, '*lead K d']) -> Float[Array, '*lead draws d']:

@@ -27,8 +27,7 @@ def categorical(
 ) -> Int[Array, '...']:
   """Draws indices [*lead, *shape] from unnormalized log-weights.
 
-  Inverts the cumulative distribution, which needs one uniform number per draw.
-  `jax.random.categorical` needs K.
+  Uses one uniform number per draw. `jax.random.categorical` uses K.
   """
   cumulative = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
   lead, draws = logits.shape[:-1], math.prod(shape)

@@ -6,14 +6,13 @@ torch-fidelity, with the same random subsets. Axes: n and m images, D features.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-# For each image, exact distances to `neighbors` + 1 + _EXTRA_CANDIDATES points are computed.
+# For each image, exact distances to this many points are computed, in addition to those needed.
 _EXTRA_CANDIDATES = 12
 
 Features = Float[np.ndarray, 'n D']
@@ -41,11 +40,7 @@ class Moments:
     return cls(len(features), mean, (features - mean).T @ (features - mean))
 
   def __add__(self, other: 'Moments') -> 'Moments':
-    """Returns the moments of the union of two sets.
-
-    Each set uses deviations from its own mean (Chan, Golub and LeVeque 1979). Sums of raw squares
-    would lose precision by cancellation.
-    """
+    """Returns the moments of the union of two sets (Chan, Golub and LeVeque 1979)."""
     count = self.count + other.count
     difference = other.mean - self.mean
     mean = self.mean + difference * (other.count / count)
@@ -53,8 +48,7 @@ class Moments:
     return Moments(count, mean, self.scatter + other.scatter + between)
 
   @property
-  def covariance(self) -> Matrix:
-    """The unbiased covariance."""
+  def covariance(self) -> Matrix:  # unbiased
     return self.scatter / (self.count - 1)
 
 
@@ -62,8 +56,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
   """Returns the squared Fréchet (2-Wasserstein) distance of two Gaussians (arXiv 1706.08500).
 
   |m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The trace of the square root is the sum of the
-  singular values of C_a^(1/2) C_b^(1/2). This form takes square roots of symmetric matrices only,
-  and it accepts singular covariances.
+  singular values of C_a^(1/2) C_b^(1/2), which may be singular.
   """
   roots = _square_root(a.covariance) @ _square_root(b.covariance)
   trace_of_root = np.linalg.svd(roots, compute_uv=False).sum()
@@ -167,90 +160,65 @@ def precision_recall(
   return float(precision), float(recall)
 
 
-# Exact distances of all pairs would take too long. A matrix product gives a lower bound of each
-# distance. The points with the lowest bounds are candidates, whose exact distances are computed. If
-# the bounds do not prove the result, the exact distances to all points are computed.
-
-
 def _in_balls(x: Set, points: Points, neighbors: int, chunk_size: int) -> Bool[np.ndarray, 'n']:
   """Returns whether each x is inside a ball around one of the points."""
-  # Without centering, the rounding errors of products would be larger than the distances.
-  center, candidates = points.mean(0), min(len(points), neighbors + 1 + _EXTRA_CANDIDATES)
-  radii = _map_in_chunks(
-    functools.partial(_radii_of_candidates, candidates=candidates, neighbors=neighbors),
-    functools.partial(_exact_radius, neighbors=neighbors),
-    *(points, chunk_size, points, center),
-  )
-  inside_of_candidates = functools.partial(_inside_of_candidates, candidates=candidates)
-  arguments = x, chunk_size, points, center, jnp.asarray(radii)
-  return _map_in_chunks(inside_of_candidates, _exact_inside, *arguments)
+  # The nearest point is the center of the ball itself.
+  radii = _kth_smallest(points, points, jnp.zeros(len(points)), neighbors, chunk_size)
+  return _kth_smallest(x, points, jnp.asarray(radii), 0, chunk_size) <= 0
 
 
-def _map_in_chunks(
-  fast: Callable[..., tuple[Array, Array]],
-  exact: Callable[..., Array],
-  x: Set,
-  chunk_size: int,
-  points: Points,
-  center: Point,
-  *radii: Float[Array, 'm'],
-) -> np.ndarray:
-  """Applies `fast` to chunks of x, and `exact` to each x whose fast result is not proven."""
-  chunk_size = min(chunk_size, len(x))
+def _kth_smallest(
+  x: Set, points: Points, offsets: Float[Array, 'm'], k: int, chunk_size: int
+) -> Float[np.ndarray, 'n']:
+  """Returns the value of rank k among |x - point|² - offset over all points, for each x.
+
+  Exact distances of all pairs would take too long. A matrix product gives a lower bound of each
+  value. The points with the lowest bounds are candidates, whose exact values are computed. If the
+  bounds do not prove the result, the exact values of all points are computed.
+  """
+  chunk_size, candidates = min(chunk_size, len(x)), min(len(points), k + 1 + _EXTRA_CANDIDATES)
   results = []
   for start in range(0, len(x), chunk_size):
-    # All chunks have the same size, so that the functions compile once. The last chunk may overlap
-    # the previous chunk.
+    # All chunks have one size, so that the functions compile once. The last may overlap another.
     first = min(start, len(x) - chunk_size)
-    part, proven = map(np.array, fast(x[first : first + chunk_size], points, center, *radii))
+    part, proven = map(
+      np.array, _among_candidates(x[first : first + chunk_size], points, offsets, k, candidates)
+    )
     for index in np.flatnonzero(~proven):
-      part[index] = exact(x[first + index], points, *radii)
+      part[index] = _among_all(x[first + index], points, offsets, k)
     results.append(part[start - first :])
   return np.concatenate(results)
 
 
-@functools.partial(jax.jit, static_argnames=('candidates', 'neighbors'))
-def _radii_of_candidates(
-  x: Set, points: Points, center: Point, candidates: int, neighbors: int
+@functools.partial(jax.jit, static_argnames=('k', 'candidates'))
+def _among_candidates(
+  x: Set, points: Points, offsets: Float[Array, 'm'], k: int, candidates: int
 ) -> tuple[Float[Array, 'n'], Bool[Array, 'n']]:
-  """Returns the squared radii of the balls around x, and whether each radius is proven.
+  """Returns the value of rank k among the candidates, and whether it is proven.
 
-  A radius is proven if the lower bounds of all points that are not candidates are larger.
+  It is proven if the lower bounds of all points that are not candidates are larger. Of values below
+  0 only the sign matters, and no distance is below 0.
   """
-  bounds, indices = jax.lax.top_k(-_lower_bounds(x, points, center), candidates)
-  distances = _squared_distances(x[:, None], points[indices])
-  radii = jnp.sort(distances, -1)[:, neighbors]  # The nearest point is x itself.
+  bounds, indices = jax.lax.top_k(offsets - _lower_bounds(x, points), candidates)
+  values = _squared_distances(x[:, None], points[indices]) - offsets[indices]
+  value = jnp.sort(values, -1)[:, k]
   # The minimum is the last entry. A slice would make XLA's CPU backend sort all points.
-  return radii, (-bounds.min(-1) > radii) | (candidates == len(points))
+  return value, (-bounds.min(-1) > value) | (value <= 0) | (candidates == len(points))
 
 
-@functools.partial(jax.jit, static_argnames='neighbors')
-def _exact_radius(x: Point, points: Points, neighbors: int) -> Float[Array, '']:
-  return -jax.lax.top_k(-_squared_distances(x, points), neighbors + 1)[0][-1]
-
-
-@functools.partial(jax.jit, static_argnames='candidates')
-def _inside_of_candidates(
-  x: Set, points: Points, center: Point, radii: Float[Array, 'm'], candidates: int
-) -> tuple[Bool[Array, 'n'], Bool[Array, 'n']]:
-  """Returns whether each x is inside a ball, and whether this result is proven."""
-  depths, indices = jax.lax.top_k(radii - _lower_bounds(x, points, center), candidates)
-  distances = _squared_distances(x[:, None], points[indices])
-  inside = (distances <= radii[indices]).any(-1)
-  return inside, inside | (depths.min(-1) < 0) | (candidates == len(points))
-
-
-@jax.jit
-def _exact_inside(x: Point, points: Points, radii: Float[Array, 'm']) -> Bool[Array, '']:
-  return (_squared_distances(x, points) <= radii).any()
+@functools.partial(jax.jit, static_argnames='k')
+def _among_all(x: Point, points: Points, offsets: Float[Array, 'm'], k: int) -> Float[Array, '']:
+  return -jax.lax.top_k(offsets - _squared_distances(x, points), k + 1)[0][-1]
 
 
 def _squared_distances(x: Float[Array, '... D'], y: Float[Array, '... D']) -> Float[Array, '...']:
   return ((x - y) ** 2).sum(-1)
 
 
-def _lower_bounds(x: Set, points: Points, center: Point) -> Float[Array, 'n m']:
+def _lower_bounds(x: Set, points: Points) -> Float[Array, 'n m']:
   """Returns squared distances minus the largest possible rounding error."""
+  # Without centering, the rounding errors of products would be larger than the distances.
+  center = points.mean(0)
   x, points = x - center, points - center
   rounding = (x.shape[-1] + 8) * jnp.finfo(jnp.float32).eps
   squares = (x**2).sum(-1)[:, None] + (points**2).sum(-1)

@@ -1,9 +1,14 @@
 """Draws images from a trained model."""
 
 from farmer_jax.sampling.inverse import cached_measurement, compare_student, plan_inverse
-from farmer_jax.sampling.labels import class_index, grid_labels, label_name, parse_labels
+from farmer_jax.sampling.labels import (
+  check_no_class,
+  class_label,
+  grid_labels,
+  label_name,
+  parse_labels,
+)
 from farmer_jax.sampling.sampler import (
-  GuidedDraws,
   Sampler,
   Samples,
   draw_latents,

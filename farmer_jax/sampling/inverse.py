@@ -1,11 +1,5 @@
-"""Inverts the flow when sampling: token by token, in chunks of tokens, or by a student.
+"""Measures the inverse of the flow when sampling, by chunks of tokens or by a student."""
 
-`plan_inverse` measures chunk sizes and chooses one for each flow block. `compare_student` measures
-a student. `cached_measurement` calls one of these functions once for a run, and stores the result
-in WORKDIR/inverse_plan.json.
-"""
-
-import dataclasses
 import functools
 import json
 import time
@@ -16,24 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from farmer_jax.config import Config, Sampling
 from farmer_jax.distributed import processes
 from farmer_jax.nn.farmer import Farmer
-from farmer_jax.ops import dequantize
-from farmer_jax.sampling.sampler import Sampler
+from farmer_jax.ops import units
+from farmer_jax.ops.arrays import Tokens
+from farmer_jax.sampling.sampler import Labels, Sampler
 from farmer_jax.workdir import layout
-
-Latents = Float[Array, 'B N d']
-Labels = Int[np.ndarray, 'B']
 
 # Number of timed calls of each variant after its compilation. The fastest call counts.
 _REPEATS = 3
 
 
 def plan_inverse(
-  model: Farmer, config: Config, params: PyTree, z: Latents, labels: Labels
+  model: Farmer, config: Config, params: PyTree, z: Tokens, labels: Labels
 ) -> dict[str, Any]:
   """Chooses a chunk size for the inverse of each flow block by measuring a batch of latents.
 
@@ -83,7 +75,7 @@ def plan_inverse(
 
 
 def compare_student(
-  model: Farmer, config: Config, params: PyTree, z: Latents, labels: Labels
+  model: Farmer, config: Config, params: PyTree, z: Tokens, labels: Labels
 ) -> dict[str, float]:
   """Compares the student's inverse of a batch of latents with the sequential inverse.
 
@@ -94,15 +86,14 @@ def compare_student(
   """
   calls = {}
   for inverse in ('sequential', 'student'):
-    changed = dataclasses.replace(config.sampling, inverse=inverse, denoise=False)
-    sampler = Sampler(model, dataclasses.replace(config, sampling=changed))
+    sampler = Sampler(model, config.with_sampling(inverse=inverse, denoise=False))
     calls[inverse] = functools.partial(sampler.images, params, z, labels)
   samples, milliseconds = _time_alternately(calls)
   exact, student = samples['sequential'].values, samples['student'].values
   rmse = float(jnp.sqrt(jnp.nanmean((student - exact) ** 2)))
   return {
     'rmse': rmse,
-    'psnr': dequantize.psnr(rmse),
+    'psnr': units.psnr(rmse),
     'difference': _relative_difference(student, exact),
     'ms_per_image': milliseconds['student'] / len(z),
     'sequential_ms_per_image': milliseconds['sequential'] / len(z),
@@ -113,15 +104,12 @@ def compare_student(
 def cached_measurement(
   config: Config, workdir: epath.Path, model: Farmer, params: PyTree, step: int, labels: list[int]
 ) -> dict[str, Any]:
-  """Measures the inverse for a run, or reads the measurement of an earlier call.
+  """Returns `plan_inverse` or, for a student, `compare_student`. Measures once for a run.
 
-  Process 0 measures, and all processes get the result. Other settings of the inverse, checkpoints,
-  batch sizes and device kinds need a new measurement. `model` is in its sampling dtype, `step` is
-  the step of `params`, and `labels` are repeated to fill a batch.
-
-  Returns:
-    The result of `plan_inverse` (without `trials` for inverse=sequential) or, for a student, of
-    `compare_student`.
+  The result is stored in WORKDIR/inverse_plan.json. Other settings of the inverse, checkpoints,
+  batch sizes and device kinds need a new measurement. Process 0 measures, and all processes get the
+  result. `model` is in its sampling dtype, `step` is the step of `params`, and `labels` are
+  repeated to fill a batch. With inverse=sequential, nothing is measured.
   """
   sampling, blocks = config.sampling, config.model.flow.blocks
   if sampling.inverse == 'sequential' or not blocks:
@@ -131,12 +119,11 @@ def cached_measurement(
   plans = layout.read_json(file, _are_plans) if file.exists() else {}
   if key not in plans and jax.process_index() == 0:
     logging.info('Measuring the inverse of the flow ...')
-    numbers = np.arange(sampling.batch_size)
     batch = np.resize(np.asarray(labels, np.int32), sampling.batch_size)
-    z = Sampler(model, config).latents(params, batch, numbers)
+    z = Sampler(model, config).latents(params, batch, np.arange(sampling.batch_size))
     measure = compare_student if sampling.inverse == 'student' else plan_inverse
     plans[key] = measure(model, config, params, z, batch)
-    layout.write_atomically(file, json.dumps(plans, indent=2) + '\n')
+    layout.write_json(file, plans)
   processes.barrier('plan')
   plan = json.loads(file.read_text())[key]
   _log_plan(plan, sampling)

@@ -9,7 +9,7 @@ from farmer_jax import config as config_lib
 from farmer_jax.errors import ConfigError, DataError
 
 
-def class_index(label: str | int | None, num_classes: int, class_names: Sequence[str] = ()) -> int:
+def class_label(label: str | int | None, num_classes: int, class_names: Sequence[str] = ()) -> int:
   """Returns the label of a class that is given by name or index. None means "no class".
 
   If no name matches exactly, case is ignored. A model without classes ignores `label`.
@@ -33,17 +33,30 @@ def parse_labels(config: config_lib.Config, class_names: Sequence[str] = ()) -> 
   """Returns the labels in `config.sampling.labels`, by default all classes.
 
   Raises:
-    ConfigError: `config.sampling.labels` names a class that does not exist.
+    ConfigError: `config.sampling.labels` names a class that does not exist, or "no class", which
+      the model has not learned.
   """
   num_classes = config.data.num_classes
   if not config.sampling.labels:
     return list(range(num_classes)) or [0]
   words = [word.strip() for word in config.sampling.labels.split(',')]
-  labels = [None if word == 'none' else word for word in words]
+  # A class can have the name "none".
+  labels = [None if word == 'none' and word not in class_names else word for word in words]
+  if None in labels:
+    check_no_class(config)
   try:
-    return [class_index(label, num_classes, class_names) for label in labels]
+    return [class_label(label, num_classes, class_names) for label in labels]
   except DataError as error:
     raise ConfigError(f'--config.sampling.labels: {error}, or none for "no class"') from error
+
+
+def check_no_class(config: config_lib.Config) -> None:
+  """Raises ConfigError if the model has classes and has not learned the label "no class"."""
+  if config.data.num_classes and not config.model.label_dropout:
+    raise ConfigError(
+      'the label "no class" needs a model trained with label dropout, but'
+      ' config.model.label_dropout=0; name a class for each image'
+    )
 
 
 def label_name(label: int, num_classes: int, class_names: Sequence[str] = ()) -> str:

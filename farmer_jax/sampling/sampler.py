@@ -1,7 +1,6 @@
 """Draws images: latents from the prior, with or without guidance, then the inverse of the flow.
 
-Axis letters: S streams (1, or 2 under guidance: "class" and "no class"), B images, N tokens,
-d channels of a token (d_I informative, d_R redundant), T flow blocks, H W C image.
+Axis letters as in `ops.arrays`: S = 1, or 2 under guidance ("class" and "no class").
 """
 
 import dataclasses
@@ -13,60 +12,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from farmer_jax import noise
-from farmer_jax.config import Config, Guidance, Sampling
+from farmer_jax.config import Config, Sampling
+from farmer_jax.nn import layers
 from farmer_jax.nn.farmer import Farmer
 from farmer_jax.ops import guidance as guidance_lib
-from farmer_jax.ops import mixture, random
+from farmer_jax.ops import random
+from farmer_jax.ops.arrays import Images, PerBlock, PerImage, Scalar, Tokens, Values
 
 Ints = Int[Array, 'B']
 Labels = Ints | np.ndarray | Sequence[int]  # `num_classes` is "no class"
-Latents = Float[Array, 'B N d']
-Scalar = Float[Array, ''] | float
-ChunkSizes = Sequence[int] | None
-
-
-class GuidedDraws:
-  """Implements `prior.Draws`, with one random key for each image and one guidance scale per token.
-
-  The tokens of an image depend on its key and on its mixtures. They do not depend on the other
-  images of the batch. `variance` is a factor on the variance of the redundant channels.
-  """
-
-  def __init__(
-    self, keys: PRNGKeyArray, scales: Float[Array, 'N'], variance: Scalar, guidance: Guidance
-  ):
-    self._informative_keys, self._redundant_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    self._scales, self._variance, self._guidance = scales, variance, guidance
-
-  def token(self, mixtures: mixture.Mixture, i: Int[Array, '']) -> Float[Array, 'B d_I']:
-    """Draws the informative channels of token i from mixtures [S, B, ...]."""
-
-    def draw_one(key: PRNGKeyArray, mixtures: mixture.Mixture) -> Float[Array, 'd_I']:
-      key = jax.random.fold_in(key, i)
-      return guidance_lib.draw_token(key, mixtures, self._scales[i], self._guidance)
-
-    return jax.vmap(draw_one, (0, 1))(self._informative_keys, mixtures)
-
-  def shared(self, mixtures: mixture.Mixture, num_tokens: int) -> Float[Array, 'B N d_R']:
-    """Draws the redundant channels of all tokens from one shared mixture per image, [S, B, ...].
-
-    The guidance scale is the scale of the last token.
-    """
-
-    def draw_one(key: PRNGKeyArray, mixtures: mixture.Mixture) -> Float[Array, 'N d_R']:
-      return guidance_lib.draw_shared(
-        key, mixtures, self._scales[-1], self._guidance, num_tokens, self._variance
-      )
-
-    return jax.vmap(draw_one, (0, 1))(self._redundant_keys, mixtures)
-
-  def normal(self, num_tokens: int, channels: int) -> Latents:
-    """Draws from a normal distribution with mean 0 and the variance of the redundant channels."""
-    draw_one = functools.partial(jax.random.normal, shape=(num_tokens, channels))
-    return jnp.sqrt(self._variance) * jax.vmap(draw_one)(self._redundant_keys)
 
 
 def draw_latents(
@@ -78,32 +35,26 @@ def draw_latents(
   *,
   model: Farmer,
   config: Config,
-) -> Latents:
-  """Draws latents z from the prior. Pure and traceable. `Sampler.latents` compiles it.
+) -> Tokens:
+  """Draws latents z from the prior, with one random key per image. `Sampler.latents` compiles it.
 
-  Args:
-    params: parameters of the model.
-    labels: classes. `num_classes` means "no class".
-    keys: one random key for each image.
-    scales: guidance scales at the first and at the last token, interpolated linearly in between.
-      They have no effect unless `config.sampling.guidance` has a scale above 0.
-    variance: factor on the variance of the redundant channels.
-    model: the model.
-    config: the section `sampling` defines how to draw.
+  `scales` are the guidance scales at the first and at the last token, interpolated linearly in
+  between. They have no effect unless `config.sampling.guidance` has a scale above 0. `variance` is
+  a factor on the variance of the redundant channels.
   """
   guidance = config.sampling.guidance
   streams = [labels]
   if guidance.active:
     streams.append(jnp.full_like(labels, config.data.num_classes))
   token_scales = jnp.linspace(scales[0], scales[1], model.num_tokens)
-  draws = GuidedDraws(keys, token_scales, variance, guidance)
+  draws = guidance_lib.GuidedDraws(keys, token_scales, variance, guidance)
   z: Any = model.apply({'params': params}, jnp.stack(streams), draws, method='sample')
   return z
 
 
 def draw_values(
   params: PyTree, labels: Ints, keys: PRNGKeyArray, *, model: Farmer, config: Config
-) -> Float[Array, 'B H W C']:
+) -> Values:
   """Draws real-valued images with the exact inverse. See `draw_latents` for the arguments."""
   scales = jnp.asarray(config.sampling.guidance.scales)
   z = draw_latents(
@@ -116,11 +67,11 @@ def draw_values(
 class Samples:
   """A batch of samples and convergence statistics of the inverse of the flow."""
 
-  values: Float[Array, 'B H W C']  # on the scale of the training data
-  images: UInt8[Array, 'B H W C']  # gray where `values` are not finite
+  values: Values  # on the scale of the training data
+  images: Images  # gray where `values` are not finite
   finite: Bool[Array, 'B']  # whether all values of an image are finite
-  residual: Float[Array, 'B']  # largest residual of the flow blocks, see `flow.Convergence`
-  passes: Float[Array, 'T B']  # passes over the tokens, see `flow.Convergence`
+  residual: PerImage  # largest residual of the flow blocks, see `flow.Convergence`
+  passes: PerBlock  # passes over the tokens, see `flow.Convergence`
 
 
 def in_sampling_dtype(model: Farmer, sampling: Sampling) -> Farmer:
@@ -141,42 +92,42 @@ class Sampler:
   Args:
     model: the model, a `student.StudentFarmer` if `config.sampling.inverse` is 'student'.
     config: the section `sampling` defines how to draw.
-    chunk_sizes: for each flow block, the number of tokens that its inverse computes together (see
-      `flow.FlowBlock.inverse`). None inverts token by token, which is exact.
+    chunk_sizes: of each flow block, see `flow.Flow.inverse`.
     out_shardings: sharding of the results, see `jax.jit`.
   """
 
   def __init__(
-    self, model: Farmer, config: Config, chunk_sizes: ChunkSizes = None, out_shardings: Any = None
+    self,
+    model: Farmer,
+    config: Config,
+    chunk_sizes: Sequence[int] | None = None,
+    out_shardings: Any = None,
   ):
     self._model, self._config = in_sampling_dtype(model, config.sampling), config
     self._chunk_sizes = chunk_sizes
     self._latents = jax.jit(self._draw_latents, out_shardings=out_shardings)
     self._images = jax.jit(self._decode, out_shardings=out_shardings)
 
-  def __call__(self, params: PyTree, labels: Labels, numbers: Labels) -> Samples:
-    """Draws images. `numbers` are the indices i of the images."""
-    return self.images(params, self.latents(params, labels, numbers), labels)
+  def __call__(self, params: PyTree, labels: Labels, indices: Labels) -> Samples:
+    """Draws the images with the given indices."""
+    return self.images(params, self.latents(params, labels, indices), labels)
 
   def latents(
     self,
     params: PyTree,
     labels: Labels,
-    numbers: Labels,
+    indices: Labels,
     scales: tuple[float, float] | None = None,
     variance: float | None = None,
-  ) -> Latents:
-    """Draws latents z from the prior.
-
-    `scales` and `variance` (see `draw_latents`) replace the configured values.
-    """
+  ) -> Tokens:
+    """Draws latents z. `scales` and `variance`, see `draw_latents`, replace configured values."""
     sampling = self._config.sampling
     scales = sampling.guidance.scales if scales is None else scales
     variance = sampling.redundant_variance if variance is None else variance
     factors = np.asarray(scales, np.float32), np.float32(variance)
-    return self._latents(params, _int32(labels), _int32(numbers), *factors)
+    return self._latents(params, _int32(labels), _int32(indices), *factors)
 
-  def images(self, params: PyTree, z: Latents, labels: Labels) -> Samples:
+  def images(self, params: PyTree, z: Tokens, labels: Labels) -> Samples:
     """Inverts the flow. Returns the samples with latents z."""
     return self._images(params, z, _int32(labels))
 
@@ -190,13 +141,15 @@ class Sampler:
       'inverse': self._images.lower(params, z, labels),
     }
 
-  def _draw_latents(self, params: PyTree, labels: Ints, numbers: Ints, *factors: Array) -> Latents:
+  def _draw_latents(self, params: PyTree, labels: Ints, indices: Ints, *factors: Array) -> Tokens:
     named_key = functools.partial(random.named_key, self._config.sampling.seed, 'sample')
-    keys = jax.vmap(named_key)(numbers)
+    keys = jax.vmap(named_key)(indices)
+    params = layers.cast_params(params, self._model.config.dtype)
     return draw_latents(params, labels, keys, *factors, model=self._model, config=self._config)
 
-  def _decode(self, params: PyTree, z: Latents, labels: Ints) -> Samples:
+  def _decode(self, params: PyTree, z: Tokens, labels: Ints) -> Samples:
     sampling, noise_config = self._config.sampling, self._config.noise
+    params = layers.cast_params(params, self._model.config.dtype)
     apply: Callable[..., Any] = functools.partial(self._model.apply, {'params': params})
     if sampling.inverse == 'student':
       options = dict(method='decode_with_student', refinement_rounds=sampling.refinement_rounds)

@@ -21,8 +21,7 @@ Report = dict[str, Any]
 # Settings that do not change image i.
 _NOT_IN_NAME = {'count', 'batch_size', 'png', 'figures', 'grid_columns', 'grid_rows'}
 
-# Names of the arrays in the npz files. In ADM's sample files, arr_0 are images (uint8 [n, H, W, C])
-# and arr_1 are labels.
+# Names of the arrays in the npz files. ADM's sample files have arr_0 [n, H, W, C] and arr_1.
 _ARRAYS = {'images': 'arr_0', 'labels': 'arr_1', 'residual': 'residual', 'finite': 'finite'}
 
 
@@ -59,15 +58,15 @@ def draw_missing(
     # Batches start at multiples of their size. A resumed job therefore computes the same batches,
     # with the same rounding, as an uninterrupted job.
     for first in range(done - done % size, end, size):
-      numbers = np.arange(first, first + size, dtype=np.int32)
-      batch_labels = np.asarray(labels, np.int32)[numbers % len(labels)]
-      on_devices = devices.shard((batch_labels, numbers))
+      indices = np.arange(first, first + size, dtype=np.int32)
+      batch_labels = np.asarray(labels, np.int32)[indices % len(labels)]
+      on_devices = devices.shard((batch_labels, indices))
       start_time = time.perf_counter()
       z = jax.block_until_ready(sampler.latents(params, *on_devices))
       middle_time = time.perf_counter()
       samples = jax.block_until_ready(sampler.images(params, z, on_devices[0]))
       seconds.append((middle_time - start_time, time.perf_counter() - middle_time))
-      new = (numbers >= done) & (numbers < end)
+      new = (indices >= done) & (indices < end)
       arrays = {name: getattr(samples, name) for name in _ARRAYS if name != 'labels'}
       arrays = jax.device_get(arrays) | {'labels': batch_labels}
       store.append(**{name: array[new] for name, array in arrays.items()})

@@ -1,6 +1,6 @@
 """Detects training that diverges, and describes what went wrong."""
 
-import json
+import collections
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -33,13 +33,12 @@ class DivergenceMonitor:
     self._train, self._workdir, self._diagnose = train, workdir, diagnose
     self._previous: jax.Array | None = None  # consecutive skips after the previous step
     self._rollbacks = 0
-    self._log_dets: dict[str, list[float]] = {}
+    self._log_dets: dict[str, collections.deque[float]] = {}
 
   def has_diverged(self, metrics: dict[str, jax.Array]) -> bool:
     """Returns whether too many consecutive updates were skipped.
 
-    Checks the metrics of the previous call. Waiting for `metrics`, which belong to the current
-    step, would leave the devices idle.
+    Checks the metrics of the previous call. Waiting for `metrics` would leave the devices idle.
     """
     previous, self._previous = self._previous, metrics['consecutive_skips']
     return previous is not None and int(previous) >= self._train.max_consecutive_skips
@@ -52,17 +51,14 @@ class DivergenceMonitor:
     """
     self._rollbacks += 1
     self._previous = None
-    finding, details = '', dict[str, Any]()
-    if self._diagnose:
-      finding, details = self._diagnose(params, batch, step)
+    finding, details = self._diagnose(params, batch, step) if self._diagnose else ('', {})
     limit = self._train.max_rollbacks
     what = f'step {step}: {self._train.max_consecutive_skips} consecutive updates were unusable'
     what += f' ({finding})' if finding else ''
     if not jax.process_index():
       folder = self._workdir / 'divergence'
-      folder.mkdir(parents=True, exist_ok=True)
       record = {'step': step, 'finding': finding, 'rollbacks': self._rollbacks, **details}
-      layout.write_atomically(folder / f'{step}.json', json.dumps(record, indent=2) + '\n')
+      layout.write_json(folder / f'{step}.json', record)
     if self._rollbacks > limit:
       raise DivergenceError(
         f'training diverges: {what}, after {limit} rollbacks; start a new run in another --workdir,'
@@ -77,15 +73,14 @@ class DivergenceMonitor:
     for name, value in metrics.items():
       if not name.startswith(_LOG_DET):
         continue
-      value, history = float(value), self._log_dets.setdefault(name, [])
+      value = float(value)
+      history = self._log_dets.setdefault(name, collections.deque(maxlen=_WINDOW))
       if len(history) == _WINDOW:
         median = statistics.median(history)
         deviation = statistics.median(abs(v - median) for v in history)
         if not abs(value - median) <= max(_MINIMUM, _DEVIATIONS * deviation):
           unusual.append(f'{name.removeprefix(_LOG_DET)} ({value:.3g}, median {median:.3g})')
           history.clear()  # Each change of level causes one warning.
-        else:
-          history.pop(0)
       if np.isfinite(value):
         history.append(value)
     if unusual:
@@ -97,9 +92,8 @@ class DivergenceMonitor:
 def summarize(diagnostics: dict[str, np.ndarray]) -> tuple[str, dict[str, Any]]:
   """Summarizes `losses.nll_diagnostics`, given as NumPy arrays.
 
-  Returns:
-    A sentence without a full stop with the most important findings, and a dict for JSON with all
-    findings. In the dict, numbers that are not finite are strings.
+  Returns a sentence without a full stop with the most important findings, and a dict for JSON with
+  all findings. In the dict, numbers that are not finite are strings.
   """
   terms = {n: a for n, a in diagnostics.items() if a.ndim == 1 and not _is_range(n)}
   block_means = diagnostics['log_det_blocks'].mean(1)

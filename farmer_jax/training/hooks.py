@@ -4,14 +4,11 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import optax
 from absl import logging
 from etils import epath
 
 from farmer_jax import config as config_lib
-from farmer_jax.data import pipeline
-from farmer_jax.training import divergence, state
-from farmer_jax.training import throughput as throughput_lib
+from farmer_jax.training import step as step_lib
 from farmer_jax.workdir import metrics as metrics_lib
 
 
@@ -20,7 +17,7 @@ class StepInfo:
   """Argument of a hook: a training step and its results."""
 
   step: int
-  state: state.TrainState
+  state: step_lib.TrainState
   metrics: dict[str, jax.Array]
   writer: metrics_lib.MetricWriter
 
@@ -40,17 +37,15 @@ class Hook:
 class Validation:
   """Hook that evaluates the parameters. `metrics` holds the results of the last evaluation."""
 
-  def __init__(self, evaluator: Callable[[state.Params], dict[str, float]]):
+  def __init__(self, evaluator: Callable[[step_lib.Params], dict[str, float]]):
     self._evaluator = evaluator
     self._step: int | None = None
     self.metrics: dict[str, float] = {}
 
-  def evaluate(self, params: state.Params) -> None:
-    """Evaluates `params` and stores the results in `metrics`."""
+  def evaluate(self, params: step_lib.Params) -> None:
     self.metrics = self._evaluator(params)
 
   def __call__(self, info: StepInfo) -> None:
-    """Evaluates the parameters, then writes and logs the metrics."""
     self.evaluate(info.state.evaluation_params)
     self._step = info.step
     info.writer.write(info.step, 'valid', self.metrics)
@@ -60,32 +55,6 @@ class Validation:
   def loss_at(self, step: int) -> float | None:
     """Returns the validation loss at `step`, or None if validation did not run at this step."""
     return self.metrics['loss'] if self._step == step else None
-
-
-class MetricLogger:
-  """Hook that writes the metrics of a training step."""
-
-  def __init__(
-    self,
-    schedule: optax.Schedule,
-    throughput: throughput_lib.Throughput,
-    monitor: divergence.DivergenceMonitor,
-    iterator: pipeline.TrainIterator,
-  ):
-    self._schedule, self._throughput = schedule, throughput
-    self._monitor, self._iterator = monitor, iterator
-
-  def __call__(self, info: StepInfo) -> None:
-    """Fetches the metrics from the devices and writes them."""
-    values = dict(jax.device_get(info.metrics))
-    del values['consecutive_skips']
-    updates = info.step - 1 - int(values['skipped_updates'])
-    values |= self._throughput.rates() | {'learning_rate': self._schedule(max(updates, 0))}
-    # Faults and rollbacks are rare, so only values above zero are written.
-    faults = self._iterator.counts() | {'data_order': self._iterator.order}
-    values |= {name: count for name, count in faults.items() if count}
-    info.writer.write(info.step, 'train', values)
-    self._monitor.check_log_dets(info.step, values)
 
 
 class Profiler:

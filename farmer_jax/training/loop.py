@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import optax
 from absl import logging
 from clu import parameter_overview
 from etils import epath
@@ -21,51 +20,16 @@ from farmer_jax.nn import scaling
 from farmer_jax.training import divergence
 from farmer_jax.training import hooks as hooks_lib
 from farmer_jax.training import optimizer as optimizer_lib
-from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
 from farmer_jax.training import throughput as throughput_lib
 from farmer_jax.workdir import metrics as metrics_lib
 
 
 @dataclasses.dataclass
-class _Run:
-  """Settings and objects that all steps of a training run share."""
+class Trainer:
+  """A training run.
 
-  steps: int
-  workdir: epath.Path
-  mesh: mesh_lib.Mesh
-  train_step: Callable[..., Any]
-  init: Callable[[], state_lib.TrainState]
-  iterator: pipeline.TrainIterator
-  initial_iterator_state: dict[str, Any]
-  frozen: tuple[state_lib.Params, ...]
-  checkpointer: Checkpointer
-  writer: metrics_lib.MetricWriter
-  throughput: throughput_lib.Throughput
-  monitor: divergence.DivergenceMonitor
-  profiler: hooks_lib.Profiler
-  hooks: Sequence[hooks_lib.Hook]
-  save: hooks_lib.Hook
-
-
-def train(
-  config: config_lib.Config,
-  workdir: epath.Path,
-  mesh: mesh_lib.Mesh,
-  *,
-  init_params: Callable[..., state_lib.Params],
-  loss_fn: step_lib.LossFn,
-  iterator: pipeline.TrainIterator,
-  validation: hooks_lib.Validation,
-  hooks: Sequence[hooks_lib.Hook] = (),
-  frozen: tuple[state_lib.Params, ...] = (),
-  diagnose: divergence.Diagnose | None = None,
-) -> state_lib.TrainState:
-  """Trains until step `config.train.steps`. Resumes from the newest valid checkpoint, if any.
-
-  Returns the final state.
-
-  Args:
+  Attributes:
     config: the full configuration.
     workdir: a claimed workdir.
     mesh: the devices and the rules for sharding arrays over them.
@@ -76,183 +40,157 @@ def train(
     hooks: additional hooks, which run after validation and before a checkpoint is written.
     frozen: parameters on the mesh that training does not change, such as teacher parameters.
     diagnose: see `divergence.DivergenceMonitor`.
-
-  Raises:
-    DivergenceError: training diverged again after the allowed number of rollbacks.
-    CheckpointError: no existing checkpoint is valid, or the last one could not be written.
-    Preempted: a process received SIGTERM, and the state was saved.
   """
-  with preemption.PreemptionListener() as listener:
-    optimizer = optimizer_lib.create(config)
-    init = _initializer(config, mesh, init_params, optimizer, frozen)
-    run, state, step = _set_up(
-      config, workdir, mesh, init, optimizer, loss_fn, iterator, validation, hooks, frozen, diagnose
-    )
-    # Closes the progress bar before an error is printed.
-    with contextlib.closing(run.throughput):
-      if step == config.train.steps and config.train.validate_every:
-        validation.evaluate(state.evaluation_params)  # A complete run reports again.
-      return _run_steps(run, state, step + 1, listener)
 
+  config: config_lib.Config
+  workdir: epath.Path
+  mesh: mesh_lib.Mesh
+  init_params: Callable[..., step_lib.Params]
+  loss_fn: step_lib.LossFn
+  iterator: pipeline.TrainIterator
+  validation: hooks_lib.Validation
+  hooks: Sequence[hooks_lib.Hook] = ()
+  frozen: tuple[step_lib.Params, ...] = ()
+  diagnose: divergence.Diagnose | None = None
 
-def _run_steps(
-  run: _Run, state: state_lib.TrainState, first: int, listener: preemption.PreemptionListener
-) -> state_lib.TrainState:
-  """Runs training steps from `first` to the last step. A rollback returns to an earlier step."""
-  while first <= run.steps:
-    for step in range(first, run.steps + 1):
-      run.profiler.start(step)
+  def train(self) -> step_lib.TrainState:
+    """Trains until step `config.train.steps`. Resumes from the newest valid checkpoint, if any.
+
+    Returns the final state.
+
+    Raises:
+      DivergenceError: training diverged again after the allowed number of rollbacks.
+      CheckpointError: no existing checkpoint is valid, or the last one could not be written.
+      Preempted: a process received SIGTERM, and the state was saved.
+    """
+    with preemption.PreemptionListener() as listener:
+      state, step = self._set_up()
+      # Closes the progress bar before an error is printed.
+      with contextlib.closing(self._throughput):
+        if step == self.config.train.steps and self.config.train.validate_every:
+          self.validation.evaluate(state.evaluation_params)  # A complete run reports again.
+        return self._run_steps(state, step, listener)
+
+  def _set_up(self) -> tuple[step_lib.TrainState, int]:
+    """Compiles the training step and creates the hooks. Returns the state and its step."""
+    train = self.config.train
+    self._optimizer = optimizer_lib.create(self.config)
+    self._schedule = optimizer_lib.learning_rate_schedule(train)
+    self._initial_iterator_state = self.iterator.get_state()
+    self._checkpointer = Checkpointer(self.workdir, train)
+    state, step = self._checkpointer.restore_latest(self._initial_state(), self.iterator)
+    if step:
+      logging.info(f'Resuming from step {step} of {train.steps}.')
+    else:
+      overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+      logging.info(f'Parameters:\n{overview}')
+      logging.info(f'Kinds of parameters:\n{scaling.table(state.params, self.config)}')
+    self._train_step = self._compile(state)
+    self._writer = metrics_lib.MetricWriter(self.workdir, step)
+    self._throughput = throughput_lib.Throughput(self.config, step)
+    self._monitor = divergence.DivergenceMonitor(train, self.workdir, self.diagnose)
+    self._profiler = hooks_lib.Profiler(self.config.profile, self.workdir)
+    self._save = hooks_lib.Hook(self._save_checkpoint, train.checkpoint_every)
+    self._all_hooks = [
+      hooks_lib.Hook(self._profiler, every=1),
+      hooks_lib.Hook(self._write_metrics, train.log_every),
+      hooks_lib.Hook(self.validation, train.validate_every),
+      *self.hooks,
+      self._save,
+    ]
+    return state, step
+
+  def _initial_state(self) -> step_lib.TrainState:
+    """Returns the state before the first step, with all arrays sharded from the start."""
+    init = step_lib.initializer(self.init_params, self._optimizer, self.config.train.ema_decay)
+    args = jax.random.key(self.config.seed), *self.frozen
+    shardings = self.mesh.shardings(jax.eval_shape(init, *args))
+    return jax.jit(lambda *args: mesh_lib.unboxed(init(*args)), out_shardings=shardings)(*args)
+
+  def _compile(self, state: step_lib.TrainState) -> Callable[..., Any]:
+    """Compiles the training step for the shapes of the next batch, and logs the compile time."""
+    logging.info('Compiling the training step ...')
+    start = time.monotonic()
+    iterator_state = self.iterator.get_state()
+    batch = self.mesh.global_batch(next(self.iterator))
+    self.iterator.set_state(iterator_state)
+    step_fn = step_lib.make_train_step(self.loss_fn, self._optimizer, self.config.train)
+    lowered = step_lib.lower(step_fn, self.mesh, state, batch, self.frozen)
+    compiled = lowered.compile(step_lib.COMPILER_OPTIONS.get(jax.default_backend()))
+    logging.info(f'Compiled in {time.monotonic() - start:.1f} s.')
+    return compiled
+
+  def _run_steps(
+    self, state: step_lib.TrainState, step: int, listener: preemption.PreemptionListener
+  ) -> step_lib.TrainState:
+    """Runs the steps after `step`. A rollback returns to an earlier step."""
+    last_step = self.config.train.steps
+    while step < last_step:
+      step += 1
+      self._profiler.start(step)
       with jax.profiler.StepTraceAnnotation('train', step_num=step):
-        with run.throughput.waiting_for_input():
-          batch = run.mesh.global_batch(next(run.iterator))
-        state, metrics = run.train_step(state, batch, *run.frozen)
-        run.throughput.count_step(step, metrics)
+        with self._throughput.waiting_for_input():
+          batch = self.mesh.global_batch(next(self.iterator))
+        state, metrics = self._train_step(state, batch, *self.frozen)
+        self._throughput.count_step(step, metrics)
 
-      if run.monitor.has_diverged(metrics):
-        run.checkpointer.wait()
-        run.monitor.report(step, state.params, batch)
+      if self._monitor.has_diverged(metrics):
+        self._checkpointer.wait()
+        self._monitor.report(step, state.params, batch)
         # Frees the arrays. Two states may not fit in device memory.
         state = _abstract(state)
-        state, restored = _roll_back(run, state)
-        first = restored + 1
-        break
+        state, step = self._roll_back(state)
+        continue
 
-      with run.throughput.paused():
-        info = hooks_lib.StepInfo(step, state, metrics, run.writer)
-        for hook in run.hooks:
-          if hook.is_due(step, run.steps):
+      with self._throughput.paused():
+        info = hooks_lib.StepInfo(step, state, metrics, self._writer)
+        for hook in self._all_hooks:
+          if hook.is_due(step, last_step):
             hook.function(info)
-        if step < run.steps and listener.should_stop(step):
-          if not run.save.is_due(step, run.steps):
-            run.save.function(info)
-          _close(run)
+        if step < last_step and listener.should_stop(step):
+          if not self._save.is_due(step, last_step):
+            self._save.function(info)
+          self._close()
           raise preemption.Preempted(f'Saved step {step}. Run the same command to resume.')
-    else:
-      break
-  _close(run)
-  return state
+    self._close()
+    return state
+
+  def _roll_back(self, abstract_state: step_lib.TrainState) -> tuple[step_lib.TrainState, int]:
+    """Restores the newest valid checkpoint or the initial state. Changes the order of the data."""
+    self.iterator.set_state(self._initial_iterator_state)
+    state, step = self._checkpointer.restore_latest(abstract_state, self.iterator)
+    if not step:
+      state = self._initial_state()
+    self.iterator.change_order()
+    logging.info(f'Resuming from step {step} with data order {self.iterator.order}.')
+    self._writer.close()
+    self._writer = metrics_lib.MetricWriter(self.workdir, step)
+    self._throughput.rewind(step)
+    return state, step
+
+  def _write_metrics(self, info: hooks_lib.StepInfo) -> None:
+    """Fetches the metrics of a training step from the devices and writes them."""
+    values = dict(jax.device_get(info.metrics))
+    del values['consecutive_skips']
+    updates = info.step - 1 - int(values['skipped_updates'])
+    values |= self._throughput.rates() | {'learning_rate': self._schedule(max(updates, 0))}
+    # Faults and rollbacks are rare, so only values above zero are written.
+    faults = self.iterator.counts() | {'data_order': self.iterator.order}
+    values |= {name: count for name, count in faults.items() if count}
+    info.writer.write(info.step, 'train', values)
+    self._monitor.check_log_dets(info.step, values)
+
+  def _save_checkpoint(self, info: hooks_lib.StepInfo) -> None:
+    loss = self.validation.loss_at(info.step)
+    self._checkpointer.save(info.step, info.state, self.iterator, loss)
+
+  def _close(self) -> None:
+    """Closes all outputs. Raises CheckpointError if the last checkpoint was not written."""
+    self._profiler.close()
+    self._writer.close()
+    self._checkpointer.close()
 
 
-def _roll_back(run: _Run, abstract_state: state_lib.TrainState) -> tuple[state_lib.TrainState, int]:
-  """Restores the newest valid checkpoint or the initial state. Changes the order of the data."""
-  run.iterator.set_state(run.initial_iterator_state)
-  state, step = run.checkpointer.restore_latest(abstract_state, run.iterator)
-  if not step:
-    state = run.init()
-  run.iterator.change_order()
-  logging.info(f'Resuming from step {step} with data order {run.iterator.order}.')
-  run.writer.close()
-  run.writer = metrics_lib.MetricWriter(run.workdir, step)
-  run.throughput.rewind(step)
-  return state, step
-
-
-def _set_up(
-  config: config_lib.Config,
-  workdir: epath.Path,
-  mesh: mesh_lib.Mesh,
-  init: Callable[[], state_lib.TrainState],
-  optimizer: optax.GradientTransformationExtraArgs,
-  loss_fn: step_lib.LossFn,
-  iterator: pipeline.TrainIterator,
-  validation: hooks_lib.Validation,
-  hooks: Sequence[hooks_lib.Hook],
-  frozen: tuple[state_lib.Params, ...],
-  diagnose: divergence.Diagnose | None,
-) -> tuple[_Run, state_lib.TrainState, int]:
-  """Compiles the training step and creates the hooks. Returns the run, its state and its step."""
-  steps, initial_iterator_state = config.train.steps, iterator.get_state()
-  checkpointer = Checkpointer(workdir, config.train)
-  state, step = checkpointer.restore_latest(init(), iterator)
-  if step:
-    logging.info(f'Resuming from step {step} of {steps}.')
-  else:
-    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    logging.info(f'Parameters:\n{overview}')
-    logging.info(f'Kinds of parameters:\n{scaling.table(state.params, config)}')
-  step_fn = step_lib.make_train_step(loss_fn, optimizer, config.train)
-  train_step = _compile(step_fn, mesh, state, iterator, frozen)
-  throughput = throughput_lib.Throughput(config, step)
-  monitor = divergence.DivergenceMonitor(config.train, workdir, diagnose)
-  profiler = hooks_lib.Profiler(config.profile, workdir)
-  schedule = optimizer_lib.learning_rate_schedule(config.train)
-
-  def save_checkpoint(info: hooks_lib.StepInfo) -> None:
-    checkpointer.save(info.step, info.state, iterator, validation.loss_at(info.step))
-
-  log = hooks_lib.MetricLogger(schedule, throughput, monitor, iterator)
-  save = hooks_lib.Hook(save_checkpoint, config.train.checkpoint_every)
-  run = _Run(
-    steps=steps,
-    workdir=workdir,
-    mesh=mesh,
-    train_step=train_step,
-    init=init,
-    iterator=iterator,
-    initial_iterator_state=initial_iterator_state,
-    frozen=frozen,
-    checkpointer=checkpointer,
-    writer=metrics_lib.MetricWriter(workdir, step),
-    throughput=throughput,
-    monitor=monitor,
-    profiler=profiler,
-    hooks=[
-      hooks_lib.Hook(profiler, every=1),
-      hooks_lib.Hook(log, config.train.log_every),
-      hooks_lib.Hook(validation, config.train.validate_every),
-      *hooks,
-      save,
-    ],
-    save=save,
-  )
-  return run, state, step
-
-
-def _initializer(
-  config: config_lib.Config,
-  mesh: mesh_lib.Mesh,
-  init_params: Callable[..., state_lib.Params],
-  optimizer: optax.GradientTransformationExtraArgs,
-  frozen: tuple[state_lib.Params, ...],
-) -> Callable[[], state_lib.TrainState]:
-  """Returns a function that creates the initial state, with all arrays sharded from the start."""
-  init = state_lib.initializer(init_params, optimizer, config.train.ema_decay)
-  key = jax.random.key(config.seed)
-
-  def run() -> state_lib.TrainState:
-    shardings = mesh.shardings(jax.eval_shape(init, key, *frozen))
-    compiled = jax.jit(lambda *args: mesh_lib.unboxed(init(*args)), out_shardings=shardings)
-    return compiled(key, *frozen)
-
-  return run
-
-
-def _compile(
-  step_fn: step_lib.StepFn,
-  mesh: mesh_lib.Mesh,
-  state: state_lib.TrainState,
-  iterator: pipeline.TrainIterator,
-  frozen: tuple[state_lib.Params, ...],
-) -> Callable[..., Any]:
-  """Compiles the training step for the shapes of the next batch, and logs the compile time."""
-  logging.info('Compiling the training step ...')
-  start = time.monotonic()
-  iterator_state = iterator.get_state()
-  batch = mesh.global_batch(next(iterator))
-  iterator.set_state(iterator_state)
-  lowered = step_lib.lower(step_fn, mesh, state, batch, frozen)
-  compiled = lowered.compile(step_lib.COMPILER_OPTIONS.get(jax.default_backend()))
-  logging.info(f'Compiled in {time.monotonic() - start:.1f} s.')
-  return compiled
-
-
-def _abstract(state: state_lib.TrainState) -> state_lib.TrainState:
+def _abstract(state: step_lib.TrainState) -> step_lib.TrainState:
   """Returns the shapes, dtypes and shardings of a state."""
   return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-
-
-def _close(run: _Run) -> None:
-  """Closes all outputs. Raises CheckpointError if the last checkpoint was not written."""
-  run.profiler.close()
-  run.writer.close()
-  run.checkpointer.close()

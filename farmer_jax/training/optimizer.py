@@ -1,26 +1,36 @@
 """The optimizer: Muon or AdamW, warm-up, cosine decay, gradient clipping. Skips bad updates."""
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 from optax import contrib
 
 from farmer_jax import config as config_lib
 from farmer_jax.nn import scaling
-from farmer_jax.training import skipping
+
+# The check of gradient norms starts after this number of updates.
+_WARMUP = 100
+
+# Window of the running mean of gradient norms, in updates. While the noise of a curriculum falls,
+# norms can grow 30 times within 50 updates. A longer window would not follow them.
+_WINDOW = 20
 
 
 def learning_rate_schedule(train: config_lib.Train) -> optax.Schedule:
   """Returns a schedule over the update count: linear warm-up, then cosine decay."""
   o = train.optimizer
-  warmup = min(o.warmup_steps, train.steps - 1)
+  last = max(train.steps - 1, 1)  # The first update has the count 0.
+  warmup = min(o.warmup_steps, last - 1)
   return optax.warmup_cosine_decay_schedule(
     init_value=o.learning_rate / max(warmup, 1),
     peak_value=o.learning_rate,
     warmup_steps=warmup,
-    decay_steps=train.steps,
+    decay_steps=last,
     end_value=o.final_learning_rate,
   )
 
@@ -57,7 +67,7 @@ def create(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
     optax.add_decayed_weights(o.weight_decay, decay_mask),
     optax.scale_by_learning_rate(learning_rate_schedule(config.train)),
   )
-  return skipping.skip_bad_updates(optimizer, config.train.max_grad_norm_ratio)
+  return skip_bad_updates(optimizer, config.train.max_grad_norm_ratio)
 
 
 def _muon(momentum: float) -> optax.GradientTransformation:
@@ -67,3 +77,62 @@ def _muon(momentum: float) -> optax.GradientTransformation:
     return jax.tree.map(lambda a: contrib.MuonDimensionNumbers(a.ndim - 2, a.ndim - 1), updates)
 
   return contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=matrix_axes)
+
+
+class SkipState(NamedTuple):
+  """State of `skip_bad_updates`."""
+
+  inner: optax.OptState
+  log_norm: Float[Array, '']  # running mean of the logarithm of the gradient norm
+  updates: Int[Array, '']  # number of updates in the running mean
+  skipped: Int[Array, '']  # total number of skipped updates
+  consecutive: Int[Array, '']  # updates skipped since the last applied update
+
+
+def skip_bad_updates(
+  inner: optax.GradientTransformation, max_norm_ratio: float
+) -> optax.GradientTransformationExtraArgs:
+  """Skips an update whose loss or gradient is not finite, or whose gradient norm is out of range.
+
+  The norm is out of range if it exceeds `max_norm_ratio` times the running geometric mean of
+  earlier norms. The check of the norm starts after 100 updates. A ratio of 0 disables it. A skipped
+  update is zero and leaves the state of `inner` unchanged. `update` also takes a keyword `loss`.
+
+  `optax.apply_if_finite` checks neither the loss nor the size of the norm, and after a number of
+  failures it applies bad updates. Here, the training loop decides what follows repeated failures.
+  """
+
+  def init(params: optax.Params) -> SkipState:
+    counters = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return SkipState(inner.init(params), jnp.zeros(()), *counters)
+
+  def update(
+    gradients: optax.Updates,
+    state: SkipState,
+    params: optax.Params | None = None,
+    *,
+    loss: Float[Array, ''],
+    **unused: Any,
+  ) -> tuple[optax.Updates, SkipState]:
+    del unused
+    norm = optax.global_norm(gradients)
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if max_norm_ratio:
+      in_range = jnp.log(norm) <= state.log_norm + math.log(max_norm_ratio)
+      good &= (state.updates < _WARMUP) | in_range
+    updates, inner_state = inner.update(gradients, state.inner, params)
+    updates = optax.tree.where(good, updates, optax.tree.zeros_like(updates))
+    inner_state = optax.tree.where(good, inner_state, state.inner)
+    counted = good & (norm > 0)  # A gradient of zero has no logarithm.
+    weight = 1 / jnp.clip(state.updates + 1, 1, _WINDOW)
+    moved = state.log_norm + weight * (jnp.log(norm) - state.log_norm)
+    new_state = SkipState(
+      inner=inner_state,
+      log_norm=jnp.where(counted, moved, state.log_norm),
+      updates=state.updates + counted,
+      skipped=state.skipped + ~good,
+      consecutive=jnp.where(good, 0, state.consecutive + 1),
+    )
+    return updates, new_state
+
+  return optax.GradientTransformationExtraArgs(init, update)

@@ -1,27 +1,65 @@
-"""One training step: gradients, optimizer update and moving average."""
+"""The training state and one training step: gradients, optimizer update and moving average."""
 
 from collections.abc import Callable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from farmer_jax import config
 from farmer_jax.distributed import mesh as mesh_lib
-from farmer_jax.training import state as state_lib
 
+Params = dict[str, Any]
 Batch = dict[str, Any]  # image: uint8 [B, H, W, C], label: int32 [B]
 Metrics = dict[str, Float[Array, '']]
 LossFn = Callable[..., tuple[Float[Array, ''], Metrics]]
-StepFn = Callable[..., tuple[state_lib.TrainState, Metrics]]
 
 # Compiler options for each platform. On CPUs, higher optimization levels of LLVM cost more compile
 # time than they save at run time.
 COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
   'cpu': {'xla_backend_optimization_level': '1'}
 }
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Training state after `step` steps. A checkpoint also stores the iterator state."""
+
+  step: Int[Array, '']  # completed training steps, int32
+  params: Params
+  opt_state: optax.OptState
+  ema_params: Params | None  # exponential moving average of `params`
+
+  @property
+  def evaluation_params(self) -> Params:
+    """Parameters for evaluation and sampling: `ema_params`, or `params` if it is None."""
+    return self.params if self.ema_params is None else self.ema_params
+
+
+StepFn = Callable[..., tuple[TrainState, Metrics]]
+
+
+def initializer(
+  init_params: Callable[..., Params], optimizer: optax.GradientTransformation, ema_decay: float
+) -> Callable[..., TrainState]:
+  """Returns a function init(key, *frozen) that creates the `TrainState` before the first step.
+
+  init_params(key, *frozen) returns parameters, boxed with their logical axis names.
+  """
+
+  def init(key: PRNGKeyArray, *frozen: Params) -> TrainState:
+    params = init_params(key, *frozen)
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=optimizer.init(params),
+      ema_params=jax.tree.map(jnp.copy, params) if ema_decay else None,
+    )
+
+  return init
 
 
 def make_train_step(
@@ -35,9 +73,7 @@ def make_train_step(
   on `step` and on `part`, the index of the microbatch. Without accumulation, `part` is 0.
   """
 
-  def step_fn(
-    state: state_lib.TrainState, batch: Batch, *frozen: state_lib.Params
-  ) -> tuple[state_lib.TrainState, Metrics]:
+  def step_fn(state: TrainState, batch: Batch, *frozen: Params) -> tuple[TrainState, Metrics]:
     gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
     parts = train.accumulation_steps
     (loss, metrics), gradients = _accumulate(gradient_fn, state, batch, frozen, parts)
@@ -47,13 +83,13 @@ def make_train_step(
     if ema_params is not None:
       applied = opt_state.consecutive == 0
       moved = optax.incremental_update(params, ema_params, 1 - train.ema_decay)
-      ema_params = jax.tree.map(lambda new, old: jnp.where(applied, new, old), moved, ema_params)
+      ema_params = optax.tree.where(applied, moved, ema_params)
     metrics |= {
       'grad_norm': optax.global_norm(gradients),
       'skipped_updates': opt_state.skipped,
       'consecutive_skips': opt_state.consecutive,
     }
-    return state_lib.TrainState(state.step + 1, params, opt_state, ema_params), metrics
+    return TrainState(state.step + 1, params, opt_state, ema_params), metrics
 
   return step_fn
 
@@ -61,14 +97,13 @@ def make_train_step(
 def lower(
   step_fn: StepFn,
   mesh: mesh_lib.Mesh,
-  state: state_lib.TrainState,
+  state: TrainState,
   batch: Batch,
-  frozen: tuple[state_lib.Params, ...] = (),
+  frozen: tuple[Params, ...] = (),
 ) -> jax.stages.Lowered:
   """Traces and lowers a training step on a mesh.
 
-  The state is donated. The new state has the sharding of the old state. Arguments are arrays or
-  `jax.ShapeDtypeStruct`.
+  The state is donated and keeps its sharding. Arguments are arrays or `jax.ShapeDtypeStruct`.
   """
   out_shardings = jax.tree.map(lambda a: a.sharding, state), mesh.replicated
   with mesh.activate():
@@ -78,9 +113,9 @@ def lower(
 
 def _accumulate(
   gradient_fn: Callable[..., Any],
-  state: state_lib.TrainState,
+  state: TrainState,
   batch: Batch,
-  frozen: tuple[state_lib.Params, ...],
+  frozen: tuple[Params, ...],
   parts: int,
 ) -> Any:
   """Returns ((loss, metrics), gradients), averaged over `parts` microbatches of equal size."""
@@ -96,6 +131,6 @@ def _accumulate(
 
   first = jax.tree.map(lambda a: a[0], split)
   shapes = jax.eval_shape(gradient_fn, state.params, first, state.step, 0, *frozen)
-  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  zeros = jax.tree.map(jnp.zeros_like, shapes)
   total, _ = jax.lax.scan(add_part, zeros, (split, jnp.arange(parts)))
   return jax.tree.map(lambda a: a / parts, total)

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from farmer_jax import config as config_lib
 from farmer_jax import terminal
-from farmer_jax.xla import chips, flops
+from farmer_jax.xla import flops
 
 
 class Throughput:
@@ -19,11 +19,10 @@ class Throughput:
   """
 
   def __init__(self, config: config_lib.Config, first_step: int):
-    self._batch_size = config.train.batch_size
-    self._log_every = config.train.log_every
+    self._train = config.train
     # The FLOP count is valid for the likelihood only, not for a distillation step.
     self._flops = flops.training_step(config)
-    peak = chips.peak_flops(jax.devices()[0].device_kind)
+    peak = flops.chip(jax.devices()[0].device_kind).peak_flops
     self._peak = peak and config.job == 'pretrain' and peak * jax.device_count()
     self._bar = terminal.progress_bar('training', 'step', config.train.steps, first_step)
     self._previous: dict[str, Array] | None = None  # metrics of the step before the current one
@@ -53,14 +52,11 @@ class Throughput:
     self._input_seconds += time.monotonic() - start
 
   def count_step(self, step: int, metrics: dict[str, Array]) -> None:
-    """Counts a dispatched step.
-
-    Waits for the previous step, so that at most two steps are in flight.
-    """
+    """Counts a dispatched step. Waits for the previous one: at most two steps are in flight."""
     self._steps += 1
     if self._previous is not None:
       jax.block_until_ready(self._previous)
-      if step % self._log_every == 0:
+      if step % self._train.log_every == 0:
         shown = {name: f'{float(value):.3f}' for name, value in self._previous.items()}
         self._bar.set_postfix(shown, refresh=False)
     names = {'loss': 'loss', 'bits_per_dim': 'bits/dim'}
@@ -72,7 +68,7 @@ class Throughput:
     seconds = (time.monotonic() - self._start - self._paused_seconds) / self._steps
     rates = {
       'step_seconds': seconds,
-      'images_per_second': self._batch_size / seconds,
+      'images_per_second': self._train.batch_size / seconds,
       'input_wait_seconds': self._input_seconds / self._steps,
     }
     if self._peak:
@@ -88,5 +84,4 @@ class Throughput:
     self._reset()
 
   def close(self) -> None:
-    """Closes the progress bar."""
     self._bar.close()

@@ -1,19 +1,27 @@
-"""The layout of WORKDIR: config.json, class names, names of results, atomic writes."""
+"""The layout of WORKDIR: config.json, class names, names of results, atomic writes, lock."""
 
 import contextlib
+import fcntl
 import json
+import os
 import re
+import socket
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import IO, Any
 
+import numpy as np
+from absl import logging
 from etils import epath
+from flax import traverse_util
 
 from farmer_jax import config as config_lib
 from farmer_jax.errors import WorkdirError
 
 CONFIG_FILE = 'config.json'
 _CLASSES_FILE = 'classes.json'
+_RUN_FILE = 'run.json'
+_LOG_SUFFIXES = ('.err', '.log', '.out')
 
 
 def claim(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
@@ -22,26 +30,40 @@ def claim(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
   Writes config.json and returns the absolute path. Writes nothing to a folder that is refused.
 
   Raises:
-    WorkdirError: the folder belongs to a run with another configuration, contains other files, or
-      is not writable.
+    WorkdirError: the folder belongs to a run with another configuration, contains other files, is
+      not writable, or its path contains one of the characters * ? [ ].
   """
   workdir = absolute(path)
+  check_no_pattern(workdir, '--workdir')
   file = workdir / CONFIG_FILE
   try:
     if file.exists():
-      _check_same_config(config, workdir)
-    elif workdir.exists() and any(workdir.iterdir()):
+      open_run(config, workdir)
+    elif workdir.exists() and not all(map(_is_harmless, workdir.iterdir())):
       raise WorkdirError(
         f'the workdir {workdir} has files but no {CONFIG_FILE}, so it is not the workdir of a run;'
         ' choose another --workdir'
       )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(config_lib.to_dict(config), indent=2) + '\n')
+    write_json(file, config_lib.to_dict(config))
   except OSError as error:
     raise WorkdirError(
       f'cannot write to the workdir {workdir} ({error.strerror or error}); choose another --workdir'
     ) from error
   return workdir
+
+
+def check_no_pattern(path: epath.PathLike, setting: str) -> None:
+  """Raises WorkdirError if etils, Orbax or TFDS would read a path as a pattern of file names."""
+  if found := set(str(path)) & set('*?[]'):
+    raise WorkdirError(
+      f'{setting}={path} contains {" ".join(sorted(found))}, which some libraries read as a pattern'
+      ' of file names; use a path without these characters'
+    )
+
+
+def _is_harmless(path: epath.Path) -> bool:
+  """Returns whether a launcher or a file system may have put this file into a new workdir."""
+  return path.name.startswith('.') or path.name == 'lost+found' or path.suffix in _LOG_SUFFIXES
 
 
 def open_run(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
@@ -51,8 +73,41 @@ def open_run(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
     WorkdirError: there is no run, or it has another configuration.
   """
   workdir = absolute(path)
-  _check_same_config(config, workdir)
+  if found := differences(config, read_config(workdir)):
+    raise WorkdirError(
+      f'the workdir {workdir} belongs to a run with another configuration ({"; ".join(found)});'
+      ' choose another --workdir, or use the settings of that run'
+    )
   return workdir
+
+
+def results_folder(config: config_lib.Config, workdir: epath.Path) -> epath.Path:
+  """Returns the folder for the results of a job on a run: `config.results`, or its workdir.
+
+  Raises:
+    WorkdirError: the folder is not writable, or has results of another run.
+  """
+  folder = absolute(config.results) if config.results else workdir
+  check_no_pattern(folder, '--config.results')
+  owner, file = {'workdir': str(workdir)}, folder / _RUN_FILE
+  try:
+    if config.results and file.exists():
+      found = read_json(file, lambda value: isinstance(value, dict))
+      if found != owner:
+        raise WorkdirError(
+          f'--config.results={folder} has results of the run {found.get("workdir")}; choose another'
+          ' folder'
+        )
+    elif config.results:
+      write_json(file, owner)
+    else:
+      write_text(folder / '.writable', '')
+      (folder / '.writable').unlink()
+  except OSError as error:
+    raise WorkdirError(
+      f'cannot write results to {folder} ({error.strerror or error}); set --config.results=FOLDER'
+    ) from error
+  return folder
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -104,7 +159,7 @@ def short_hash(value: object) -> str:
 def write_class_names(workdir: epath.Path, names: Sequence[str]) -> None:
   """Saves the class names in the workdir, for jobs on machines without the dataset."""
   if names:
-    write_atomically(workdir / _CLASSES_FILE, json.dumps(list(names)) + '\n')
+    write_json(workdir / _CLASSES_FILE, list(names))
 
 
 def read_class_names(workdir: epath.Path) -> tuple[str, ...]:
@@ -115,18 +170,82 @@ def read_class_names(workdir: epath.Path) -> tuple[str, ...]:
   return tuple(read_json(file, lambda v: isinstance(v, list) and set(map(type, v)) <= {str}))
 
 
-def write_atomically(file: epath.Path, text: str) -> None:
-  """Writes a text file. Readers see the complete old or new file, even after a crash."""
-  with atomic_path(file) as temporary:
+def write_json(file: epath.Path, value: Any) -> None:
+  """Writes a value as JSON. Readers see the complete old or new file, even after a crash."""
+  write_text(file, json.dumps(value, indent=2) + '\n')
+
+
+def write_text(file: epath.Path, text: str) -> None:
+  """Writes a text file, like `write_json`."""
+  with _atomic_path(file) as temporary:
     temporary.write_text(text)
 
 
+def write_npz(file: epath.Path, arrays: Mapping[str, Any]) -> None:
+  """Writes arrays, like `write_json`."""
+  with _atomic_path(file) as temporary, temporary.open('wb') as stream:
+    np.savez(stream, **arrays)
+
+
 @contextlib.contextmanager
-def atomic_path(file: epath.Path) -> Iterator[epath.Path]:
-  """Context with a temporary path that replaces `file`, unless the context raises an exception."""
+def _atomic_path(file: epath.Path) -> Iterator[epath.Path]:
+  """Context with a temporary path that replaces `file` at the end. Creates missing folders."""
+  file.parent.mkdir(parents=True, exist_ok=True)
   temporary = file.with_name(file.name + '.tmp')
   yield temporary
   temporary.replace(file)
+
+
+@contextlib.contextmanager
+def lock(workdir: epath.Path) -> Iterator[None]:
+  """Context that locks WORKDIR/lock with `flock`, so that one run trains in a workdir.
+
+  The kernel releases the lock when the process ends for any reason. Object stores and some network
+  file systems have no locks. There, a warning is logged, and a second run is not detected.
+
+  Raises:
+    WorkdirError: another process holds the lock.
+  """
+  with contextlib.ExitStack() as stack:
+    if '://' in str(workdir):
+      _warn_no_lock(workdir, 'object stores have no locks')
+    else:
+      _lock(stack.enter_context(open(workdir / 'lock', 'a+')), workdir)
+    yield
+
+
+def _lock(file: IO[str], workdir: epath.Path) -> None:
+  """Locks an open file, and writes the name of this process into the file."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    owner = file.readline(200).strip() or 'another process'
+    raise WorkdirError(
+      f'{owner} is training in {workdir}; stop that process, or choose another --workdir'
+    ) from None
+  except OSError as error:
+    _warn_no_lock(workdir, error.strerror or str(error))
+    return
+  file.truncate(0)
+  file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+  file.flush()
+
+
+def _warn_no_lock(workdir: epath.Path, reason: str) -> None:
+  logging.warning(
+    f'{workdir} cannot be locked ({reason}). Make sure that no other run trains in this workdir,'
+    ' because a second run is not detected.'
+  )
+
+
+@contextlib.contextmanager
+def optional_write(what: str) -> Iterator[None]:
+  """Context that writes something that the job does not need. A full disk causes a warning."""
+  try:
+    yield
+  except OSError as error:
+    logging.warning(f'{what} cannot be written ({error.strerror or error}). The job continues.')
 
 
 def differences(
@@ -138,7 +257,7 @@ def differences(
   result of `read_config`.
   """
   # Earlier versions saved some keys under other names.
-  old = dict(_flatten(config_lib.upgrade(saved)))
+  old = traverse_util.flatten_dict(config_lib.upgrade(saved), sep='.')
   found = []
   for path, key in config_lib.leaves():
     # If the saved configuration lacks a key, the run had the default behavior.
@@ -146,20 +265,3 @@ def differences(
     if before != now and path.startswith(tuple(prefixes)) and not key.changeable:
       found.append(f'{path} is {before!r} there and {now!r} here')
   return found
-
-
-def _check_same_config(config: config_lib.Config, workdir: epath.Path) -> None:
-  found = differences(config, read_config(workdir))
-  if found:
-    raise WorkdirError(
-      f'the workdir {workdir} belongs to a run with another configuration ({"; ".join(found)});'
-      ' choose another --workdir, or use the settings of that run'
-    )
-
-
-def _flatten(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      yield from _flatten(value, f'{prefix}{name}.')
-    else:
-      yield prefix + name, value

@@ -2,6 +2,7 @@
 
 import time
 import zipfile
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -21,10 +22,8 @@ class ResultFiles:
   def __init__(self, folder: epath.Path, names: Mapping[str, str], first_file: int = 0):
     """Opens or creates the folder, and counts the stored rows.
 
-    Args:
-      folder: contains the files.
-      names: {name of an array: its name in the files}. Rows are counted in the last, small array.
-      first_file: index of the file with row 0. It differs between processes that share a folder.
+    `names` maps the name of each array to its name in the files. Rows are counted in the last,
+    small array. `first_file`, which has row 0, differs between processes that share a folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     self._folder, self.names, self._first_shard = folder, names, first_file
@@ -40,7 +39,6 @@ class ResultFiles:
       self._num_full += 1
 
   def __len__(self) -> int:
-    """Returns the number of rows."""
     return self._num_full * ROWS_PER_FILE + (len(self._tail[self._counted]) if self._tail else 0)
 
   def append(self, **arrays: np.ndarray) -> None:
@@ -60,9 +58,8 @@ class ResultFiles:
   def flush(self) -> None:
     """Writes all rows that are not on disk."""
     if self._tail and self._has_unsaved_rows:  # An unchanged tail may belong to another process.
-      file = self._file(self._num_full)
-      with layout.atomic_path(file) as temporary, temporary.open('wb') as stream:
-        np.savez(stream, **{self.names[n]: array for n, array in self._tail.items()})  # type: ignore[arg-type]
+      arrays = {self.names[name]: array for name, array in self._tail.items()}
+      layout.write_npz(self._file(self._num_full), arrays)
       self._has_unsaved_rows = False
     self._last_write = time.monotonic()
 
@@ -87,15 +84,17 @@ class ResultFiles:
       return arrays[self.names[name]]
 
   def _read_shard(self, index: int) -> dict[str, np.ndarray] | None:
-    """Returns the arrays of a file (if full, only the counted array), or None if it is unusable."""
+    """Returns the arrays of a file (if full, only the counted array), or None if it is unusable.
+
+    All arrays are read, so that damage is found before new rows are computed.
+    """
     if not self._file(index).exists():
       return None
     try:
-      counted = self._load(index, self._counted)
-      if len(counted) == ROWS_PER_FILE:
-        return {self._counted: counted}
-      return {name: self._load(index, name) for name in self.names}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+      arrays = {name: self._load(index, name) for name in self.names}
+      is_full = len(arrays[self._counted]) == ROWS_PER_FILE
+      return {self._counted: arrays[self._counted]} if is_full else arrays
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
       logging.warning(
         f'{self._file(index)} is corrupt. Its rows and all later rows are computed again.'
       )

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from farmer_jax import errors
-from farmer_jax.xla import chips, hlo
+from farmer_jax.xla import flops, hlo
 
 # Number of operations whose fraction of the time is reported.
 _COSTLIEST_OPERATIONS = 25
@@ -43,13 +43,13 @@ def compile_and_measure(
 ) -> dict[str, Any]:
   """Compiles a program and returns its cost per device as a JSON-serializable dict.
 
-  Times are estimates of the compiler, without waiting for collectives. `fits` and
-  `estimated_seconds` are None if the chip is unknown.
+  The compiler estimates cycles without waiting for collectives. Values are None if the chip, which
+  gives the clock and the memory, is unknown.
 
   Raises:
     ConfigError: the program needs more memory than a device has.
   """
-  start = time.monotonic()
+  chip, start = flops.chip(device_kind), time.monotonic()
   try:
     compiled = lowered.compile(compiler_options)
   except jax.errors.JaxRuntimeError as error:
@@ -60,26 +60,24 @@ def compile_and_measure(
       ' --config.train.batch_size (sampling: --config.sampling.batch_size), a larger'
       ' --config.mesh.fsdp or another --config.model.remat'
     ) from error
-  compile_seconds = round(time.monotonic() - start, 1)
+  seconds = round(time.monotonic() - start, 1)
   memory: Any = compiled.memory_analysis()
   cost = hlo.cost(str(compiled.as_text()))
-  arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   # Donated results reuse the memory of the arguments.
   results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  total = arguments + temporaries + results
-  clock, capacity = chips.clock(device_kind), chips.memory(device_kind)
+  total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
   return {
-    'compile_seconds': compile_seconds,
-    'argument_bytes': arguments,
-    'temporary_bytes': temporaries,
+    'compile_seconds': seconds,
+    'argument_bytes': memory.argument_size_in_bytes,
+    'temporary_bytes': memory.temp_size_in_bytes,
     'result_bytes': results,
     'total_bytes': total,
-    'fits': None if capacity is None else total < capacity,
+    'fits': total < chip.memory if chip.memory else None,
     'collectives': {
       kind: {'count': count, 'bytes': cost.bytes[kind]} for kind, count in cost.count.items()
     },
     'estimated_cycles': cost.cycles or None,
-    'estimated_seconds': cost.cycles / clock if clock and cost.cycles else None,
+    'estimated_seconds': cost.cycles / chip.clock if chip.clock and cost.cycles else None,
     'loops_of_unknown_length': cost.unknown_loops,
     'instructions_without_estimate': cost.unknown_cycles,
     'costliest': {
@@ -98,9 +96,10 @@ def describe(name: str, program: dict[str, Any]) -> str:
     f'  memory per device: {gib["total"]:.2f} GiB (arguments {gib["argument"]:.2f}, temporaries'
     f' {gib["temporary"]:.2f}){fits}',
   ]
-  for kind, collective in program['collectives'].items():
-    total = collective['bytes'] / 2**30
-    lines.append(f'  {kind}: {collective["count"]} calls, {total:.2f} GiB in total')
+  lines += [
+    f'  {kind}: {found["count"]} calls, {found["bytes"] / 2**30:.2f} GiB in total'
+    for kind, found in program['collectives'].items()
+  ]
   if program['estimated_seconds']:
     mfu = f', {program["estimated_mfu"]:.0%} MFU' if 'estimated_mfu' in program else ''
     lines.append(

@@ -1,10 +1,43 @@
-"""Number of floating-point operations (FLOPs) of the model, for the model FLOPs utilization (MFU).
+"""FLOPs of the model, and data sheets of accelerators, for the model FLOPs utilization (MFU).
 
 Only matrix products with parameters and the products of attention are counted. Attention counts all
 pairs of tokens, including the pairs that the causal mask removes.
 """
 
+from typing import NamedTuple
+
 from farmer_jax import config as config_lib
+
+
+class Chip(NamedTuple):
+  """Properties of one JAX device. None means unknown."""
+
+  peak_flops: float | None = None  # dense bfloat16 FLOP/s, without sparsity
+  clock: float | None = None  # Hz
+  memory: float | None = None  # bytes
+
+
+# By the start of `jax.Device.device_kind`, which is 'TPU v5 lite' for v5e and 'TPU v5' or 'TPU v5p'
+# for v5p. --job=compile needs clock and memory for TPUs that are not attached. Sources:
+# cloud.google.com/tpu/docs and NVIDIA's data sheets.
+_CHIPS = {
+  'TPU v4': Chip(275e12, 1.05e9, 32 * 2**30),
+  'TPU v5 lite': Chip(197e12, 1.5e9, 16 * 2**30),
+  'TPU v5e': Chip(197e12, 1.5e9, 16 * 2**30),
+  'TPU v5': Chip(459e12, 1.75e9, 95 * 2**30),
+  'TPU v6': Chip(918e12),
+  'NVIDIA A100': Chip(312e12),
+  'NVIDIA H100 PCIe': Chip(756e12),
+  'NVIDIA H100': Chip(989e12),
+  'NVIDIA H200': Chip(989e12),
+  'NVIDIA B200': Chip(2250e12),
+}
+
+
+def chip(device_kind: str) -> Chip:
+  """Returns the chip whose key is the longest start of the device kind."""
+  matches = [kind for kind in _CHIPS if device_kind.startswith(kind)]
+  return _CHIPS[max(matches, key=len)] if matches else Chip()
 
 
 def forward(config: config_lib.Config) -> int:

@@ -135,7 +135,7 @@ def _operation(line: str) -> str:
 
 
 def _num_bytes(result_type: str, second_half: bool) -> int:
-  """Returns the bytes of the arrays in a result type, or of the second half of these arrays."""
+  """Returns the bytes of the arrays in a result type, or of the second half of the arrays."""
   bits = [
     math.prod(int(n) for n in dims.split(',') if n) * int(kind.strip(string.ascii_lowercase) or 8)
     for kind, dims in _ARRAY.findall(result_type)  # kind: bf16, s4, or pred with a byte per element

@@ -1,4 +1,4 @@
-"""Process-wide settings of the host: the compilation cache and the memory allocator."""
+"""Process-wide settings: options of JAX, the compilation cache and the memory allocator."""
 
 import contextlib
 import ctypes
@@ -7,7 +7,36 @@ import os
 import jax
 from etils import epath
 
+from farmer_jax.errors import ConfigError
+
+# Options that change random numbers or results, or that make JAX refuse operations of this program.
+# The environment can set them, for example by JAX_ENABLE_X64.
+_JAX_OPTIONS = {
+  'jax_default_prng_impl': 'threefry2x32',
+  'jax_threefry_partitionable': True,
+  'jax_numpy_dtype_promotion': 'standard',
+  'jax_numpy_rank_promotion': 'allow',
+}
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+
+
+def configure_jax(enable_x64: bool) -> None:
+  """Sets the options that affect results, whatever the environment says, and opens the devices.
+
+  Raises:
+    ConfigError: the platform that JAX_PLATFORMS names has no devices.
+  """
+  for name, value in {**_JAX_OPTIONS, 'jax_enable_x64': enable_x64}.items():
+    jax.config.update(name, value)
+  try:
+    jax.devices()
+  except Exception as error:  # The type depends on the platform.
+    reason = ' '.join(str(error).split())[:200] or type(error).__name__
+    platforms = jax.config.values['jax_platforms']
+    raise ConfigError(
+      f'JAX cannot use JAX_PLATFORMS={platforms} ({reason}); install JAX for'
+      ' this platform, for example with pip install "jax[cuda12]", or set JAX_PLATFORMS=cpu'
+    ) from error
 
 
 def enable_compilation_cache(workdir: epath.Path) -> None:

@@ -14,9 +14,22 @@ from etils import epath
 from farmer_jax import checkpoints as checkpoints_lib
 from farmer_jax import errors
 from tests.support import checkpoints, filesystems
-from tests.support.checkpoints import Iterator, assert_restored, list_steps, make_state
+from tests.support.checkpoints import Iterator, assert_restored, change_json, list_steps, make_state
 
 SHAPES = jax.eval_shape(lambda: make_state(0)['params'])
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """A run with three checkpoints, which tests must not change."""
+  workdir = tmp_path_factory.mktemp('saved') / 'run'
+  checkpoints.save(workdir)
+  return workdir
+
+
+@pytest.fixture
+def run(saved, workdir):
+  return shutil.copytree(saved, workdir)
 
 
 def restore_params(run, step=None):
@@ -29,20 +42,12 @@ def assert_refused(match, function, *args):
   assert '\n' not in str(error.value)
 
 
-def item(*parts):
-  return lambda run: run.joinpath('checkpoints', '6', *parts)
+def item(run, *parts):
+  return run.joinpath('checkpoints', '6', *parts)
 
 
 def read_files(folder):
   return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
-
-
-def flip_first_byte(*parts):
-  return lambda run: checkpoints.flip_bit(item(*parts)(run), 0)
-
-
-def change_json(name, **changes):
-  return lambda run: checkpoints.change_json(run, 6, name, **changes)
 
 
 CORRUPTIONS = {
@@ -50,20 +55,24 @@ CORRUPTIONS = {
   'truncated file': lambda run: checkpoints.truncate(run, 6),
   'missing file': lambda run: checkpoints.largest_file(run, 6).unlink(),
   'empty checkpoint': lambda run: checkpoints.make_empty(run, 6),
-  'missing state': lambda run: shutil.rmtree(item('state')(run)),
-  'missing iterator state': lambda run: shutil.rmtree(item('data_iterator')(run)),
-  'missing manifest': lambda run: shutil.rmtree(item('manifest')(run)),
-  'flipped bit in the metadata of the state': flip_first_byte('state', '_METADATA'),
-  'flipped bit in the list of items': flip_first_byte('_CHECKPOINT_METADATA'),
-  'changed iterator state': change_json('data_iterator', batches=5),
-  'changed validation loss': change_json('manifest', loss=0.5),
+  'missing state': lambda run: shutil.rmtree(item(run, 'state')),
+  'missing iterator state': lambda run: shutil.rmtree(item(run, 'data_iterator')),
+  'missing manifest': lambda run: shutil.rmtree(item(run, 'manifest')),
+  'flipped bit in the metadata of the state': lambda run: checkpoints.flip_bit(
+    item(run, 'state', '_METADATA'), 0
+  ),
+  'flipped bit in the list of items': lambda run: checkpoints.flip_bit(
+    item(run, '_CHECKPOINT_METADATA'), 0
+  ),
+  'changed iterator state': lambda run: change_json(run, 6, 'data_iterator', batches=5),
+  'changed validation loss': lambda run: change_json(run, 6, 'manifest', loss=0.5),
 }
 
 
 @pytest.mark.parametrize('corrupt', CORRUPTIONS.values(), ids=CORRUPTIONS)
 def test_corrupt_checkpoint_is_quarantined_and_the_previous_one_restored(run, corrupt, caplog):
   corrupt(run)
-  before = read_files(item()(run))
+  before = read_files(item(run))
   assert_restored(checkpoints.restore(run), 4)
   warnings = ' '.join(record.message for record in caplog.records)
   quarantined = run / 'checkpoints_quarantine' / '6'
@@ -81,8 +90,8 @@ def test_flipped_bit_anywhere_is_detected_or_has_no_effect(run):
   """The test flips a bit at three positions in every file of a checkpoint."""
   rng = np.random.default_rng(0)
   num_detected = 0
-  for name, valid in read_files(item()(run)).items():
-    path = item(name)(run)
+  for name, valid in read_files(item(run)).items():
+    path = item(run, name)
     for position in rng.random(3):
       checkpoints.flip_bit(path, position)
       restored = checkpoints.restore(run)
@@ -109,7 +118,7 @@ def test_two_corrupt_checkpoints_and_one_step_that_was_quarantined_before(run, c
 def test_no_valid_checkpoint_is_an_error_at_each_start(run):
   checkpoints.truncate(run, 2)
   checkpoints.make_empty(run, 4)
-  change_json('data_iterator', batches=5)(run)
+  change_json(run, 6, 'data_iterator', batches=5)
   for _ in range(2):
     assert_refused('checkpoints .*step 4: it is empty', checkpoints.restore, run)
     assert list_steps(run) == [2, 4, 6]
@@ -126,7 +135,7 @@ def test_old_corrupt_checkpoints_do_not_prevent_saves(run):
 
 def test_incomplete_checkpoint_is_deleted(run, caplog):
   caplog.set_level(logging.INFO, logger='absl')
-  shutil.copytree(item('state')(run), run / 'checkpoints/7.orbax-checkpoint-tmp/state')
+  shutil.copytree(item(run, 'state'), run / 'checkpoints/7.orbax-checkpoint-tmp/state')
   assert_restored(checkpoints.restore(run), 6)
   assert 'incomplete checkpoint 7' in caplog.text
   assert list_steps(run) == [2, 4, 6]
@@ -217,6 +226,28 @@ def test_failed_save_is_reported_and_the_next_save_succeeds(run, caplog):
   checkpointer.close()
   assert list_steps(run) == [6, 12]
   assert_restored(checkpoints.restore(run), 12)
+
+
+def test_first_checkpoint_is_read_back(tmp_path, monkeypatch):
+  """A disk that loses data is noticed at the first checkpoint, not at the end of the run."""
+  checkpointer = checkpoints.open_checkpointer(tmp_path)
+  wait = checkpointer.wait
+
+  def wait_and_lose(*unused):
+    wait()
+    for file in (tmp_path / 'checkpoints' / '2' / 'state').rglob('*'):
+      if file.is_file():
+        file.write_bytes(b'')
+
+  monkeypatch.setattr(checkpointer, 'wait', wait_and_lose)
+  with pytest.raises(errors.CheckpointError, match='cannot be read back'):
+    checkpointer.save(2, make_state(2), Iterator(2))
+
+
+def test_checkpoint_with_the_name_of_another_step_is_corrupt(run, caplog):
+  (run / 'checkpoints' / '6').rename(run / 'checkpoints' / '8')
+  assert_restored(checkpoints.restore(run), 4)
+  assert 'it is a checkpoint of step 6' in caplog.text
 
 
 def test_failure_of_the_last_save_is_an_error(run):

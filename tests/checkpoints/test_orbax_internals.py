@@ -51,8 +51,9 @@ def test_faults_of_the_environment_are_not_corruption():
       raise error
 
 
-def test_list_of_items_and_private_modules(run):
-  names = orbax_internals.item_names(epath.Path(run / 'checkpoints' / '6'))
+def test_list_of_items_and_private_modules(workdir):
+  checkpoints.save(workdir, [6])
+  names = orbax_internals.item_names(epath.Path(workdir / 'checkpoints' / '6'))
   assert names == {'state', 'data_iterator', 'manifest'}
   assert callable(orbax_internals.multihost.get_jax_distributed_client)
   assert ocp.path.atomicity_types.TMP_DIR_SUFFIX == '.orbax-checkpoint-tmp'

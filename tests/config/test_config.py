@@ -82,6 +82,8 @@ def test_help_describes_every_key():
     ('model.prior.head_dim=50', 'model.prior.width=128 model.prior.head_dim=50'),
     ('model.flow.mlp_ratio=0.001', 'model.flow.mlp_ratio=0.001'),
     ('model.patch_size=8', 'model.patch_size=8 model.flow.blocks=0'),
+    ('model.flow.blocks=0 model.prior.kind=normal', 'model.prior.kind model.flow.blocks=0'),
+    ('noise.curriculum_fraction=1.5', 'noise.curriculum_fraction=1.5'),
     ('train.accumulation_steps=7', 'train.batch_size=64 train.accumulation_steps=7'),
     ('data.num_classes=0 model.flow.class_conditional=True', 'class_conditional num_classes=0'),
     ("profile.steps='5'", "profile.steps='5'"),

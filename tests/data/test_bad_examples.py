@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from farmer_jax import config, errors
 from farmer_jax.data import base, pipeline, prefetching, reading, sources
 from tests.support import data as data_lib
-from tests.support.data import train_iterator, values
+from tests.support.data import remove, train_iterator, values
 
 
 @pytest.fixture
@@ -26,11 +26,6 @@ def source(tmp_path, monkeypatch):
 def levels(source):
   """Returns the gray levels of the source, from the names of its files."""
   return np.array([10 * int(path.stem) for path in source.paths], np.uint8)
-
-
-def remove(source, *indices):
-  for index in indices:
-    source.paths[index].unlink()
 
 
 DAMAGE = {
@@ -57,8 +52,8 @@ def test_bad_file_is_replaced_logged_and_counted(source, caplog, kind):
   for message in caplog.messages:
     assert message.startswith(str(source.paths[5]))
     assert str(source.paths[replacement]) in message
-  expected = {'bad_examples': 1, 'replaced_examples': bad.sum(), 'worker_restarts': 0}
-  assert iterator.counts() == expected
+  counts = iterator.counts()
+  assert counts == {'bad_examples': 1, 'replaced_examples': bad.sum(), 'worker_restarts': 0}
 
 
 def test_file_with_other_size_and_mode_is_not_bad(source, caplog):
@@ -98,12 +93,17 @@ def test_resume_keeps_counts(source):
   assert resumed.get_state() == iterator.get_state()
 
 
-@pytest.mark.parametrize('limit', [0, 2])
-def test_more_bad_files_than_the_limit(source, caplog, limit):
+@pytest.mark.parametrize(
+  'limit, workers', [(0, 0), (2, 0), pytest.param(2, 1, marks=pytest.mark.faults)]
+)
+def test_more_bad_files_than_the_limit(source, caplog, limit, workers):
+  data_lib.parse_flags()
   bad = [source.paths[index] for index in (3, 9, 14)]
   remove(source, 3, 9, 14)
+  iterator = train_iterator(source, max_bad_examples=limit, workers=workers)
   with pytest.raises(errors.DataError, match=f'max_bad_examples={limit}') as caught:
-    values(train_iterator(source, max_bad_examples=limit))
+    values(iterator)
+  iterator.close()
   (last,) = [path for path in bad if str(caught.value).startswith(str(path))]
   logged = {path for path in bad for message in caplog.messages if message.startswith(str(path))}
   assert len(logged) == limit and last not in logged

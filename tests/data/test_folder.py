@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from farmer_jax import config, errors
-from farmer_jax.data import base, folder, images, sources
+from farmer_jax.data import base, folder, folder_layout, images, sources
 from tests.support import data as data_lib
 from tests.support.data import write_classes, write_image
 
@@ -62,8 +62,8 @@ def test_classes_are_sorted_subfolders(tmp_path, monkeypatch, lazy):
 
 def test_split_does_not_depend_on_the_disk(root, monkeypatch):
   before = labels_by_level(load(root, 'valid'))
-  list_folder = folder._list_folder
-  monkeypatch.setattr(folder, '_list_folder', lambda path: list_folder(path)[::-1])
+  list_folder = folder_layout.list_folder
+  monkeypatch.setattr(folder_layout, 'list_folder', lambda *args: list_folder(*args)[::-1])
   train, valid = load_both(root)
   assert labels_by_level(valid) == before
   assert not before.keys() & labels_by_level(train).keys()
@@ -116,11 +116,12 @@ def test_classes_named_like_splits(tmp_path):
   assert load(tmp_path, num_classes=3).class_names == ('bus', 'test', 'train')
 
 
-def test_other_files_are_ignored(root, caplog):
+def test_other_files_are_ignored(root):
   write_texts(root, 'README.txt', 'a/labels.csv', 'a/.hidden.png', '.git/x.png', 'captions/1.json')
-  assert len(load(root)) == 18
-  (message,) = caplog.messages
-  assert 'ignored 3 files' in message and 'README.txt' in message
+  source = load(root)
+  assert len(source) == 18
+  (message,) = source.origin.ignored
+  assert '3 files' in message and 'README.txt' in message
 
 
 def test_class_folder_can_be_a_link(root):

@@ -9,27 +9,12 @@ import pytest
 from farmer_jax import errors
 from farmer_jax.distributed import processes as processes_lib
 from tests.support import processes
-from tests.support.processes import STEPS, train
+from tests.support.processes import STEPS, start_job, train
 
 
-@pytest.fixture(scope='module', name='one_device')
-def _one_device(tmp_path_factory):
-  """A run of one process with one device."""
-  workdir = tmp_path_factory.mktemp('one') / 'run'
-  train(workdir, devices=1).finish()
-  return workdir
-
-
-def start_job(name, workdir, *settings, **how):
-  """Starts a job of a trained run in its workdir."""
-  overrides = [f'--config.{setting}' for setting in settings]
-  arguments = [f'--job={name}', f'--config=configs/from_run.py:{workdir}', *overrides]
-  return processes.Job(workdir, *arguments, **how)
-
-
-def test_two_processes_exchange_values_and_errors(tmp_path):
-  job = processes.Job(tmp_path / 'run', devices=1, processes=2, program=('exchange_values',))
-  job.finish()
+def test_two_processes_exchange_values_and_errors(workdir):
+  module = 'tests.support.programs.exchange_values'
+  job = processes.Job(workdir, devices=1, processes=2, module=module).finish()
   results = [json.loads(job.log(process).splitlines()[-1]) for process in range(2)]
   shared = {'gathered': [[], ['long text']]}
   assert results[0] == shared | {'error': 'WorkdirError', 'left_alone': True}
@@ -51,17 +36,16 @@ def test_wrong_flags_are_refused(arguments, flag):
 
 @pytest.mark.faults
 @pytest.mark.parametrize('setting', ['config.mesh.data=3', 'config.train.batch_size=7'])
-def test_wrong_settings_cause_one_line_and_no_workdir(tmp_path, setting):
-  job = processes.Job(tmp_path / 'run', '--config=configs/quickstart.py', f'--{setting}')
+def test_wrong_settings_cause_one_line_and_no_workdir(workdir, setting):
+  job = processes.Job(workdir, '--config=configs/quickstart.py', f'--{setting}')
   assert job.codes(timeout=120) == [1]
   assert setting in job.log() and 'Traceback' not in job.log()
-  assert not (tmp_path / 'run').exists()
+  assert not workdir.exists()
 
 
 @pytest.mark.faults
-def test_two_processes_resume_after_a_kill_and_one_process_evaluates(one_device, tmp_path):
+def test_two_processes_resume_after_a_kill_and_one_process_evaluates(uninterrupted, workdir):
   """The parameters are sharded over four devices, two per process."""
-  workdir = tmp_path / 'run'
   job = train(workdir, 'mesh.fsdp=4', processes=2)
   job.wait_for(lambda: any((workdir / 'checkpoints').glob('[0-9]')))
   job.kill()
@@ -69,7 +53,7 @@ def test_two_processes_resume_after_a_kill_and_one_process_evaluates(one_device,
   assert not processes.last_checkpoint(workdir).exists(), 'the processes were killed too late'
   train(workdir, 'mesh.fsdp=4', processes=2).finish()
   assert processes.resumed_step(before, workdir) > 0
-  processes.assert_close(one_device, workdir)
+  processes.assert_close(uninterrupted, workdir)
   start_job('likelihood', workdir).finish()
   report = json.loads((workdir / 'likelihood' / 'digits-valid.json').read_text())
   last = [r for r in processes.records(workdir) if r['split'] == 'valid'][-1]
@@ -78,22 +62,21 @@ def test_two_processes_resume_after_a_kill_and_one_process_evaluates(one_device,
 
 
 @pytest.mark.faults
-def test_two_processes_sample_and_process_zero_evaluates(one_device, tmp_path):
+def test_two_processes_sample_and_process_zero_evaluates(run):
   """One file holds all samples, so that process 1 draws none."""
-  workdir = shutil.copytree(one_device, tmp_path / 'run')
   settings = ['fidelity.count=40', 'fidelity.reference_split=valid', 'fidelity.name=found']
   settings.append('sampling.inverse=sequential')
-  program = processes.fault('short_classifier', 20)
-  start_job('fidelity', workdir, *settings, processes=2, program=program).finish()
-  assert json.loads((workdir / 'fidelity' / 'found.json').read_text())['count'] == 40
+  fault = ('short_classifier', 20)
+  start_job('fidelity', run, *settings, processes=2, fault=fault).finish()
+  assert json.loads((run / 'fidelity' / 'found.json').read_text())['count'] == 40
 
 
 @pytest.mark.faults
-def test_samples_of_two_processes_equal_those_of_one(one_device, tmp_path):
+def test_samples_of_two_processes_equal_those_of_one(trained, tmp_path):
   settings = ['sampling.count=1200', 'sampling.inverse=sequential', 'sampling.batch_size=200']
   samples = []
   for count in (1, 2):
-    workdir = shutil.copytree(one_device, tmp_path / f'by-{count}')
+    workdir = shutil.copytree(trained, tmp_path / f'by-{count}')
     start_job('sample', workdir, *settings, processes=count).finish()
     (folder,) = (p for p in (workdir / 'samples').iterdir() if p.is_dir())
     files = [np.load(file) for file in sorted(folder.glob('*.npz'))]
@@ -114,12 +97,11 @@ def test_samples_of_two_processes_equal_those_of_one(one_device, tmp_path):
   ],
   ids=str,
 )
-def test_resume_on_other_devices(one_device, tmp_path, first, second):
-  workdir = tmp_path / 'run'
+def test_resume_on_other_devices(uninterrupted, workdir, first, second):
   train(workdir, 'mesh.fsdp=2', **first).finish()
   for step in (STEPS, STEPS - 2):
     shutil.rmtree(workdir / 'checkpoints' / str(step), ignore_errors=True)
   before = processes.records(workdir)
   train(workdir, **second).finish()
   assert processes.resumed_step(before, workdir) == STEPS - 4
-  processes.assert_close(one_device, workdir)
+  processes.assert_close(uninterrupted, workdir)

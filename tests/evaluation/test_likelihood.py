@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from scipy import special, stats
 
 from farmer_jax import config
 from farmer_jax.data import pipeline, sources
-from farmer_jax.evaluation import likelihood, likelihood_summary, scoring
+from farmer_jax.evaluation import likelihood, likelihood_summary, scoring, validation
 from farmer_jax.nn import farmer
 from tests.support import models
 
@@ -21,14 +22,14 @@ NUM_CLASSES = 10
 DIMS = 64  # of an image
 
 
-def model_config(flow_changes=None, **prior_changes):
-  prior = dict(layers=1, width=8, head_dim=8, condition_copies=1, components=2) | prior_changes
-  flow = dict(blocks=2, layers=1, width=8, head_dim=8) | (flow_changes or {})
-  return config.Model(patch_size=4, flow=config.Flow(**flow), prior=config.Prior(**prior))
-
-
-GAUSSIAN = config.Config(noise=config.Noise(kind='gaussian', std_end=0.0), model=model_config())
-UNIFORM = config.Config(model=model_config())
+STACK = dict(layers=1, width=8, head_dim=8)
+MODEL = config.Model(
+  patch_size=4,
+  flow=config.Flow(blocks=2, **STACK),
+  prior=config.Prior(condition_copies=1, components=2, **STACK),
+)
+UNIFORM = config.Config(model=MODEL)
+GAUSSIAN = models.replace(UNIFORM, noise=dict(kind='gaussian', std_end=0.0))
 
 
 @functools.cache
@@ -51,8 +52,8 @@ def source():
 
 
 @pytest.fixture(scope='module')
-def batch():
-  return next(iter(pipeline.evaluation_batches(sources.load(UNIFORM.data, 'valid'), 24)))
+def batch(source):
+  return next(iter(pipeline.evaluation_batches(source, 24)))
 
 
 def score(config, batch, label=None, params=None, **changes):
@@ -64,8 +65,8 @@ def score(config, batch, label=None, params=None, **changes):
 
 def test_known_density_is_scored_exactly(batch):
   """The model has no flow and one Gaussian per token. The bias of the head sets its parameters."""
-  model = dataclasses.replace(model_config(dict(blocks=0), components=1), patch_basis='pixels')
-  known = dataclasses.replace(GAUSSIAN, model=model)
+  changes = dict(flow=dict(blocks=0), prior=dict(components=1), patch_basis='pixels')
+  known = models.replace(GAUSSIAN, model=changes)
   params = jax.tree.map(lambda a: a, build(known)[1])  # a copy
   mean, log_scale = np.linspace(-0.5, 0.5, 16), np.linspace(-1, 0.3, 16)
   head = params['prior']['informative_head']
@@ -85,8 +86,8 @@ def test_known_density_is_scored_exactly(batch):
 @pytest.mark.parametrize('conditional_flow', [False, True])
 def test_marginal_density_equals_mean_over_classes(batch, conditional_flow):
   """The terms of the loss also add up to the loss."""
-  flow = dict(class_conditional=conditional_flow)
-  marginal = dataclasses.replace(UNIFORM, model=model_config(flow, informative_channels=5))
+  changes = dict(flow=dict(class_conditional=conditional_flow), prior=dict(informative_channels=5))
+  marginal = models.replace(UNIFORM, model=changes)
   scores = score(marginal, batch, condition='marginal')
   given = [score(marginal, batch, label)['loss'] for label in range(NUM_CLASSES)]
   log_classes = -DIMS * np.array(given)  # [C, B]
@@ -125,7 +126,7 @@ def test_importance_weighting_tightens_the_bound_of_every_image(batch):
 
 def test_mean_does_not_depend_on_batch_size_or_padding(source):
   model, params = build(UNIFORM)
-  evaluate = likelihood.LikelihoodEvaluator(model, UNIFORM)
+  evaluate = validation.LikelihoodEvaluator(model, UNIFORM)
   means = [evaluate(params, pipeline.evaluation_batches(source, size)) for size in (1, 7, 250)]
   for other in means[1:]:
     for name, value in means[0].items():
@@ -142,7 +143,7 @@ def test_nonfinite_image_counts_and_nonfinite_padding_does_not(batch, monkeypatc
 
   monkeypatch.setattr(likelihood.noise_lib, 'evaluation_images', with_nan)
   model, params = build(GAUSSIAN)
-  evaluate = likelihood.LikelihoodEvaluator(model, GAUSSIAN)
+  evaluate = validation.LikelihoodEvaluator(model, GAUSSIAN)
   assert np.isnan(evaluate(params, [batch])['loss'])
   values = evaluate(params, [batch | {'mask': batch['index'] != 3}])
   assert np.isfinite(values['loss'])
@@ -152,22 +153,8 @@ def test_nonfinite_image_counts_and_nonfinite_padding_does_not(batch, monkeypatc
 # Scoring of complete sources.
 
 
-@pytest.fixture
-def counts(monkeypatch):
-  """(Number of images on disk, total number of images) for each call of `Scoring.score`."""
-  counts, progress_bar = [], scoring.terminal.progress_bar
-
-  def record(description, unit, total, initial=0):
-    counts.append((initial, total))
-    return progress_bar(description, unit, total, initial)
-
-  monkeypatch.setattr(scoring.terminal, 'progress_bar', record)
-  return counts
-
-
 def open_scoring(folder, base=UNIFORM, params=None, **changes):
-  settings = config.Likelihood(**(dict(batch_size=20, examples=40) | changes))
-  base = dataclasses.replace(base, likelihood=settings)
+  base = models.replace(base, likelihood=dict(batch_size=20, examples=40) | changes)
   params = build(UNIFORM)[1] if params is None else params
   return scoring.Scoring(base, epath.Path(folder), params, step=3)
 
@@ -177,8 +164,10 @@ def report_of(scorer, source):
   return scorer.description() | likelihood_summary.summarize(rows)
 
 
-def test_only_missing_images_are_scored(tmp_path, source, counts):
+def test_only_missing_images_are_scored(tmp_path, source, monkeypatch):
   """Scores on disk are reused only with the same images, parameters and settings."""
+  bars = mock.Mock(wraps=scoring.terminal.progress_bar)
+  monkeypatch.setattr(scoring.terminal, 'progress_bar', bars)
   few = open_scoring(tmp_path, examples=30).score(source, 'images')
   scorer = open_scoring(tmp_path)
   many = scorer.score(source, 'images')
@@ -191,11 +180,12 @@ def test_only_missing_images_are_scored(tmp_path, source, counts):
   other_params = jax.tree.map(lambda a: 1.1 * a, build(UNIFORM)[1])
   other = open_scoring(tmp_path, params=other_params).score(source, 'images')
   assert (other['loss'] != many['loss']).all()
-  assert counts == [(0, 30), (30, 40), (0, 40), (0, 40)]
+  totals_and_numbers_on_disk = [call.args[2:] for call in bars.call_args_list]
+  assert totals_and_numbers_on_disk == [(30, 0), (40, 30), (40, 0), (40, 0)]
 
 
 def test_scores_under_gaussian_noise_have_no_bits_per_dim(tmp_path, source):
-  gaussian = dataclasses.replace(UNIFORM, noise=config.Noise(kind='gaussian'))
+  gaussian = models.replace(UNIFORM, noise=dict(kind='gaussian'))
   losses = []
   for std, expected in ((None, '0.005'), (0.3, '0.3')):
     scorer = open_scoring(tmp_path, gaussian, noise_std=std, condition='none')
@@ -208,8 +198,7 @@ def test_scores_under_gaussian_noise_have_no_bits_per_dim(tmp_path, source):
 
 
 def test_change_by_bfloat16_is_reported(tmp_path, source):
-  scorer = open_scoring(tmp_path, dtype='bfloat16')
-  report = report_of(scorer, source)
+  report = report_of(open_scoring(tmp_path, dtype='bfloat16'), source)
   change = report['change_by_dtype']
   assert change['images'] == 20 and 0 < change['largest_nats_per_dim'] < 0.1
   assert f'{change["largest_nats_per_dim"]:.2e}' in likelihood_summary.to_text(report)

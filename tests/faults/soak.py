@@ -23,18 +23,16 @@ TIMEOUT = 7200
 
 
 def train(workdir):
-  program = processes.fault('no_tensorboard')
   settings = [*SETTINGS, f'train.steps={processes.STEPS}']
-  return processes.train(workdir, *settings, devices=1, program=program)
+  return processes.train(workdir, *settings, devices=1, fault=('no_tensorboard',))
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--kills', type=int, default=200)
   parser.add_argument('--steps', type=int, default=40_000)
-  parser.add_argument('--folder', type=pathlib.Path, default=pathlib.Path('runs/soak'))
   arguments = parser.parse_args()
-  folder = arguments.folder.absolute()
+  folder = pathlib.Path('runs/soak').absolute()
   folder.mkdir(parents=True, exist_ok=True)
   processes.STEPS = arguments.steps
   uninterrupted, killed = folder / 'uninterrupted', folder / 'killed'

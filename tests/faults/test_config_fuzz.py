@@ -14,10 +14,10 @@ from farmer_jax import config as config_lib
 from farmer_jax import errors, losses
 from farmer_jax.nn import farmer
 from farmer_jax.training import optimizer as optimizer_lib
-from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
 from tests.support import command_line, models
 from tests.support.config_values import LEAVES, nested
+from tests.support.fuzzing import settings
 
 pytestmark = pytest.mark.faults
 
@@ -32,14 +32,6 @@ TINY = config_lib.Config(
 TRAINING_KEYS = [
   path for path in LEAVES if path.startswith(('model.', 'noise.', 'train.', 'data.', 'seed'))
 ]
-
-settings = functools.partial(
-  hypothesis.settings,
-  derandomize=True,
-  deadline=None,
-  database=None,
-  suppress_health_check=list(hypothesis.HealthCheck),
-)
 
 
 def allowed_values(path):
@@ -131,7 +123,7 @@ def check_step(config, execute):
   model, optimizer = farmer.build(config), optimizer_lib.create(config)
   loss = functools.partial(losses.nll_loss, model=model, config=config)
   init_params = functools.partial(farmer.init_params, model=model)
-  initialize = state_lib.initializer(init_params, optimizer, config.train.ema_decay)
+  initialize = step_lib.initializer(init_params, optimizer, config.train.ema_decay)
   step = step_lib.make_train_step(loss, optimizer, config.train)
   size, data, rng = config.train.batch_size, config.data, np.random.default_rng(0)
   image = rng.integers(256, size=(size, data.image_size, data.image_size, data.channels))

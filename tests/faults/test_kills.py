@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.support import processes
+from tests.support.checkpoints import list_steps
 from tests.support.processes import STEPS, train
 
 pytestmark = pytest.mark.faults
@@ -15,10 +16,10 @@ pytestmark = pytest.mark.faults
 PAIR = dict(devices=1, processes=2)
 
 
-def test_resume_after_a_kill_during_a_save_is_bit_exact(uninterrupted, tmp_path):
+def test_resume_after_a_kill_during_a_save_is_bit_exact(uninterrupted, workdir, tmp_path):
   """Checkpoint 4 is complete except for the name of its folder. Training has continued."""
-  workdir, signal_file = tmp_path / 'run', tmp_path / 'saving'
-  job = train(workdir, devices=1, program=processes.fault('slow_commit', 4, signal_file))
+  signal_file = tmp_path / 'saving'
+  job = train(workdir, devices=1, fault=('slow_commit', 4, signal_file))
   job.wait_for(lambda: signal_file.exists() and len(processes.records(workdir)) > 5)
   job.kill()
   before = processes.records(workdir)
@@ -32,8 +33,8 @@ def test_resume_after_a_kill_during_a_save_is_bit_exact(uninterrupted, tmp_path)
 
 
 @pytest.mark.slow
-def test_resume_after_kills_at_random_times_is_bit_exact(uninterrupted, tmp_path):
-  workdir, rng = tmp_path / 'run', random.Random(0)
+def test_resume_after_kills_at_random_times_is_bit_exact(uninterrupted, workdir):
+  rng = random.Random(0)
   for _ in range(5):
     before = processes.records(workdir)
     job = train(workdir, devices=1)
@@ -53,11 +54,10 @@ def _pair(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_resume_after_one_of_two_processes_dies_during_a_save_is_bit_exact(pair, tmp_path):
+def test_resume_after_one_of_two_processes_dies_during_a_save_is_bit_exact(pair, workdir, tmp_path):
   """Process 1 is killed after writing its shard of checkpoint 4. Process 0 must exit."""
-  workdir, signal_file = tmp_path / 'run', tmp_path / 'saving'
-  fault = processes.fault('slow_barrier', 4, signal_file)
-  job = train(workdir, 'mesh.fsdp=2', program=fault, **PAIR)
+  signal_file = tmp_path / 'saving'
+  job = train(workdir, 'mesh.fsdp=2', fault=('slow_barrier', 4, signal_file), **PAIR)
   job.wait_for(signal_file.exists)
   job.processes[1].kill()
   assert job.codes(timeout=300)[0] != 0
@@ -69,9 +69,8 @@ def test_resume_after_one_of_two_processes_dies_during_a_save_is_bit_exact(pair,
 
 
 @pytest.mark.slow
-def test_two_processes_restore_the_same_checkpoint(pair, tmp_path):
+def test_two_processes_restore_the_same_checkpoint(pair, workdir):
   """Only process 1 cannot read its shard of checkpoint 8. Both processes restore checkpoint 6."""
-  workdir = tmp_path / 'run'
   shutil.copytree(pair, workdir)
   before = processes.records(workdir)
   parts = processes.last_checkpoint(workdir).glob('state/ocdbt.process_1/d/*')
@@ -85,11 +84,11 @@ def test_two_processes_restore_the_same_checkpoint(pair, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_continues_when_one_of_two_processes_cannot_save(pair, tmp_path):
-  workdir, start = tmp_path / 'run', time.monotonic()
-  job = train(workdir, 'mesh.fsdp=2', program=processes.fault('small_files', 4, 500), **PAIR)
+def test_training_continues_when_one_of_two_processes_cannot_save(pair, workdir):
+  start = time.monotonic()
+  job = train(workdir, 'mesh.fsdp=2', fault=('small_files', 4, 500), **PAIR)
   job.finish()
   assert time.monotonic() - start < 300
   assert 'checkpoint 4 failed' in job.log()
-  assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == ['2', '6', '8']
+  assert list_steps(workdir) == [2, 6, 8]
   processes.assert_equal(pair, workdir)

@@ -1,22 +1,22 @@
 """The fidelity job on a trained run, with features of the classifier."""
 
 import dataclasses
+import functools
 import json
 import shutil
-import subprocess
-import sys
+import signal
 
 import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
 
-from farmer_jax import config, errors
+from farmer_jax import errors
 from farmer_jax.data import sources
 from farmer_jax.evaluation import classifier, feature_networks, image_sets
 from farmer_jax.jobs import fidelity
 from farmer_jax.ops import sample_quality
-from tests.support import runs
+from tests.support import models, processes, runs
 
 DATA = runs.CONFIG.data
 NAMES = ('frechet_distance', 'score', 'kid', 'precision', 'recall', 'accuracy')
@@ -39,8 +39,7 @@ def real():
 
 def with_fidelity(**changes):
   settings = dict(count=50, name='results', batch_size=32, pairwise_images=300) | changes
-  tiny = runs.with_sampling(batch_size=20)
-  return dataclasses.replace(tiny, fidelity=config.Fidelity(**settings))
+  return models.replace(runs.with_sampling(batch_size=20), fidelity=settings)
 
 
 def evaluate(run, samples=None, reference=None, **changes):
@@ -89,16 +88,6 @@ def test_real_images_compared_with_themselves(run, real):
   assert report['classifier_accuracy'] > 0.7
 
 
-def test_folder_of_png_files_equals_npz_file(run, real):
-  (run / 'pngs').mkdir()
-  for number, image in enumerate(real.images[:60]):
-    Image.fromarray(image[..., 0]).save(run / 'pngs' / f'{number:03d}.png')
-  np.savez(run / 'sixty.npz', arr_0=real.images[:60])
-  report = evaluate(run, samples='pngs', reference='sixty.npz', count=60)
-  assert abs(report['classifier_frechet_distance']) < 1e-6
-  assert 'classifier_accuracy' not in report
-
-
 def test_reference_statistics_without_images(run, network, real):
   """An npz file with mu and sigma, computed by NumPy."""
   statistics = network.statistics(image_sets.from_source(real, ''), 'images', len(real))
@@ -115,28 +104,36 @@ def test_reference_statistics_without_images(run, network, real):
 
 
 def test_metrics_do_not_depend_on_files_or_batch_size(run, real):
-  (run / 'parts').mkdir()
+  for name in ('parts', 'pngs'):
+    (run / name).mkdir()
   for number, part in enumerate(np.split(real.images[:90], (20, 21, 75))):
     np.savez(run / 'parts' / f'{number}.npz', arr_0=part)
+  for number, image in enumerate(real.images[:90]):
+    Image.fromarray(image[..., 0]).save(run / 'pngs' / f'{number:03d}.png')
   np.savez(run / 'all.npz', arr_0=real.images[:90])
   a = evaluate(run, samples='parts', batch_size=32)
   b = evaluate(run, samples='all.npz', batch_size=7)
   for name in NAMES[:-1]:
     values = a[f'classifier_{name}'], b[f'classifier_{name}']
     np.testing.assert_allclose(*values, rtol=1e-5, err_msg=name)
+  report = evaluate(run, samples='pngs', reference='all.npz', count=90)
+  assert abs(report['classifier_frechet_distance']) < 1e-6
+  assert 'classifier_accuracy' not in report
 
 
 @pytest.mark.faults
 def test_report_after_sigkill_is_bit_exact(run, tmp_path):
   """The first process is killed after it has drawn the samples."""
   uninterrupted = shutil.copytree(run, tmp_path / 'uninterrupted')
-  config_file = runs.write_config(with_fidelity(), tmp_path / 'config.json')
-  program = [sys.executable, '-m', 'tests.support.programs.fidelity_job', config_file]
-  killed = subprocess.run([*program, run, '--kill'], capture_output=True)
-  assert killed.returncode == -9, killed.stderr.decode()
+  settings = ['fidelity.count=50', 'fidelity.name=results', 'fidelity.batch_size=32']
+  settings += ['fidelity.pairwise_images=300', 'sampling.count=25', 'sampling.batch_size=20']
+  settings.append('sampling.inverse=sequential')
+  start = functools.partial(processes.start_job, 'fidelity', devices=1)
+  killed = start(run, *settings, fault=('kill_before_features',))
+  assert killed.codes() == [-signal.SIGKILL], killed.log()
   assert not (run / 'fidelity' / 'results.json').exists()
   for workdir in (run, uninterrupted):
-    subprocess.run([*program, workdir], check=True)
+    start(workdir, *settings).finish()
   reports = [(w / 'fidelity' / 'results.json').read_bytes() for w in (run, uninterrupted)]
   assert reports[0] == reports[1]
 
@@ -151,15 +148,10 @@ def test_different_samples_have_different_reports(run, real):
   assert len(list((run / 'fidelity').glob('*.json'))) == len(paths)
 
 
-def test_missing_weights_are_refused(run):
-  with pytest.raises(errors.ConfigError, match='config.fidelity.weights') as caught:
-    evaluate(run, network='inception')
-  assert '\n' not in str(caught.value)
-
-
 @pytest.mark.parametrize(
   'key, arrays, name',
   [
+    ('network', None, 'config.fidelity.weights'),
     ('samples', None, '/file.npz'),
     ('samples', dict(arr_0=np.zeros((20, 8, 8, 1), np.float32)), 'float32'),
     ('samples', dict(arr_0=np.zeros((20, 8, 8), np.uint8)), r'\[20, 8, 8\]'),
@@ -167,12 +159,15 @@ def test_missing_weights_are_refused(run):
     ('reference', None, '/file.npz'),
     ('reference', dict(mu=np.zeros(2048), sigma=np.eye(2048)), '2048 features'),
     ('reference', dict(something=np.zeros(3)), 'file.npz'),
+    ('reference', dict(mu=np.full(128, np.nan), sigma=np.eye(128)), 'not finite'),
+    ('samples', dict(arr_0=np.zeros((3, 8, 8, 1), np.uint8)), '3 images'),
     ('reference', dict(mu=np.zeros(3)), 'file.npz'),
   ],
 )
 def test_missing_and_unsuitable_files_are_refused(run, key, arrays, name):
   if arrays:
     np.savez(run / 'file.npz', **arrays)
-  with pytest.raises(errors.DataError, match=name) as caught:
-    evaluate(run, **{key: 'file.npz'})
+  error = errors.ConfigError if key == 'network' else errors.DataError
+  with pytest.raises(error, match=name) as caught:
+    evaluate(run, **{key: 'inception' if key == 'network' else 'file.npz'})
   assert '\n' not in str(caught.value)

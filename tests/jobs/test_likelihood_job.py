@@ -3,16 +3,15 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
-import socket
-import subprocess
-import sys
+import signal
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from farmer_jax import config
+from farmer_jax import config, jobs
 from farmer_jax.jobs import likelihood
 from tests.support import command_line, processes, runs
 
@@ -33,16 +32,10 @@ def read_table(run, name=NAME):
     return list(csv.DictReader(file))
 
 
-def start(run, *flags, devices=1, **changes):
-  config_file = runs.write_config(with_likelihood(**changes), run / 'test_config.json')
-  program = [sys.executable, '-m', 'tests.support.programs.likelihood_job', config_file, run]
-  environment = processes.environment(devices)
-  return subprocess.Popen([*program, *flags], stderr=subprocess.PIPE, env=environment, text=True)
-
-
-def finish(process, code=0):
-  _, err = process.communicate(timeout=300)
-  assert process.returncode == code, err
+def start(run, batch_size=50, settings=(), **how):
+  settings = [f'name={NAME}', f'batch_size={batch_size}', *settings]
+  overrides = [f'likelihood.{setting}' for setting in settings]
+  return processes.start_job('likelihood', run, *overrides, **how)
 
 
 def test_job_writes_report_table_and_figures(run, capsys):
@@ -77,22 +70,15 @@ def test_scores_do_not_depend_on_devices_processes_or_batch_size(run, tmp_path):
   """One process has 1 or 8 devices. Two processes have 4 devices each."""
   results = []
 
-  def score(devices, batch_size=50, num_processes=1):
+  for changes in (
+    dict(devices=1),
+    dict(devices=8),
+    dict(devices=1, batch_size=7),
+    dict(devices=4, processes=2),
+  ):
     copy = shutil.copytree(run, tmp_path / f'copy{len(results)}')
-    with socket.socket() as free:
-      free.bind(('localhost', 0))
-      address = f'--coordinator=localhost:{free.getsockname()[1]}'
-    several = [[address, f'--process_id={process}'] for process in range(num_processes)]
-    flags = several if num_processes > 1 else [[]]
-    started = [start(copy, *each, devices=devices, batch_size=batch_size) for each in flags]
-    for process in started:
-      finish(process)
+    start(copy, **changes).finish()
     results.append((read_report(copy), read_table(copy)))
-
-  score(1)
-  score(8)
-  score(1, batch_size=7)
-  score(4, num_processes=2)
   (expected, expected_rows), *others = results
   for report, rows in others:
     for name in ('loss', 'bits_per_dim'):
@@ -107,33 +93,36 @@ def test_scores_do_not_depend_on_devices_processes_or_batch_size(run, tmp_path):
 def test_report_after_sigkill_is_bit_exact(run, tmp_path):
   """The process is killed when the scores on disk end in the middle of a batch."""
   uninterrupted = shutil.copytree(run, tmp_path / 'uninterrupted')
-  settings = dict(condition='marginal', draws=2, ood_source='synthetic')
-  finish(start(run, '--shard_size=30', '--kill_at=100', **settings), code=-9)
+  settings = ['condition=marginal', 'draws=2', 'ood_source=synthetic']
+  how = dict(settings=settings, devices=1)
+  killed = start(run, fault=('small_shards', 30, 30, 100), **how)
+  assert killed.codes() == [-signal.SIGKILL], killed.log()
   (rows,) = (run / 'likelihood' / 'rows').iterdir()
   assert len(list(rows.glob('*.npz'))) == 3  # 90 images
   assert not (run / 'likelihood' / f'{NAME}.json').exists()
   for workdir in (run, uninterrupted):
-    finish(start(workdir, '--shard_size=30', **settings))
+    start(workdir, fault=('small_shards', 30, 30), **how).finish()
   for suffix in ('.json', '.csv', '-ood.csv'):
     files = [w / 'likelihood' / f'{NAME}{suffix}' for w in (run, uninterrupted)]
     assert files[0].read_bytes() == files[1].read_bytes(), suffix
 
 
 MISTAKES = {
-  'unknown split': ('split=test', 'likelihood.split'),
-  'noise of a density model': ('noise_std=0.1', 'likelihood.noise_std'),
-  'classes of other data': ('ood_source=synthetic', 'likelihood.condition'),
-  'no draws': ('draws=0', 'likelihood.draws'),
-  'missing folder': ('source=folder path=/nowhere', '/nowhere'),
+  'unknown split': ('likelihood.split=test', 'likelihood.split'),
+  'noise of a density model': ('likelihood.noise_std=0.1', 'likelihood.noise_std'),
+  'classes of other data': ('likelihood.ood_source=synthetic', 'likelihood.condition'),
+  'no draws': ('likelihood.draws=0', 'likelihood.draws'),
+  'missing folder': ('likelihood.source=folder likelihood.path=/nowhere', '/nowhere'),
+  'unknown class': ('sampling.labels=dragon', 'config.sampling.labels.*dragon'),
 }
 
 
-@pytest.mark.parametrize('settings, name', MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_take_one_line_and_write_nothing(trained, settings, name, monkeypatch, capsys):
-  files = sorted(trained.rglob('*'))
-  flags = ['--job=likelihood', f'--workdir={trained}', f'--config=configs/from_run.py:{trained}']
-  arguments = flags + [f'--config.likelihood.{setting}' for setting in settings.split()]
-  outcome = command_line.run(arguments, monkeypatch, capsys, likelihood.run)
+@pytest.mark.parametrize('settings, named', MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_take_one_line_and_write_nothing(trained, settings, named, monkeypatch, capsys):
+  files, job = sorted(trained.rglob('*')), 'sample' if 'sampling' in settings else 'likelihood'
+  flags = [f'--job={job}', f'--workdir={trained}', f'--config=configs/from_run.py:{trained}']
+  arguments = flags + [f'--config.{setting}' for setting in settings.split()]
+  outcome = command_line.run(arguments, monkeypatch, capsys, jobs.run)
   (line,) = [row for row in outcome.err.splitlines() if row.startswith('error: ')]
-  assert outcome.code == 1 and name in line and 'Traceback' not in outcome.err
+  assert outcome.code == 1 and re.search(named, line) and 'Traceback' not in outcome.err
   assert sorted(trained.rglob('*')) == files

@@ -1,22 +1,22 @@
 """The sampling job on a tiny run: results, resumption, and error messages."""
 
+import functools
 import json
 import shutil
-import subprocess
-import sys
+import signal
 from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from farmer_jax import api, config, errors, jobs, sampling
+from farmer_jax import api, config, errors, sampling
 from farmer_jax.evaluation import sampling_figures
 from farmer_jax.jobs import sample
 from farmer_jax.sampling import inverse, to_disk
 from farmer_jax.workdir import results
-from tests.support import command_line
-from tests.support.runs import CONFIG, read_samples, with_sampling, write_config
+from tests.support import processes
+from tests.support.runs import CONFIG, read_samples, with_sampling
 
 FOLDER = '3-seed=5-inverse=sequential'
 
@@ -89,18 +89,17 @@ def test_python_api_draws_the_images_of_the_job(drawn, expected):
 
 
 @pytest.mark.faults
-def test_resume_after_sigkill_is_bit_exact(run, tmp_path):
-  file = write_config(with_sampling(seed=5), tmp_path / 'config.json')
-  program = [sys.executable, '-m', 'tests.support.programs.sampling_job', str(file), str(run)]
-  killed = subprocess.run([*program, '16'], capture_output=True)
-  assert killed.returncode == -9, killed.stderr
+def test_resume_after_sigkill_is_bit_exact(run):
+  settings = [f'sampling.{s}' for s in ('seed=5', 'count=25', 'batch_size=8', 'inverse=sequential')]
+  start = functools.partial(processes.start_job, 'sample', run, *settings, devices=1)
+  assert start(fault=('small_shards', 12, 0, 16)).codes() == [-signal.SIGKILL]
   folder = run / 'samples' / FOLDER
   partial = read_samples(folder)
   assert len(partial['arr_0']) == 16 and not (folder / 'samples.json').exists()
-  subprocess.run(program, check=True, capture_output=True)
+  start(fault=('small_shards', 12, 0)).finish()
   resumed = read_samples(folder)
   shutil.rmtree(folder)
-  subprocess.run(program, check=True, capture_output=True)
+  start(fault=('small_shards', 12, 0)).finish()
   for name, values in read_samples(folder).items():
     np.testing.assert_array_equal(resumed[name], values)
     np.testing.assert_array_equal(partial[name], values[:16])
@@ -124,21 +123,11 @@ def test_parallel_inverse_draws_the_same_images_and_is_measured_once(run, expect
   assert plan['chunk_sizes'] == [15, 15] and plan['difference'] < 1e-4
   measure = mock.Mock(return_value={'difference': 0.0, 'chunk_sizes': []})
   monkeypatch.setattr(inverse, 'plan_inverse', measure)
-  trained_run = api.Run.open(run, CONFIG)
+  trained_run = api.Run(run, CONFIG)
   for tolerance, count in ((1e-5, 0), (1e-3, 1), (1e-3, 1), (1e-5, 1)):
     built = with_sampling(seed=5, inverse='parallel', tolerance=tolerance)
     sampling.cached_measurement(built, run, trained_run.model, trained_run.params, 3, [0])
     assert measure.call_count == count
-
-
-def test_mistake_is_one_line_and_changes_nothing(trained, monkeypatch, capsys):
-  files = sorted(trained.rglob('*'))
-  arguments = ['--job=sample', f'--workdir={trained}', f'--config=configs/from_run.py:{trained}']
-  arguments += ['--config.sampling.labels=dragon']
-  outcome = command_line.run(arguments, monkeypatch, capsys, jobs.run)
-  (line,) = [row for row in outcome.err.splitlines() if row.startswith('error: ')]
-  assert outcome.code == 1 and 'config.sampling.labels' in line and 'dragon' in line
-  assert 'Traceback' not in outcome.err and sorted(trained.rglob('*')) == files
 
 
 def test_missing_checkpoint_and_missing_run(run, tmp_path):
@@ -153,10 +142,11 @@ def test_missing_checkpoint_and_missing_run(run, tmp_path):
 def test_denoising_path_ends_in_the_sample(trained, expected, monkeypatch):
   sample_grid = mock.Mock()
   monkeypatch.setattr(sampling_figures.figures, 'sample_grid', sample_grid)
-  run = api.Run.open(trained, CONFIG)
+  run = api.Run(trained, CONFIG)
   names = [str(label) for label in range(8)]
   built = with_sampling(seed=5)
-  sampling_figures.inversion_path(run.model, built, run.params, list(range(8)), names)
+  labels = list(range(8))
+  sampling_figures.SamplingFigures(run.model, built, run.params, labels, names).inversion_path()
   images, rows, titles = sample_grid.call_args.args
   assert titles == ['z^2', 'z^1', 'z^0'] and rows == names and images.shape[:2] == (8, 3)
   np.testing.assert_array_equal(images[:, -1], expected['arr_0'][:8])

@@ -16,20 +16,16 @@ pytestmark = pytest.mark.usefixtures('x64')
 @functools.cache
 def make(num_tokens, channels, blocks=0, **prior_changes):
   """Returns a compiled function from points [n, N, d] to their log-density terms, [n] each."""
-  prior = tiny.make_prior(num_tokens, channels, **prior_changes)
-  flow = tiny.make_flow(num_tokens, channels, blocks=blocks) if blocks else None
-  label = jnp.asarray([1], jnp.int32)
-  example = tiny.normals(1, num_tokens, channels)
-  prior_params = tiny.filled_parameters(prior, example, label, seed=1)
-  flow_params = tiny.filled_parameters(flow, example, label, seed=2) if flow else None
+  example = tiny.normals(1, num_tokens, channels), jnp.asarray([1], jnp.int32)
+  prior = tiny.Compiled(tiny.make_prior(num_tokens, channels, **prior_changes), *example, seed=1)
+  if blocks:
+    flow = tiny.Compiled(tiny.make_flow(num_tokens, channels, blocks=blocks), *example, seed=2)
 
   @jax.jit
   def evaluate(x):
-    labels = jnp.broadcast_to(label, len(x))
-    z, log_dets = x, jnp.zeros((1, len(x)))
-    if flow:
-      z, log_dets = flow.apply({'params': flow_params}, x, labels)
-    tokens, redundant = prior.apply({'params': prior_params}, z, labels)
+    labels = jnp.full(len(x), 1, jnp.int32)
+    z, log_dets = flow.apply(x, labels) if blocks else (x, jnp.zeros((1, len(x))))
+    tokens, redundant = prior.apply(z, labels)
     return tokens.sum(1), redundant, log_dets.sum(0)
 
   return evaluate

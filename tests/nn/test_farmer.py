@@ -23,20 +23,16 @@ N = D = 4  # 2 × 2 tokens of 2 × 2 pixels
 INFORMATIVE = 2
 LABELS = jnp.asarray([0, 1, 0, CLASSES], jnp.int32)
 
-# Changes of the sections flow and prior.
+# Changes of the sections flow and prior, and of the model.
 VARIANTS = {
   'no flow': (dict(blocks=0), {}, dict(patch_basis='pixels')),
-  'TARFlow': (dict(blocks=3), dict(kind='normal')),
-  'JetFormer': (dict(final_permutation=False), dict(redundant_kind='normal')),
-  'class-conditional flow': (dict(class_conditional=True), {}),
+  'TARFlow': (dict(blocks=3), dict(kind='normal'), {}),
+  'JetFormer': (dict(final_permutation=False), dict(redundant_kind='normal'), {}),
+  'class-conditional flow': (dict(class_conditional=True), {}, {}),
+  'no redundant channels': ({}, dict(informative_channels=0), {}),
+  'one component': ({}, dict(components=1, redundant_components=1, condition_copies=1), {}),
 }
-SLOW_VARIANTS = {
-  'no redundant channels': ({}, dict(informative_channels=0)),
-  'one component, one condition copy': (
-    {},
-    dict(components=1, redundant_components=1, condition_copies=1),
-  ),
-}
+SLOW = 'no redundant channels', 'one component'
 
 
 def make(flow_changes=None, prior_changes=None, **changes):
@@ -46,35 +42,23 @@ def make(flow_changes=None, prior_changes=None, **changes):
 
 @pytest.fixture(
   scope='module',
-  params=[*VARIANTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_VARIANTS)],
+  params=[pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in VARIANTS],
 )
 def variant(request, x64):
   """A model variant, and its outputs for one image with four labels."""
-  flow_changes, prior_changes, *changes = (VARIANTS | SLOW_VARIANTS)[request.param]
-  model = make(flow_changes, prior_changes, **(changes[0] if changes else {}))
+  flow_changes, prior_changes, changes = VARIANTS[request.param]
   images = jnp.broadcast_to(tiny.normals(1, SIZE, SIZE, CHANNELS), (4, SIZE, SIZE, CHANNELS))
-  params = tiny.filled_parameters(model, images, LABELS, seed=7)
-  run = functools.partial(model.apply, {'params': params})
-  encode, decode = (jax.jit(functools.partial(run, method=m)) for m in ('encode', 'decode'))
-
-  @jax.jit
-  def sample(seed, labels):
-    z = run(labels[None], tiny.make_draws(seed, len(labels), N), method='sample')
-    return run(z, labels, method='decode')[0]
-
-  z, log_dets = encode(images, LABELS)
+  compiled = tiny.Compiled(make(flow_changes, prior_changes, **changes), images, LABELS, seed=7)
+  z, log_dets = compiled('encode')(images, LABELS)
   return types.SimpleNamespace(
-    model=model,
-    params=params,
-    flow=model.config.flow,
-    prior=model.config.prior,
+    compiled=compiled,
+    flow=compiled.module.config.flow,
+    prior=compiled.module.config.prior,
     images=np.asarray(images),
-    encode=encode,
-    sample=sample,
     z=np.asarray(z),
     log_dets=np.asarray(log_dets),
-    decoded=np.asarray(decode(z, LABELS)[0]),
-    log_density=jax.jit(run)(images, LABELS),
+    decoded=np.asarray(compiled('decode')(z, LABELS)[0]),
+    log_density=compiled()(images, LABELS),
   )
 
 
@@ -105,17 +89,16 @@ def test_decode_inverts_encode(variant):
 
 def test_only_conditional_parts_depend_on_the_label(variant):
   flow, prior, log_density = variant.flow, variant.prior, variant.log_density
-  is_conditional = {
-    'z': flow.class_conditional,
-    'informative': flow.class_conditional or prior.kind == 'mixture',
-    'redundant': prior.has_redundant_mixture(D),
-  }
-  values = dict(z=variant.z, informative=log_density.informative, redundant=log_density.redundant)
-  for name, value in values.items():
-    np.testing.assert_allclose(value[0], value[2], atol=1e-12)  # equal labels
+  for values, is_conditional in (
+    (variant.z, flow.class_conditional),
+    *((log_dets, flow.class_conditional) for log_dets in variant.log_dets),
+    (log_density.informative, flow.class_conditional or prior.kind == 'mixture'),
+    (log_density.redundant, prior.has_redundant_mixture(D)),
+  ):
+    np.testing.assert_allclose(values[0], values[2], atol=1e-12)  # equal labels
     for a, b in ((0, 1), (0, 3), (1, 3)):
-      difference = abs(value[a] - value[b]).max()
-      assert difference > 1e-4 if is_conditional[name] else difference < 1e-12, name
+      difference = abs(values[a] - values[b]).max()
+      assert difference > 1e-4 if is_conditional else difference < 1e-12
 
 
 def test_channels_without_a_mixture_are_standard_normal(variant):
@@ -137,20 +120,28 @@ def test_samples_are_finite_and_distinct(variant):
   normal_from = D if variant.prior.redundant_kind == 'mixture' else INFORMATIVE
   normal_from = 0 if variant.prior.kind == 'normal' else normal_from
   labels = LABELS if normal_from == D else jnp.tile(LABELS, 500)
-  images = variant.sample(0, labels)
+  draws, compiled = tiny.make_draws(0, len(labels), N), variant.compiled
+
+  @jax.jit
+  def sample():
+    return compiled.apply(
+      compiled.apply(labels[None], draws, method='sample'), labels, method='decode'
+    )
+
+  images, _ = sample()
   assert images.shape == (len(labels), SIZE, SIZE, CHANNELS)
   assert np.isfinite(images).all()
   assert len(np.unique(images)) == images.size
   if normal_from < D:
-    z = np.asarray(variant.encode(images, labels)[0])
+    z = np.asarray(compiled('encode')(images, labels)[0])
     for column in z[..., normal_from:].reshape(len(labels), -1).T:
       assert stats.kstest(column, 'norm').pvalue > 1e-4
 
 
 def test_scale_ranges(variant):
   """The ranges of the flow bound the log-determinants. Missing parts of a model have no range."""
-  ranges = jax.jit(functools.partial(diagnostics.scale_ranges, variant.model))(
-    variant.params, jnp.asarray(variant.images), LABELS
+  ranges = jax.jit(functools.partial(diagnostics.scale_ranges, variant.compiled.module))(
+    variant.compiled.params, jnp.asarray(variant.images), LABELS
   )
   has = dict(
     flow_log_scale=variant.flow.blocks > 0,
@@ -204,18 +195,13 @@ def test_bfloat16_is_close_to_float32():
   with jax.enable_x64(False):
     images = jnp.asarray(tiny.normals(4, SIZE, SIZE, CHANNELS), jnp.float32)
     for dtype in ('bfloat16', 'float32'):
-      model = make(dtype=dtype)
-      params = {'params': tiny.filled_parameters(model, images, LABELS)}
-      results[dtype] = jax.jit(functools.partial(model.apply, method=everything))(params, images)
+      results[dtype] = tiny.Compiled(make(dtype=dtype), images, LABELS)(everything)(images)
   for leaf in jax.tree.leaves(results):
     assert leaf.dtype == np.float32 and np.isfinite(leaf).all()
   np.testing.assert_allclose(results['bfloat16'][-1], images, atol=0.05)
   np.testing.assert_allclose(results['float32'][-1], images, atol=1e-5)
-  jax.tree.map(
-    lambda half, full: np.testing.assert_allclose(half, full, atol=0.1),
-    results['bfloat16'][:3],
-    results['float32'][:3],
-  )
+  close = functools.partial(np.testing.assert_allclose, atol=0.1)
+  jax.tree.map(close, results['bfloat16'][:3], results['float32'][:3])
 
 
 @pytest.mark.parametrize(
@@ -249,16 +235,15 @@ def test_token_densities_are_in_raster_order(blocks, final):
   The token is the first or the last of the raster, depending on the number of reversals.
   """
   model = make(dict(blocks=blocks, final_permutation=final), dict(informative_channels=0))
-  images = tiny.normals(1, SIZE, SIZE, CHANNELS)
-  label = jnp.zeros(1, jnp.int32)
-  params = tiny.filled_parameters(model, images, label)
+  images, label = tiny.normals(1, SIZE, SIZE, CHANNELS), jnp.zeros(1, jnp.int32)
+  model = tiny.Compiled(model, images, label)
   if blocks:
-    stack = params['flow']['stack']
+    stack = model.params['flow']['stack']
     for name in ('shift_proj', 'log_scale_proj'):
       stack[name] = jax.tree.map(jnp.zeros_like, stack[name])
-  run = jax.jit(lambda images: model.apply({'params': params}, images, label).tokens[0])
   is_reversed = (blocks - (blocks > 0 and not final)) % 2 == 1
   last = 0 if is_reversed else N - 1
   pixel = 0 if is_reversed else -1
-  difference = run(images.at[:, pixel, pixel].add(1.0)) - run(images)
-  np.testing.assert_array_equal(abs(difference) > 1e-9, np.arange(N) == last)
+  changed, before = (model()(x, label) for x in (images.at[:, pixel, pixel].add(1.0), images))
+  difference = abs(changed.tokens - before.tokens)[0]
+  np.testing.assert_array_equal(difference > 1e-9, np.arange(N) == last)

@@ -17,11 +17,9 @@ N, D = 4, 2
 LABELS = jnp.asarray([0, 1, 3], jnp.int32)  # 3: no class
 
 FLOWS = {
-  'one block, bounded scales, unrolled': dict(blocks=1, max_log_scale=0.2, unroll=8),
-  'three blocks, no final permutation, classes, remat full': dict(
-    blocks=3, final_permutation=False, num_classes=3, remat='full'
-  ),
-  'two blocks of two layers, remat dots': dict(blocks=2, layers=2, remat='dots'),
+  'one block': dict(blocks=1, max_log_scale=0.2, unroll=8),
+  'three blocks': dict(blocks=3, final_permutation=False, num_classes=3, remat='full'),
+  'two blocks of two layers': dict(blocks=2, layers=2, remat='dots'),
 }
 
 
@@ -42,38 +40,30 @@ def log_abs_det(jacobian):  # [B, N, d, N, d]
   scope='module', params=[*list(FLOWS)[:2], pytest.param(list(FLOWS)[2], marks=pytest.mark.slow)]
 )
 def flow(request, x64):
-  """A flow, its parameters, compiled functions, and its outputs for an input."""
-  module = tiny.make_flow(N, D, **FLOWS[request.param])
+  """A flow, its inverse, and its outputs for an input."""
   x = tiny.normals(3, N, D)
-  params = tiny.filled_parameters(module, x, LABELS)
+  model = tiny.Compiled(tiny.make_flow(N, D, **FLOWS[request.param]), x, LABELS)
 
-  def forward(x, labels):
-    return module.apply({'params': params}, x, labels)
+  @functools.partial(jax.jit, static_argnums=1)
+  def inverse(z, chunk_sizes=None):
+    return model.apply(z, LABELS, chunk_sizes, 0.0, method='inverse')
 
-  def inverse(z, chunk_sizes=None, tolerance=0.0):
-    return module.apply({'params': params}, z, LABELS, chunk_sizes, tolerance, method='inverse')
-
-  z, log_dets = (encode := jax.jit(forward))(x, LABELS)
+  z, log_dets = model()(x, LABELS)
   return types.SimpleNamespace(
-    module=module,
-    blocks=module.flow.blocks,
-    params=params,
-    forward=forward,
-    encode=encode,
-    decode=jax.jit(lambda z: inverse(z)[0]),
-    inverse=jax.jit(inverse, static_argnums=(1, 2)),
+    model=model,
+    section=model.module.flow,
+    inverse=inverse,
     x=x,
     z=z,
-    final_output=z if module.flow.final_permutation else z[:, ::-1],
     log_dets=np.asarray(log_dets),
-    jacobian=np.asarray(jacobian_of(forward)(x, LABELS)),
+    jacobian=np.asarray(jacobian_of(model.apply)(x, LABELS)),
   )
 
 
 def test_inverse_and_forward_pass_invert_each_other(flow):
   assert abs(flow.z - flow.x).max() > 0.5
-  np.testing.assert_allclose(flow.decode(flow.z), flow.x, atol=1e-10)
-  np.testing.assert_allclose(flow.encode(flow.decode(flow.x), LABELS)[0], flow.x, atol=1e-10)
+  np.testing.assert_allclose(flow.inverse(flow.z)[0], flow.x, atol=1e-10)
+  np.testing.assert_allclose(flow.model()(flow.inverse(flow.x)[0], LABELS)[0], flow.x, atol=1e-10)
 
 
 @pytest.mark.parametrize('chunk_sizes', [(2, 2, 2), (N - 1, 1, N + 5), (1, 1, N - 1)])
@@ -82,34 +72,29 @@ def test_chunked_inverse_equals_sequential_inverse(flow, chunk_sizes):
 
   The result is exact after as many rounds as a chunk has tokens.
   """
-  chunk_sizes = chunk_sizes[: flow.blocks]
+  chunk_sizes = chunk_sizes[: flow.section.blocks]
   x, convergence = flow.inverse(flow.z, chunk_sizes)
-  np.testing.assert_allclose(x, flow.decode(flow.z), atol=1e-12)
-  assert convergence.residual.shape == convergence.passes.shape == (flow.blocks, 3)
-  assert (np.asarray(convergence.residual) == 0).all()
-  most = np.minimum(chunk_sizes, N - 1)[:, None]
-  assert (np.asarray(convergence.passes) <= most).all()
+  np.testing.assert_allclose(x, flow.inverse(flow.z)[0], atol=1e-12)
+  assert convergence.residual.shape == convergence.passes.shape == (flow.section.blocks, 3)
+  assert (convergence.residual == 0).all()
+  assert (convergence.passes <= np.minimum(chunk_sizes, N - 1)[:, None]).all()
 
 
-def test_log_det_equals_that_of_the_jacobian(flow):
+def test_log_det_and_reverse_mode_equal_the_jacobian(flow):
+  """Reverse mode covers rematerialization."""
   expected = log_abs_det(flow.jacobian)
   assert abs(expected).min() > 0.01
   np.testing.assert_allclose(flow.log_dets.sum(0), expected, atol=1e-10)
-
-
-def test_reverse_mode_equals_forward_mode(flow):
-  """Reverse mode covers rematerialization."""
-  jacobian = jacobian_of(flow.forward, jax.jacrev)(flow.x, LABELS)
+  jacobian = jacobian_of(flow.model.apply, jax.jacrev)(flow.x, LABELS)
   np.testing.assert_allclose(jacobian, flow.jacobian, atol=1e-11)
 
 
 def test_flow_equals_its_blocks_in_sequence(flow):
   """The log-determinant of each block equals the log-determinant of its Jacobian."""
-  condition = jnp.zeros((3, 8))
-  if flow.module.num_classes:
-    condition = flow.params['class_embedding']['embedding'][LABELS]
-  section, stack = flow.module.flow, flow.module.stack_config
-  module = flow_lib.FlowBlock(section, stack, N, D)
+  condition, params = jnp.zeros((3, 8)), flow.model.params
+  if flow.model.module.num_classes:
+    condition = params['class_embedding']['embedding'][LABELS]
+  module = flow_lib.FlowBlock(flow.section, flow.model.module.stack_config, N, D)
 
   @jax.jit
   def run(params, z):
@@ -118,53 +103,38 @@ def test_flow_equals_its_blocks_in_sequence(flow):
 
   z = flow.x
   for t, log_det in enumerate(flow.log_dets):
-    z, block_log_det, jacobian = run(jax.tree.map(lambda p, t=t: p[t], flow.params['stack']), z)
+    z, block_log_det, jacobian = run(jax.tree.map(lambda p, t=t: p[t], params['stack']), z)
     np.testing.assert_allclose(block_log_det, log_abs_det(jacobian), atol=1e-11)
     np.testing.assert_allclose(log_det, block_log_det, atol=1e-11)
-  np.testing.assert_allclose(flow.final_output, z, atol=1e-11)
+  last = flow.z if flow.section.final_permutation else flow.z[:, ::-1]
+  np.testing.assert_allclose(last, z, atol=1e-11)
 
 
-@pytest.fixture(scope='module')
-def block(x64):
-  """The outputs of a block, and exact Jacobians of its output and its log-determinant."""
-  module = tiny.make_block(N, D, layers=2)
-  z = tiny.normals(3, N, D)
-  params = tiny.filled_parameters(module, z, None)
-
-  @jax.jit
-  def run(z):
-    def one(z):
-      value, log_det = module.apply({'params': params}, z[None], None)
-      return value[0], log_det[0]
-
-    return jax.vmap(one)(z), jax.vmap(jax.jacfwd(one))(z)
-
-  (value, _), (jacobian, log_det_gradient) = jax.tree.map(np.asarray, run(z))
-  return dict(  # tokens in the order of the input
-    z=np.asarray(z),
-    value=value[:, ::-1],
-    jacobian=jacobian[:, ::-1],
-    log_det_gradient=log_det_gradient,
-  )
-
-
-def test_block_is_causal_and_does_not_change_the_first_token(block):
+def test_block_is_causal_and_does_not_change_the_first_token():
   """Derivatives by later tokens are exactly 0. Each token depends on all earlier tokens."""
-  np.testing.assert_array_equal(block['value'][:, 0], block['z'][:, 0])
-  for i in range(N):
-    for j in range(N):
-      part = block['jacobian'][:, i, :, j]  # [B, d, d]
-      if j > i:
-        assert (part == 0).all()
-      elif j < i:
-        assert (abs(part) > 1e-6).all()
-      else:
-        diagonal = np.diagonal(part, axis1=1, axis2=2)
-        assert (part == diagonal[:, :, None] * np.eye(D)).all()
-        assert (diagonal > 0).all()
-        assert (diagonal == 1).all() if i == 0 else (abs(np.log(diagonal)) > 1e-6).all()
-  assert (block['log_det_gradient'][:, -1] == 0).all()  # no token depends on the last token
-  assert (abs(block['log_det_gradient'][:, :-1]) > 1e-6).all()
+  z = tiny.normals(3, N, D)
+  block = tiny.Compiled(tiny.make_block(N, D, layers=2), z, None)
+
+  def one(z):
+    return jax.tree.map(lambda a: a[0], block.apply(z[None], None))
+
+  derivatives = jax.jit(jax.vmap(jax.jacfwd(one)))(z)
+  jacobian, log_det_gradient = map(np.asarray, derivatives)
+  jacobian = jacobian[:, ::-1]  # tokens in the order of the input
+  np.testing.assert_array_equal(block()(z, None)[0][:, -1], z[:, 0])
+  for i, j in np.ndindex(N, N):
+    part = jacobian[:, i, :, j]  # [B, d, d]
+    if j > i:
+      assert (part == 0).all()
+    elif j < i:
+      assert (abs(part) > 1e-6).all()
+    else:
+      diagonal = np.diagonal(part, axis1=1, axis2=2)
+      assert (part == diagonal[:, :, None] * np.eye(D)).all()
+      assert (diagonal > 0).all()
+      assert (diagonal == 1).all() if i == 0 else (abs(np.log(diagonal)) > 1e-6).all()
+  assert (log_det_gradient[:, -1] == 0).all()  # no token depends on the last token
+  assert (abs(log_det_gradient[:, :-1]) > 1e-6).all()
 
 
 @pytest.mark.parametrize('final_permutation', [True, False])
@@ -197,9 +167,8 @@ def test_identity_at_initialization():
   with jax.enable_x64(False):
     x = tiny.normals(3, N, D).astype(jnp.float32)
     for final_permutation, expected in ((True, x[:, ::-1]), (False, x)):  # three reversals
-      module = tiny.make_flow(
-        N, D, num_classes=3, dtype='float32', final_permutation=final_permutation
-      )
+      changes = dict(dtype='float32', final_permutation=final_permutation)
+      module = tiny.make_flow(N, D, num_classes=3, **changes)
       variables = jax.jit(module.init)(jax.random.key(0), x, LABELS)
       z, log_dets = jax.jit(module.apply)(variables, x, LABELS)
       np.testing.assert_array_equal(z, expected)
@@ -208,30 +177,17 @@ def test_identity_at_initialization():
   assert len(np.unique(kernel)) == kernel.size  # the blocks start with different parameters
 
 
-def test_each_image_has_its_own_class():
-  module = tiny.make_flow(num_classes=3)
-  x = jnp.broadcast_to(tiny.normals(1, N, D), (4, N, D))
-  labels = jnp.asarray([0, 1, 0, 3])
-  params = tiny.filled_parameters(module, x, labels)
-  z, log_dets = jax.jit(lambda x, labels: module.apply({'params': params}, x, labels))(x, labels)
-  np.testing.assert_allclose(z[0], z[2], atol=1e-12)
-  for a, b in ((0, 1), (0, 3), (1, 3)):
-    assert abs(z[a] - z[b]).max() > 1e-3
-    assert (abs(log_dets[:, a] - log_dets[:, b]) > 1e-4).all()
-
-
 def test_last_token_in_the_transformer_changes_nothing(monkeypatch):
   """Outputs and gradients are equal if the transformer keeps the last token of long sequences."""
-  module = tiny.make_flow(N, D, blocks=1)
   x = tiny.normals(3, N, D)
-  params = tiny.filled_parameters(module, x, LABELS)
+  model = tiny.Compiled(tiny.make_flow(N, D, blocks=1), x, LABELS)
 
   def loss(params):
-    z, log_dets = module.apply({'params': params}, x, LABELS)
+    z, log_dets = model.apply(x, LABELS, params=params)
     return (z**3).sum() + (log_dets**2).sum(), (z, log_dets)
 
-  expected = jax.jit(jax.grad(loss, has_aux=True))(params)
+  expected = jax.jit(jax.grad(loss, has_aux=True))(model.params)
   monkeypatch.setattr(flow_lib, '_MAX_CUT_TOKENS', 0)
   jax.clear_caches()
-  actual = jax.jit(jax.grad(loss, has_aux=True))(params)
+  actual = jax.jit(jax.grad(loss, has_aux=True))(model.params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), actual, expected)

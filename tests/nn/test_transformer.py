@@ -19,10 +19,9 @@ B, N, WIDTH = 3, 8, 8
 @pytest.fixture(scope='module')
 def model(x64):
   """A module, its variables, an input and its output."""
-  module = tiny.make_transformer(layers=3)
   x = tiny.normals(B, N, WIDTH)
-  variables = {'params': tiny.filled_parameters(module, x)}
-  return module, variables, x, np.asarray(jax.jit(module.apply)(variables, x))
+  model = tiny.Compiled(tiny.make_transformer(layers=3), x)
+  return model.module, {'params': model.params}, x, np.asarray(model()(x))
 
 
 def output_and_gradient(module, variables, x):
@@ -38,12 +37,18 @@ def output_and_gradient(module, variables, x):
 
 
 @pytest.fixture(scope='module')
-def gradient(model):
-  return output_and_gradient(*model[:3])[1]
+def assert_unchanged(model):
+  """Asserts that a change of the module or of a constant has changed no output or gradient."""
+  _, variables, x, output = model
+  gradient = output_and_gradient(*model[:3])[1]
 
+  def check(module, atol=1e-10):
+    actual_output, actual = output_and_gradient(module, variables, x)
+    np.testing.assert_allclose(actual_output, output, atol=1e-12)
+    close = functools.partial(np.testing.assert_allclose, atol=atol)
+    jax.tree.map(close, actual, gradient)
 
-def assert_trees_close(actual, expected, atol=1e-10):
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), actual, expected)
+  return check
 
 
 def reference(params, x, num_layers, heads):
@@ -118,12 +123,8 @@ def test_cached_pass_equals_full_pass(model):
   assert cache is None
 
 
-def test_unrolling_and_rematerialization_change_nothing(model, gradient):
-  module, variables, x, output = model
-  stack = tiny.make_transformer(layers=3, unroll=8, remat='dots').stack_config
-  actual_output, actual = output_and_gradient(module.clone(stack_config=stack), variables, x)
-  np.testing.assert_allclose(actual_output, output, atol=1e-12)
-  assert_trees_close(actual, gradient, atol=1e-11)
+def test_unrolling_and_rematerialization_change_nothing(assert_unchanged):
+  assert_unchanged(tiny.make_transformer(layers=3, unroll=8, remat='dots'), atol=1e-11)
 
 
 def test_scan_with_growing_cache(monkeypatch):
@@ -144,24 +145,20 @@ def test_scan_with_growing_cache(monkeypatch):
 
 
 @pytest.mark.parametrize('chunk, num_chunks', [(4, 2), (3, 3), (5, 1)])
-def test_query_chunks_change_nothing(model, gradient, monkeypatch, chunk, num_chunks):
+def test_query_chunks_change_nothing(model, assert_unchanged, monkeypatch, chunk, num_chunks):
   """A sequence shorter than two chunks is not split. Three chunks have different lengths."""
-  module, variables, x, output = model
+  module, variables, x, _ = model
   monkeypatch.setattr(attention, '_QUERY_CHUNK', chunk)
   jax.clear_caches()
   assert str(jax.make_jaxpr(module.apply)(variables, x)).count(' exp ') == num_chunks
   if num_chunks == 3:
-    actual_output, actual = output_and_gradient(module, variables, x)
-    np.testing.assert_allclose(actual_output, output, atol=1e-12)
-    assert_trees_close(actual, gradient)
+    assert_unchanged(module)
 
 
-def test_products_without_merged_axes_change_nothing(model, gradient, monkeypatch):
+def test_products_without_merged_axes_change_nothing(model, assert_unchanged, monkeypatch):
   """Accelerators use these products."""
-  module, variables, x, output = model
+  module, variables, x, _ = model
   monkeypatch.setattr(layers, 'target_platform', lambda: 'tpu')
-  actual_output, actual = output_and_gradient(module, variables, x)
-  np.testing.assert_allclose(actual_output, output, atol=1e-12)
-  assert_trees_close(actual, gradient)
+  assert_unchanged(module)
   program = str(jax.make_jaxpr(module.apply)(variables, x))
   assert 'dimension_numbers=(([2], [0]), ([], []))' in program

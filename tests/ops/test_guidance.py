@@ -1,6 +1,5 @@
 """Guided draws compared with the guided density, integrated numerically in one dimension."""
 
-import dataclasses
 import functools
 
 import jax
@@ -90,13 +89,8 @@ def test_more_candidates_come_closer():
 
 def test_sharpening():
   """With candidates from p_c alone, proposal density times weight has a closed form."""
-  settings = dataclasses.replace(
-    PLAIN,
-    proposal_scale_factor=1.3,
-    weighing_logit_factor=0.5,
-    weighing_scale_factor=0.9,
-    sharpening=1.2,
-  )
+  factors = dict(weighing_logit_factor=0.5, weighing_scale_factor=0.9)
+  settings = config.Guidance(proposal_scale_factor=1.3, sharpening=1.2, **factors)
   scale = 0.8
   draws = np.asarray(resampled(scale, settings, (256, 0)))
 
@@ -127,7 +121,7 @@ def test_component_product_has_its_closed_form(scale):
 
 
 def test_draws_without_guidance_follow_the_mixture():
-  settings = dataclasses.replace(PLAIN, proposal_logit_factor=0.5, proposal_scale_factor=0.8)
+  settings = config.Guidance(proposal_logit_factor=0.5, proposal_scale_factor=0.8)
   conditional = make_mixtures(CONDITIONAL)
   keys = jax.random.split(jax.random.key(1), 2 * DRAWS)
   draw = jax.vmap(lambda key: guidance.draw_token(key, conditional, 2.0, settings)[0])
@@ -138,7 +132,7 @@ def test_draws_without_guidance_follow_the_mixture():
 @pytest.mark.parametrize('method', ['resample', 'component'])
 def test_shared_draws_follow_the_guided_density(method):
   """All tokens of an image choose from one pool, but independently."""
-  settings = dataclasses.replace(PLAIN, method=method, redundant_candidates=256)
+  settings = config.Guidance(method=method, redundant_candidates=256)
   images, tokens, scale = 1000, 20, 1.0
   keys = jax.random.split(jax.random.key(2), images)
   draw = jax.vmap(lambda k: guidance.draw_shared(k, MIXTURES, scale, settings, tokens)[:, 0])
@@ -154,9 +148,9 @@ def test_shared_draws_follow_the_guided_density(method):
 @pytest.mark.parametrize('method', ['resample', 'component', 'none'])
 def test_variance_of_shared_draws(method):
   """The factor scales deviations from the means of components; with 0 there are none."""
-  settings = dataclasses.replace(PLAIN, method=method)
-  one = jax.tree.map(lambda a: a[:, :1], MIXTURES)  # one component: draws are Gaussian
-  one = one if method != 'none' else jax.tree.map(lambda a: a[:1], one)
+  settings = config.Guidance(method=method)
+  # One component, so that draws are Gaussian.
+  one = jax.tree.map(lambda a: a[: 1 if method == 'none' else 2, :1], MIXTURES)
   key = jax.random.key(0)
   draw = jax.jit(lambda v: guidance.draw_shared(key, one, 0.0, settings, 4000, v)[:, 0])
   if method == 'resample':  # chooses between the components of p_c and p_u
@@ -172,7 +166,7 @@ def test_draws_are_finite_where_densities_vanish(method):
   narrow = mixture.Mixture(
     jnp.zeros((2, 2)), jnp.asarray([[[0.0], [1.0]], [[50.0], [90.0]]]), jnp.full((2, 2, 1), -6.9)
   )
-  settings = dataclasses.replace(PLAIN, method=method)
+  settings = config.Guidance(method=method)
   keys = jax.random.split(jax.random.key(0), 20)
   draw = jax.vmap(lambda key: guidance.draw_token(key, narrow, 10.0, settings))
   draws = np.asarray(jax.jit(draw)(keys))

@@ -1,5 +1,7 @@
 """Gaussian mixtures: SciPy, float32 errors, gradients, and distributions of samples."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,15 +9,15 @@ import pytest
 from scipy import special, stats
 
 from farmer_jax.ops import mixture
-from tests.support import jaxprs
+from tests.support import jaxprs, models
 
 
 def rounded(*arrays):
-  return [a.astype(np.float32).astype(np.float64) for a in arrays]
+  """Returns a mixture in float64 whose values are exact in float32."""
+  return mixture.Mixture(*(a.astype(np.float32).astype(np.float64) for a in arrays))
 
 
 def random_mixture(lead, components, channels, seed=0, offset=0.0, spread=1.0, scale=0.5):
-  """Arrays (logits, means, log_scales) in float64 whose values are exact in float32."""
   rng = np.random.default_rng(seed)
   logits = rng.normal(size=(*lead, components))
   means = offset + spread * rng.normal(size=(*lead, components, channels))
@@ -24,52 +26,46 @@ def random_mixture(lead, components, channels, seed=0, offset=0.0, spread=1.0, s
 
 def points_of(arrays, count, seed=1):
   """`count` samples of each mixture, exact in float32; [..., count, d]."""
-  _, means, log_scales = arrays
-  rng = np.random.default_rng(seed)
-  which = rng.integers(means.shape[-2], size=(*means.shape[:-2], count, 1))
-  means, log_scales = (np.take_along_axis(a, which, axis=-2) for a in (means, log_scales))
+  rng, shape = np.random.default_rng(seed), arrays.means.shape
+  which = rng.integers(shape[-2], size=(*shape[:-2], count, 1))
+  means, log_scales = (
+    np.take_along_axis(a, which, axis=-2) for a in (arrays.means, arrays.log_scales)
+  )
   points = means + np.exp(log_scales) * rng.normal(size=means.shape)
   return points.astype(np.float32).astype(np.float64)
 
 
 def to_jax(arrays, dtype):
-  return mixture.Mixture(*(jnp.asarray(a, dtype) for a in arrays))
+  return jax.tree.map(lambda a: jnp.asarray(a, dtype), arrays)
 
 
-def scipy_log_prob(arrays, z):
-  """log Σ_k w_k N(z; ...) in NumPy; the leading axes of mixtures and points broadcast."""
-  logits, means, log_scales = arrays
-  components = stats.norm.logpdf(z[..., None, :], means, np.exp(log_scales)).sum(-1)
-  return special.logsumexp(special.log_softmax(logits, axis=-1) + components, axis=-1)
-
-
-def cdf(arrays, z, channel):
-  """Cumulative distribution function of one channel of one mixture."""
-  logits, means, log_scales = (np.asarray(a, np.float64) for a in arrays)
-  parts = stats.norm.cdf(z[:, None], means[:, channel], np.exp(log_scales[:, channel]))
-  return parts @ special.softmax(logits)
+def for_each_point(arrays):
+  """Returns mixtures [B, 1, ...], which broadcast to points [B, N, d]."""
+  return jax.tree.map(lambda a: a[:, None], arrays)
 
 
 log_prob = jax.jit(mixture.log_prob)
 shared_log_prob = jax.jit(mixture.shared_log_prob)
 
 
-@pytest.mark.parametrize('components, channels', [(1, 1), (4, 3)])
-def test_log_prob_equals_scipy(components, channels):
-  with jax.enable_x64(True):
-    arrays = random_mixture((2, 3), components, channels)
-    z = points_of(arrays, 1)[..., 0, :]
-    actual = log_prob(to_jax(arrays, 'float64'), jnp.asarray(z))
-  assert actual.shape == (2, 3)
-  np.testing.assert_allclose(actual, scipy_log_prob(arrays, z), rtol=1e-12)
+def example(form, components=4, channels=3):
+  """Returns a density, a mixture and points."""
+  if form == 'shared':
+    arrays = random_mixture((2,), components, channels, offset=2.0)
+    return mixture.shared_log_prob, arrays, points_of(arrays, 5)
+  arrays = random_mixture((2, 3), components, channels)
+  return mixture.log_prob, arrays, points_of(arrays, 1)[..., 0, :]
 
 
-def test_shared_log_prob_equals_scipy():
+@pytest.mark.parametrize(
+  'form, components, channels', [('single', 1, 1), ('single', 4, 3), ('shared', 4, 3)]
+)
+def test_log_prob_equals_scipy(form, components, channels):
+  function, arrays, z = example(form, components, channels)
   with jax.enable_x64(True):
-    arrays = random_mixture((2,), 4, 3, offset=2.0)
-    z = points_of(arrays, 5)
-    actual = shared_log_prob(to_jax(arrays, 'float64'), jnp.asarray(z))
-  np.testing.assert_allclose(actual, scipy_log_prob([a[:, None] for a in arrays], z), rtol=1e-12)
+    actual = jax.jit(function)(to_jax(arrays, 'float64'), jnp.asarray(z))
+  arrays = for_each_point(arrays) if form == 'shared' else arrays
+  np.testing.assert_allclose(actual, models.mixture_log_prob(arrays, z), rtol=1e-12)
 
 
 def narrow_backgrounds(levels, channels, components=64, seed=0):
@@ -103,17 +99,15 @@ ROUNDING = 20 * 2.0**-23
 FLOAT32_CASES = {
   'standard': (distant(0, 1, 1), ROUNDING),
   'far from zero': (distant(1000, 1, 1), ROUNDING),  # needs the centering
-  'scale 0.1, far': (distant(100, 0.1, 0.1), ROUNDING),
-  'scale 0.01, far': (distant(100, 1e-2, 1e-2), ROUNDING),
-  'scale 0.001, far': (distant(100, 1e-3, 1e-3), ROUNDING),  # the smallest scale of the heads
+  # 0.001 is the smallest scale of the heads.
+  **{f'scale {s}, far': (distant(100, s, s), ROUNDING) for s in (0.1, 0.01, 0.001)},
   # Components far apart relative to their scale: expanded squares cancel.
-  'spread of 10 scales': (distant(0, 1, 0.1), ROUNDING),
-  'spread of 100 scales': (distant(0, 1, 0.01), ROUNDING),
-  'spread of 1000 scales': (distant(0, 1, 1e-3), ROUNDING),
-  'black, 8 channels': (narrow_backgrounds([-1], 8), 5e-6),
-  'black, 64 channels': (narrow_backgrounds([-1], 64), 5e-6),
-  'black or white, 8 channels': (narrow_backgrounds([-1, 1], 8), 5e-6),
-  'black or white, 64 channels': (narrow_backgrounds([-1, 1], 64), 5e-6),
+  **{f'spread of {n} scales': (distant(0, 1, 1 / n), ROUNDING) for n in (10, 100, 1000)},
+  **{
+    f'{name}, {channels} channels': (narrow_backgrounds(levels, channels), 5e-6)
+    for name, levels in (('black', [-1]), ('black or white', [-1, 1]))
+    for channels in (8, 64)
+  },
   'groups, 64 channels': (close_in_distant_groups(64), 5e-6),
   'groups, 8 channels': (close_in_distant_groups(8), 0.3),
 }
@@ -129,8 +123,8 @@ def test_float32_error(arrays, bound):
   matter for a token, and only one of them is exact.
   """
   z = points_of(arrays, 64)
-  expected = scipy_log_prob([a[:, None] for a in arrays], z)
-  single = to_jax([a[:, None].repeat(64, axis=1) for a in arrays], 'float32')
+  expected = models.mixture_log_prob(for_each_point(arrays), z)
+  single = jax.tree.map(lambda a: a.repeat(64, axis=1), for_each_point(to_jax(arrays, 'float32')))
   direct = np.asarray(log_prob(single, jnp.asarray(z, 'float32')))
   shared = np.asarray(shared_log_prob(to_jax(arrays, 'float32'), jnp.asarray(z, 'float32')))
   assert direct.dtype == shared.dtype == np.float32
@@ -167,19 +161,15 @@ def test_shared_form_has_no_array_of_all_differences():
   b, n, k, d = 2, 5, 7, 11
   arrays = mixture.Mixture(*(jnp.zeros(shape) for shape in ((b, k), (b, k, d), (b, k, d))))
   gradient = jax.grad(lambda m, z: mixture.shared_log_prob(m, z).sum(), (0, 1))
-  program = jax.jit(gradient).trace(arrays, jnp.zeros((b, n, d))).jaxpr
-
+  program = jax.make_jaxpr(gradient)(arrays, jnp.zeros((b, n, d)))
   outputs = (v for e in jaxprs.equations(program.jaxpr) for v in e.outvars)
   assert max(v.aval.size for v in outputs) < b * n * k * d
 
 
 @pytest.mark.parametrize('form', ['single', 'shared'])
 def test_gradients_equal_finite_differences(form):
-  function = mixture.log_prob if form == 'single' else mixture.shared_log_prob
+  function, arrays, z = example(form)
   with jax.enable_x64(True):
-    arrays = random_mixture((2, 3) if form == 'single' else (2,), 4, 3)
-    z = points_of(arrays, 1 if form == 'single' else 5)
-    z = z[..., 0, :] if form == 'single' else z
     primal = (to_jax(arrays, 'float64'), jnp.asarray(z))
     weights = jnp.arange(1.0, 1 + z[..., 0].size)  # distinguishes the points
 
@@ -203,18 +193,13 @@ def test_gradients_equal_finite_differences(form):
 )
 def test_extreme_parameters_stay_finite(logits, log_scale, distance):
   """Values and gradients in float32, also with a component of negligible weight."""
-  arrays = (
-    np.array([[logits, -logits, 0.0]]),
-    np.array([0.0, 1.0, -1.0])[None, :, None].repeat(4, axis=2),
-    np.full((1, 3, 4), log_scale),
-  )
-  parameters = to_jax(arrays, 'float32')
+  means = jnp.array([0.0, 1.0, -1.0])[None, :, None].repeat(4, axis=2)
+  logits = jnp.array([[logits, -logits, 0.0]])
+  parameters = mixture.Mixture(logits, means, jnp.full((1, 3, 4), log_scale))
   z = jnp.full((1, 4), distance)
   for function, point in ((mixture.log_prob, z), (mixture.shared_log_prob, z[:, None])):
-    value, gradient = jax.jit(jax.value_and_grad(lambda m, z, f=function: f(m, z).sum(), (0, 1)))(
-      parameters, point
-    )
-    for leaf in jax.tree.leaves((value, gradient)):
+    total = jax.value_and_grad(lambda m, z, f=function: f(m, z).sum(), (0, 1))
+    for leaf in jax.tree.leaves(jax.jit(total)(parameters, point)):
       assert np.isfinite(leaf).all()
 
 
@@ -225,17 +210,17 @@ def test_samples_follow_the_mixture():
   draws = np.asarray(draw(jax.random.key(0), to_jax(arrays, 'float32'), (2, count // 2)))
   assert draws.shape == (2, 3, 2, count // 2, 2)
   for lead in np.ndindex(2, 3):
-    one, z = [a[lead] for a in arrays], draws[lead].reshape(count, 2)
+    one, z = jax.tree.map(lambda a, i=lead: a[i], arrays), draws[lead].reshape(count, 2)
     for channel in range(2):
-      result = stats.kstest(z[:, channel], lambda x, m=one, c=channel: cdf(m, x, c))
-      assert result.pvalue > 1e-3
+      cdf = functools.partial(models.mixture_cdf, one, channel=channel)
+      assert stats.kstest(z[:, channel], cdf).pvalue > 1e-3
     # All channels of a sample come from one component, which correlates them.
-    weights, means, variances = special.softmax(one[0]), one[1], np.exp(2 * one[2])
+    weights, means, variances = special.softmax(one.logits), one.means, np.exp(2 * one.log_scales)
     mean = weights @ means
     covariance = (means.T * weights) @ means - np.outer(mean, mean) + np.diag(weights @ variances)
     np.testing.assert_allclose(np.cov(z.T), covariance, atol=0.06 * np.trace(covariance))
-  flat = draws.reshape(6, 2, count // 2, 2)[..., 0]
-  correlations = np.corrcoef(flat.reshape(12, count // 2)) - np.eye(12)
+  flat = draws[..., 0].reshape(12, count // 2)
+  correlations = np.corrcoef(flat) - np.eye(12)
   assert abs(correlations).max() < 5 / (count // 2) ** 0.5  # draws are independent of each other
 
 
@@ -243,7 +228,7 @@ def test_sample_without_a_shape_draws_one_point():
   arrays = random_mixture((2, 3), 4, 2, scale=1e-3)
   z = np.asarray(jax.jit(mixture.sample)(jax.random.key(0), to_jax(arrays, 'float32')))
   assert z.shape == (2, 3, 2)
-  distance = abs(z[..., None, :] - arrays[1]).max(-1).min(-1)  # to the nearest component
+  distance = abs(z[..., None, :] - arrays.means).max(-1).min(-1)  # to the nearest component
   assert distance.max() < 0.01
 
 

@@ -36,7 +36,7 @@ def test_float32_features_are_summed_in_float64():
 
 
 def test_frechet_distance_equals_definition(features):
-  a, b = (sample_quality.Moments.of(f) for f in features)
+  a, b = map(sample_quality.Moments.of, features)
   root = scipy.linalg.sqrtm(a.covariance @ b.covariance).real
   expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance - 2 * root)
   np.testing.assert_allclose(sample_quality.frechet_distance(a, b), expected, rtol=1e-9)
@@ -137,17 +137,11 @@ def test_precision_and_recall_of_more_copies_than_candidates():
   assert sample_quality.precision_recall(copies, np.nextafter(copies, np.float32(0))) == (0, 0)
 
 
-def test_precision_and_recall_of_a_permutation_are_one():
-  features = np.random.default_rng(0).normal(size=(100, 300)).astype(np.float32)
-  assert sample_quality.precision_recall(features, features[::-1], chunk_size=30) == (1, 1)
-
-
 def test_too_few_images_are_refused():
   few = np.zeros((3, 2))
-  for metric, sets, message in (
-    (sample_quality.kernel_distance, [few, few], '1000 from 3 and 3'),
-    (sample_quality.inception_score, [few], '10 splits of 3'),
-    (sample_quality.precision_recall, [few, few], 'sets of 3 and 3'),
-  ):
-    with pytest.raises(ValueError, match=message):
-      metric(*sets)
+  with pytest.raises(ValueError, match='1000 from 3 and 3'):
+    sample_quality.kernel_distance(few, few)
+  with pytest.raises(ValueError, match='10 splits of 3'):
+    sample_quality.inception_score(few)
+  with pytest.raises(ValueError, match='sets of 3 and 3'):
+    sample_quality.precision_recall(few, few)

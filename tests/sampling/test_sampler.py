@@ -1,7 +1,5 @@
 """The sampler: reproducibility, guidance, non-finite images, and inverses of the flow."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,21 +9,19 @@ from farmer_jax import config, sampling
 from farmer_jax.nn import farmer
 from tests.support import models
 
+STACK = dict(layers=1, width=16, head_dim=8)
 CONFIG = config.Config(
   data=config.Data(image_size=12),
   model=config.Model(
     patch_size=4,
-    flow=config.Flow(blocks=2, layers=1, width=16, head_dim=8),
-    prior=config.Prior(
-      layers=1, width=16, head_dim=8, condition_copies=1, components=3, informative_channels=6
-    ),
+    flow=config.Flow(blocks=2, **STACK),
+    prior=config.Prior(condition_copies=1, components=3, informative_channels=6, **STACK),
   ),
 )
 MODEL = farmer.build(CONFIG)
 # All tests draw batches of this size, so that each sampler is compiled once.
 NUMBERS = np.arange(60)
 LABELS = NUMBERS % 10
-
 
 # The guidance scale increases from the first to the last token.
 GUIDED = CONFIG.with_sampling(guidance=config.Guidance(scale=0.0, final_scale=3.0))
@@ -73,8 +69,7 @@ def test_max_log_scale_keeps_samples_finite(params, z):
   """Without the bound, these scales overflow float32."""
   wild = jax.tree.map(lambda a: a, params)
   wild['flow']['stack']['log_scale_proj']['bias'] += 60.0
-  flow = dataclasses.replace(CONFIG.model.flow, max_log_scale=20.0)
-  built = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, flow=flow))
+  built = models.replace(CONFIG, model=dict(flow=dict(max_log_scale=20.0)))
   bounded = sampling.Sampler(farmer.build(built), built)
   assert not PLAIN_SAMPLER.images(wild, z, LABELS).finite.any()
   assert bounded.images(wild, z, LABELS).finite.all()
@@ -82,11 +77,12 @@ def test_max_log_scale_keeps_samples_finite(params, z):
 
 def test_guidance_raises_the_likelihood_ratio(params):
   """log p(z | class) - log p(z | no class) grows with the guidance scale."""
-  values = []
-  for scale in (0.0, 1.0, 4.0):
+
+  def ratio(scale):
     z = GUIDED_SAMPLER.latents(params, LABELS, NUMBERS, scales=(scale, scale))
-    values.append((log_prior(params, z, LABELS) - log_prior(params, z, np.full(60, 10))).mean())
-  assert values[0] < values[1] < values[2]
+    return (log_prior(params, z, LABELS) - log_prior(params, z, np.full(60, 10))).mean()
+
+  assert ratio(0.0) < ratio(1.0) < ratio(4.0)
 
 
 def test_guidance_scale_changes_along_the_tokens(params):
@@ -113,10 +109,9 @@ def test_redundant_variance_scales_redundant_channels_only(params, z):
 
 
 def test_denoising_adds_the_score(params):
-  prior = config.Prior(kind='normal')
-  model = MODEL.clone(config=dataclasses.replace(MODEL.config, prior=prior))
+  model = MODEL.clone(config=models.replace(MODEL.config, prior=config.Prior(kind='normal')))
   noise = config.Noise(kind='gaussian', std_end=0.05)
-  built = dataclasses.replace(CONFIG.with_sampling(denoise=True), noise=noise)
+  built = models.replace(CONFIG, sampling=dict(denoise=True), noise=noise)
   z = jax.random.normal(jax.random.key(3), (60, 9, 16))
   before = PLAIN_SAMPLER.images(params, z, LABELS).values
   after = sampling.Sampler(model, built).images(params, z, LABELS).values
@@ -158,13 +153,11 @@ def test_bfloat16_models_are_inverted_in_float32(params):
     lambda x: MODEL.apply({'params': params}, x, jnp.asarray(LABELS), method='encode')[0]
   )
   z = encode(images)
-  half = MODEL.clone(config=dataclasses.replace(MODEL.config, dtype='bfloat16'))
+  half = MODEL.clone(config=models.replace(MODEL.config, dtype='bfloat16'))
 
   def error(**settings):
-    values = (
-      sampling.Sampler(half, CONFIG.with_sampling(**settings)).images(params, z, LABELS).values
-    )
-    return abs(values - images).max()
+    sampler = sampling.Sampler(half, CONFIG.with_sampling(**settings))
+    return abs(sampler.images(params, z, LABELS).values - images).max()
 
   assert error() < 1e-4
   assert error(dtype='bfloat16') > 3e-3

@@ -29,6 +29,7 @@ def test_grid_has_one_class_per_row():
     ('dog,0,cat', 2, ('cat', 'dog'), [1, 0, 0]),
     ('', 0, (), [0]),
     ('none', 0, (), [0]),
+    ('none,some', 2, ('none', 'some'), [0, 1]),  # A class with this name.
   ],
 )
 def test_parse_labels(text, num_classes, names, labels):
@@ -42,6 +43,13 @@ def test_unknown_class_is_named(word):
   assert word in str(caught.value) and 'cat, dog' in str(caught.value)
 
 
+def test_no_class_needs_label_dropout():
+  settings = make_config(labels='3,none')
+  model = dataclasses.replace(settings.model, label_dropout=0.0)
+  with pytest.raises(errors.ConfigError, match='label_dropout=0'):
+    sampling.parse_labels(dataclasses.replace(settings, model=model))
+
+
 def test_label_names():
   assert sampling.label_name(1, 2, ('cat', 'dog')) == 'dog'
   assert sampling.label_name(1, 2) == '1' and sampling.label_name(2, 2, ('cat', 'dog')) == ''
@@ -50,8 +58,8 @@ def test_label_names():
 @pytest.mark.parametrize('label', [True, 1.0, 'True'])
 def test_only_names_and_integers_are_labels(label):
   with pytest.raises(errors.DataError):
-    sampling.class_index(label, 10)
-  assert sampling.class_index(np.int64(1), 10) == 1
+    sampling.class_label(label, 10)
+  assert sampling.class_label(np.int64(1), 10) == 1
 
 
 def test_guidance_scales():

@@ -33,7 +33,12 @@ def run(
   monkeypatch.setattr(jobs, 'run', job)
   monkeypatch.setattr(sys, 'argv', ['main', *arguments])
   monkeypatch.chdir(ROOT)
-  _reset_flags()
+  flags.FLAGS.unparse_flags()
+  for name in list(flags.FLAGS):
+    if name.startswith('config.'):  # Overrides of an earlier command define these flags.
+      delattr(flags.FLAGS, name)
+    else:
+      flags.FLAGS[name].unparse()
   try:
     main.run()
     code = 0
@@ -48,12 +53,3 @@ def assert_user_error(outcome: Outcome) -> None:
   assert not outcome.out and not outcome.jobs
   assert outcome.err.startswith('error: ')
   assert len(outcome.err.splitlines()) == 1, outcome.err
-
-
-def _reset_flags() -> None:
-  flags.FLAGS.unparse_flags()
-  for name in list(flags.FLAGS):
-    if name.startswith('config.'):  # Overrides of an earlier command define these flags.
-      delattr(flags.FLAGS, name)
-    else:
-      flags.FLAGS[name].unparse()

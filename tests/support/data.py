@@ -73,13 +73,19 @@ def write_classes(root, classes, count=10):
       write_image(root / name / f'{index}.png', number * count + index)
 
 
-def folder_source(root, monkeypatch, **settings):
+def folder_source(root, monkeypatch):
   """Returns a source of 24 image files, decoded on each access. Image i has gray level 10 * i."""
   monkeypatch.setattr(base, 'IN_MEMORY_BYTES', 0)
   for index in range(24):
     write_image(root / f'{index:02}.png', 10 * index)
-  settings = {'image_size': 4, 'num_classes': 0, 'valid_fraction': 0.05, **settings}
-  return sources.load(config.Data(source='folder', path=str(root), **settings), 'train')
+  data = config.Data('folder', str(root), image_size=4, num_classes=0, valid_fraction=0.05)
+  return sources.load(data, 'train')
+
+
+def remove(source, *indices):
+  """Deletes files of a `folder_source`."""
+  for index in indices:
+    source.paths[index].unlink()
 
 
 def path_of(source, level):

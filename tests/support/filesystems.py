@@ -1,6 +1,7 @@
-"""A small file system that a test can fill."""
+"""File systems that are full or read-only."""
 
 import contextlib
+import os
 import subprocess
 
 import pytest
@@ -17,6 +18,19 @@ def small_disk(folder, size):
     yield
   finally:
     subprocess.run(['umount', str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def unprivileged():
+  """Context in which root has only the permissions of an unprivileged user."""
+  root = os.geteuid() == 0
+  if root:
+    os.seteuid(65534)
+  try:
+    yield
+  finally:
+    if root:
+      os.seteuid(0)
 
 
 def fill(file):

@@ -1,17 +1,27 @@
 """Tiny models with random parameters, because zero output layers would hide errors."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special, stats
 
-from farmer_jax import config, sampling
+from farmer_jax import config
 from farmer_jax.nn import flow, prior, transformer
+from farmer_jax.ops import guidance
 
 _STACK = dict(layers=1, width=8, head_dim=4, mlp_ratio=2.0)
 _PRIOR = dict(condition_copies=2, components=3, informative_channels=2, redundant_components=4)
+
+
+def replace(config, **changes):
+  """Works like `dataclasses.replace`. A dict contains changes of the keys of a section."""
+  sections = {key: value for key, value in changes.items() if isinstance(value, dict)}
+  changed = {key: replace(getattr(config, key), **value) for key, value in sections.items()}
+  return dataclasses.replace(config, **changes | changed)
 
 
 def _split(section_class, values):
@@ -78,10 +88,46 @@ def filled_parameters(module, *args, seed=0):
   return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
+def mixture_log_prob(mixture, z):
+  """Computes a log-density in NumPy. Leading axes of mixtures and points broadcast."""
+  scales = np.exp(mixture.log_scales)
+  components = stats.norm.logpdf(z[..., None, :], mixture.means, scales).sum(-1)
+  return special.logsumexp(special.log_softmax(mixture.logits, axis=-1) + components, axis=-1)
+
+
+def mixture_cdf(mixture, z, channel=0):
+  """Computes the cumulative distribution function of one channel in NumPy."""
+  means, log_scales = mixture.means[..., channel], mixture.log_scales[..., channel]
+  components = stats.norm.cdf(z[..., None], means, np.exp(log_scales))
+  return (components * special.softmax(mixture.logits, axis=-1)).sum(-1)
+
+
+class Compiled:
+  """A module with parameters of `filled_parameters`, and its compiled methods.
+
+  `model('encode')(x)` applies the method `encode`, and `model('encode', params)(x)` uses other
+  parameters. Calls with the same method share the compiled program. `model.apply` compiles nothing.
+  """
+
+  def __init__(self, module, *args, seed=0):
+    self.module, self.params = module, filled_parameters(module, *args, seed=seed)
+
+  def __call__(self, method='__call__', params=None):
+    return functools.partial(self._jit(method), self.params if params is None else params)
+
+  def apply(self, *args, method='__call__', params=None):
+    params = self.params if params is None else params
+    return self.module.apply({'params': params}, *args, method=method)
+
+  @functools.cache  # noqa: B019
+  def _jit(self, method):
+    return jax.jit(lambda params, *args: self.apply(*args, method=method, params=params))
+
+
 def make_draws(seed, batch, num_tokens):
   """Returns draws without guidance."""
   keys = jax.random.split(jax.random.key(seed), batch)
-  return sampling.GuidedDraws(keys, jnp.zeros(num_tokens), 1.0, config.Guidance())
+  return guidance.GuidedDraws(keys, jnp.zeros(num_tokens), 1.0, config.Guidance())
 
 
 def normals(*shape, seed=0):

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 ROOT = pathlib.Path(__file__).parents[2]
+PROGRAMS = 'tests.support.programs'
 STEPS = 8
 SETTINGS = (
   'model.patch_size=4 model.flow.blocks=2 model.flow.layers=1 model.flow.width=16'
@@ -35,7 +36,7 @@ def environment(devices):
 
 def run_program(name, *arguments, devices=1):
   """Runs tests/support/programs/NAME.py. Returns its standard output."""
-  command = [sys.executable, '-m', f'tests.support.programs.{name}', *map(str, arguments)]
+  command = [sys.executable, '-m', f'{PROGRAMS}.{name}', *map(str, arguments)]
   done = subprocess.run(command, cwd=ROOT, env=environment(devices), capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   return done.stdout
@@ -49,32 +50,28 @@ class Job:
     *arguments: arguments of the command line.
     devices: virtual CPU devices of each process.
     processes: the number of processes.
-    program: the name and the arguments of a file in tests/support/programs to start instead of
-      farmer_jax.main.
+    fault: the name and the arguments of a fault of programs/faulty_main.py.
+    module: the module to start instead of farmer_jax.main.
   """
 
-  def __init__(self, workdir, *arguments, devices=2, processes=1, program=()):
+  def __init__(
+    self, workdir, *arguments, devices=2, processes=1, fault=(), module='farmer_jax.main'
+  ):
+    if fault:
+      module = f'{PROGRAMS}.faulty_main'
+      arguments = f'{fault[0]}={",".join(map(str, fault[1:]))}', *arguments
+    command = [sys.executable, '-m', module, *arguments, f'--workdir={workdir}']
     with socket.socket() as unused:
       unused.bind(('localhost', 0))
-      port = unused.getsockname()[1]
-    module = f'tests.support.programs.{program[0]}' if program else 'farmer_jax.main'
-    command = [sys.executable, '-m', module, *map(str, program[1:]), f'--workdir={workdir}']
-    command += arguments
-    if processes > 1:
-      command += [f'--coordinator=localhost:{port}', f'--num_processes={processes}']
+      address = f'--coordinator=localhost:{unused.getsockname()[1]}'
     self.logs = [pathlib.Path(f'{workdir}-{i}.log') for i in range(processes)]
     self.processes = []
     for i, log in enumerate(self.logs):
-      number = [f'--process_id={i}'] if processes > 1 else []
+      several = [address, f'--num_processes={processes}', f'--process_id={i}']
+      own = [*command, *(several if processes > 1 else [])]
       with log.open('ab') as file:
-        started = subprocess.Popen(
-          [*command, *number],
-          cwd=ROOT,
-          env=environment(devices),
-          stdout=file,
-          stderr=subprocess.STDOUT,
-        )
-      self.processes.append(started)
+        how = dict(cwd=ROOT, env=environment(devices), stdout=file, stderr=subprocess.STDOUT)
+        self.processes.append(subprocess.Popen(own, **how))
 
   def log(self, process=0):
     return self.logs[process].read_text()
@@ -85,8 +82,8 @@ class Job:
 
   def finish(self, timeout=400):
     """Waits until all processes have succeeded."""
-    for number, process in enumerate(self.processes):
-      assert process.wait(timeout=timeout) == 0, self.log(number)[-3000:]
+    codes = self.codes(timeout)
+    assert not any(codes), [log.read_text()[-3000:] for log in self.logs]
     return self
 
   def wait_for(self, condition, seconds=300):
@@ -109,9 +106,10 @@ def train(workdir, *overrides, **how):
   return Job(workdir, '--config=configs/quickstart.py', *keys, **how)
 
 
-def fault(name, *arguments):
-  """Returns the argument `program` of `Job` for a fault of programs/faulty_main.py."""
-  return 'faulty_main', f'{name}={",".join(map(str, arguments))}'
+def start_job(name, workdir, *overrides, **how):
+  """Starts a job of a trained run in its workdir. `how` contains keyword arguments of `Job`."""
+  keys = [f'--config.{override}' for override in overrides]
+  return Job(workdir, f'--job={name}', f'--config=configs/from_run.py:{workdir}', *keys, **how)
 
 
 def records(workdir):

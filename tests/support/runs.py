@@ -1,8 +1,5 @@
 """A run of a tiny model, for tests of jobs and of the Python API."""
 
-import dataclasses
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +10,7 @@ from farmer_jax.data import pipeline
 from farmer_jax.jobs import training_run
 from farmer_jax.nn import farmer
 from farmer_jax.training import optimizer as optimizer_lib
-from farmer_jax.training import state as state_lib
+from farmer_jax.training import step as step_lib
 from tests.support import models
 
 CONFIG = config_lib.Config(
@@ -43,9 +40,7 @@ def save_run(workdir):
   inputs = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, int)
   params = models.filled_parameters(farmer.build(CONFIG), *inputs)
   zeros = jax.tree.map(jnp.zeros_like, params)
-  state = state_lib.TrainState(
-    jnp.int32(3), zeros, optimizer_lib.create(CONFIG).init(zeros), params
-  )
+  state = step_lib.TrainState(jnp.int32(3), zeros, optimizer_lib.create(CONFIG).init(zeros), params)
   iterator = pipeline.TrainIterator(resources.train, CONFIG.data, CONFIG.train.batch_size, 0)
   checkpointer = checkpoints.Checkpointer(claimed, CONFIG.train)
   checkpointer.restore_latest(state, iterator)
@@ -55,21 +50,9 @@ def save_run(workdir):
   return workdir
 
 
-def with_sampling(config=CONFIG, **changes):
-  """Returns `config` with other sampling settings. Default: 25 images, sequential inverse."""
-  settings = dict(count=25, batch_size=8, inverse='sequential') | changes
-  return dataclasses.replace(config, sampling=config_lib.Sampling(**settings))
-
-
-def write_config(config, file):
-  """Writes a configuration as JSON, for a program of `tests.support.programs`."""
-  file.write_text(json.dumps(config_lib.to_dict(config)))
-  return file
-
-
-def read_config(file):
-  """Reads a configuration that `write_config` wrote."""
-  return config_lib.from_config_dict(json.loads(open(file).read()))
+def with_sampling(**changes):
+  """Returns `CONFIG` with 25 images and the sequential inverse, or with the changed settings."""
+  return CONFIG.with_sampling(**(dict(count=25, batch_size=8, inverse='sequential') | changes))
 
 
 def read_samples(folder):

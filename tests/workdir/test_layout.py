@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import os
+import pathlib
+import tempfile
 
 import pytest
 
 from farmer_jax import config, errors
 from farmer_jax.workdir import layout
+from tests.support import filesystems
 
 CONFIG = config.Config()
 
@@ -19,6 +22,39 @@ def test_claim_writes_the_configuration(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert layout.claim(CONFIG, 'run').is_absolute()
   assert str(layout.absolute('gs://bucket/run')) == 'gs://bucket/run'
+
+
+@pytest.mark.parametrize('name', ['[lr=1e-3]', 'run*', 'run?'])
+def test_paths_that_are_patterns_are_refused(tmp_path, name):
+  """etils and Orbax would not find the checkpoints."""
+  with pytest.raises(errors.WorkdirError, match='pattern'):
+    layout.claim(CONFIG, tmp_path / name)
+  assert not list(tmp_path.iterdir())
+
+
+def test_files_of_launchers_do_not_occupy_a_workdir(tmp_path):
+  for name in ('.gitkeep', 'slurm-1.out', 'train.log'):
+    (tmp_path / name).write_text('')
+  (tmp_path / 'lost+found').mkdir()
+  layout.claim(CONFIG, tmp_path)
+  assert (tmp_path / 'train.log').exists()
+
+
+def test_results_of_a_read_only_run():
+  with tempfile.TemporaryDirectory() as name:
+    root = pathlib.Path(name)
+    root.chmod(0o777)
+    run = layout.claim(CONFIG, root / 'run')
+    assert layout.results_folder(CONFIG, run) == run
+    elsewhere = dataclasses.replace(CONFIG, results=str(root / 'results'))
+    pathlib.Path(run).chmod(0o555)
+    with filesystems.unprivileged():
+      with pytest.raises(errors.WorkdirError, match=r'config\.results=FOLDER'):
+        layout.results_folder(CONFIG, run)
+      folder = layout.results_folder(elsewhere, run)
+      assert folder == layout.results_folder(elsewhere, run) == layout.absolute(root / 'results')
+      with pytest.raises(errors.WorkdirError, match='has results of the run'):
+        layout.results_folder(elsewhere, layout.absolute(root / 'other'))
 
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path):

@@ -9,17 +9,17 @@ import pytest
 from etils import epath
 
 from farmer_jax import errors
-from farmer_jax.workdir import lock
+from farmer_jax.workdir import layout
 
 
 def test_second_run_is_refused_until_the_first_ends(tmp_path):
   workdir = epath.Path(tmp_path)
-  with lock.hold(workdir):
+  with layout.lock(workdir):
     with pytest.raises(errors.WorkdirError, match=f'process {os.getpid()} on .*{tmp_path}'):
-      lock.hold(workdir).__enter__()
-    with lock.hold(epath.Path(tmp_path.parent)):
+      layout.lock(workdir).__enter__()
+    with layout.lock(epath.Path(tmp_path.parent)):
       pass
-  with lock.hold(workdir):
+  with layout.lock(workdir):
     pass
 
 
@@ -27,7 +27,7 @@ def test_file_system_without_locks_logs_a_warning(tmp_path, monkeypatch, caplog)
   error = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
   monkeypatch.setattr(fcntl, 'flock', mock.Mock(side_effect=error))
   for workdir in tmp_path, 'gs://bucket/run':
-    with lock.hold(epath.Path(workdir)):
+    with layout.lock(epath.Path(workdir)):
       pass
     record = caplog.records.pop()
     assert record.levelname == 'WARNING' and str(workdir) in record.message

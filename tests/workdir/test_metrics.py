@@ -32,6 +32,36 @@ def test_resume_drops_later_steps_and_truncated_lines(tmp_path):
   ]
 
 
+def test_object_stores_get_all_lines_once_a_minute(tmp_path, monkeypatch):
+  """An object store cannot append: each write replaces the object."""
+  path = epath.Path(tmp_path) / 'metrics.jsonl'
+  file = metrics._StoredFile(path, 'first\n')
+  file.append('second\n')
+  assert not path.exists()
+  monkeypatch.setattr(metrics._StoredFile, '_SECONDS', 0.0)
+  file.append('third\n')
+  assert path.read_text() == 'first\nsecond\nthird\n'
+  monkeypatch.setattr(metrics._StoredFile, '_SECONDS', 60.0)
+  file.append('fourth\n')
+  assert 'fourth' not in path.read_text()
+  file.close()
+  assert path.read_text().endswith('fourth\n')
+
+
+def test_events_that_cannot_be_written_do_not_stop_training(tmp_path, monkeypatch, caplog):
+  class FullDisk:
+    def write_scalars(self, *unused):
+      raise RuntimeError('Async error') from OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(metrics, '_tensorboard_writer', lambda workdir: FullDisk())
+  writer = metrics.MetricWriter(epath.Path(tmp_path), 0)
+  for step in (1, 2):
+    writer.write(step, 'train', {'loss': step})
+  writer.close()
+  assert [record['step'] for record in metrics.read(tmp_path)] == [1, 2]
+  assert caplog.text.count('No space left on device') == 1
+
+
 @pytest.mark.faults
 def test_full_disk_causes_one_warning_and_loses_no_line(tmp_path, caplog):
   workdir = tmp_path / 'run'

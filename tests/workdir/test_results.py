@@ -34,6 +34,16 @@ def test_rows_after_a_corrupt_file_are_discarded(folder, caplog):
   assert '00001.npz' in caplog.text
 
 
+def test_damage_of_an_array_that_is_not_counted_is_found(folder, caplog):
+  """The images of a full file are damaged, and its labels are valid."""
+  file = folder / '00000.npz'
+  content = bytearray(file.read_bytes())
+  content[content.index(np.ones((3, 2)).tobytes()) + 5] ^= 1
+  file.write_bytes(content)
+  assert len(results.ResultFiles(folder, NAMES)) == 0
+  assert '00000.npz' in caplog.text
+
+
 def test_missing_rows_of_another_process_are_an_error(folder):
   with pytest.raises(errors.ProcessError, match=str(folder)):
     results.ResultFiles(folder, NAMES).read('label', 9)

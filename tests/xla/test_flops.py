@@ -1,4 +1,4 @@
-"""The number of FLOP compared with the compiler's count and with a rule of thumb."""
+"""FLOPs compared with the compiler's count and with a rule of thumb; properties of chips."""
 
 import dataclasses
 import functools
@@ -57,3 +57,16 @@ def test_training_step_is_about_six_times_parameters_times_tokens():
   flow_parameters, prior_layers = 828e6, 85e6
   expected = 6 * (flow_parameters + prior_layers) * 256 * config.train.batch_size
   assert 1 < flops.training_step(config) / expected < 1.2
+
+
+def test_longest_prefix_wins_and_unknown_devices_have_no_figures():
+  for kind, peak in (
+    ('TPU v5 lite', 197e12),
+    ('TPU v5p', 459e12),
+    ('TPU v6 lite', 918e12),
+    ('NVIDIA H100 80GB HBM3', 989e12),
+    ('cpu', None),
+  ):
+    assert flops.chip(kind).peak_flops == peak
+  assert [flops.chip(kind).memory for kind in ('TPU v5 lite', 'cpu')] == [16 * 2**30, None]
+  assert [flops.chip(kind).clock for kind in ('TPU v4', 'cpu')] == [1.05e9, None]

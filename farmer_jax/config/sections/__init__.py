@@ -21,6 +21,9 @@ class Config:
   """Job to run."""
   teacher: Changeable[str | None] = None
   """distill: workdir of the trained run that is the teacher."""
+  results: Changeable[str | None] = None
+  """sample, likelihood and fidelity: folder for the results, for example if the run is read-only.
+  None writes to the workdir."""
   seed: NonNegativeInt = 0
   """Random seed of initialization, data order and noise."""
   data: Data = Data()

@@ -3,7 +3,14 @@
 import dataclasses
 from typing import Literal
 
-from farmer_jax.config.fields import BelowOne, Changeable, Dtype, NonNegativeFloat, NonNegativeInt
+from farmer_jax.config.fields import (
+  BelowOne,
+  Changeable,
+  Dtype,
+  Fraction,
+  NonNegativeFloat,
+  NonNegativeInt,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +32,12 @@ class Data:
   """Fraction of the images held out for validation, for sources without a validation split."""
   valid_split: str = 'test'
   """TFDS: name of the split used for validation."""
+  layout: Changeable[Literal['auto', 'splits', 'classes']] = 'auto'
+  """folder: meaning of subfolders with names such as train and val. splits: they are the splits,
+  and other folders are ignored. classes: all subfolders are classes. auto: decide, or stop if both
+  are possible."""
+  unknown_classes: Changeable[Literal['stop', 'leave_out']] = 'stop'
+  """What to do with images of a class that the trained run does not know: stop or leave out."""
   bad_files: Literal['stop', 'skip'] = 'stop'
   """folder: what to do with a file that is not a readable image: stop the job or skip the file."""
   synthetic_examples: int = 1024
@@ -36,11 +49,10 @@ class Data:
   prefetch: Changeable[int] = 8
   """Batches prepared ahead of the training step, per process or per worker process."""
   workers: Changeable[NonNegativeInt] = 0
-  """Worker processes that decode images, for data sets that do not fit in memory. 0 decodes in
-  threads of the main process."""
+  """Worker processes that decode images, for large data sets. 0: threads of the main process."""
   max_bad_examples: Changeable[NonNegativeInt] = 10
-  """Largest number of different unreadable images per process. Training replaces them by other
-  images, and validation leaves them out. One more stops the run."""
+  """Largest number of different unreadable images per process. Training replaces them, and
+  validation leaves them out. One more stops the run."""
   max_worker_restarts: Changeable[NonNegativeInt] = 10
   """Largest number of restarts after a worker process died. One more stops the run."""
   stall_warning_seconds: Changeable[float] = 60.0
@@ -63,7 +75,7 @@ class Noise:
   curriculum_std: NonNegativeFloat = 0.0
   """uniform: standard deviation of additional Gaussian noise at the first training step. It
   decreases to 0. Evaluation never adds it."""
-  curriculum_fraction: float = 0.6
+  curriculum_fraction: Fraction = 0.6
   """uniform: fraction of the training steps at which the additional noise reaches 0."""
 
 
@@ -112,8 +124,7 @@ class Prior:
   """Number of informative channels d_I of a token: its first channels. The remaining channels are
   redundant. 0 makes all channels informative."""
   redundant_kind: Literal['mixture', 'normal'] = 'mixture'
-  """Density of the redundant channels. mixture: one Gaussian mixture per image, shared by all
-  tokens. normal: standard normal."""
+  """Density of the redundant channels. mixture: one mixture per image. normal: standard normal."""
   redundant_components: int = 64
   """Mixture components K_R of the redundant head."""
   scale_floor: NonNegativeFloat = 1e-3

@@ -47,8 +47,7 @@ class Train:
   batch_size: int = 64
   """Images per step, over all devices."""
   accumulation_steps: int = 1
-  """Number of equal parts of a batch. The step processes one part at a time and averages the
-  gradients."""
+  """Equal parts of a batch, which the step processes one at a time. Gradients are averaged."""
   ema_decay: BelowOne = 0.0
   """Decay rate of the EMA of the parameters, which evaluation and sampling use. 0 disables it."""
   log_every: Changeable[int] = 20
@@ -118,8 +117,7 @@ class Mesh:
   embed: str = 'fsdp'
   """Mesh axes, separated by commas, that shard parameters along the width of a transformer."""
   hidden: str = 'tensor'
-  """Mesh axes, separated by commas, that shard parameters along the attention heads and along the
-  hidden width of an MLP."""
+  """Mesh axes, separated by commas, that shard attention heads and the hidden width of MLPs."""
   outputs: str = 'tensor'
   """Mesh axes, separated by commas, that shard output projections along their outputs: shifts,
   log-scales and mixture parameters."""

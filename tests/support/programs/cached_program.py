@@ -11,8 +11,7 @@ from etils import epath
 
 from farmer_jax.xla import host
 
-
-def main():
+if __name__ == '__main__':
   jax.jit(lambda x: x + 1)(1)  # Jobs also compile programs before they know their workdir.
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   host.enable_compilation_cache(epath.Path(sys.argv[1]))
@@ -20,7 +19,3 @@ def main():
   jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
   jax.jit(lambda x: (x @ x.T).sum())(jnp.ones((3, 4))).block_until_ready()
   print(events.count('/jax/compilation_cache/cache_hits'))
-
-
-if __name__ == '__main__':
-  main()

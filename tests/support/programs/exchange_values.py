@@ -1,10 +1,10 @@
 """Two processes exchange values and wait at barriers. Each process prints its results as JSON.
 
-Started by `processes.Job(..., program=('exchange_values',), processes=2)`.
+Started by `processes.Job(..., processes=2, module='tests.support.programs.exchange_values')`.
 """
 
-import argparse
 import json
+import sys
 
 from farmer_jax import errors
 from farmer_jax.checkpoints import orbax_internals
@@ -15,14 +15,10 @@ def fail():
   raise errors.WorkdirError('the workdir is a file')
 
 
-def main():
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--coordinator')
-  parser.add_argument('--num_processes', type=int)
-  parser.add_argument('--process_id', type=int)
-  flags, _ = parser.parse_known_args()
-  number = flags.process_id
-  processes.start(flags.coordinator, flags.num_processes, number)
+if __name__ == '__main__':
+  flags = dict(argument.split('=') for argument in sys.argv[1:])
+  number = int(flags['--process_id'])
+  processes.start(flags['--coordinator'], int(flags['--num_processes']), number)
   results = {'gathered': processes.gather(['long text'] * number)}
   try:
     processes.on_process_zero(fail)
@@ -39,7 +35,3 @@ def main():
   barrier(key='next save', timeout_ms=60_000)
   processes.barrier('end')
   print(json.dumps(results))
-
-
-if __name__ == '__main__':
-  main()

@@ -19,27 +19,31 @@ from farmer_jax import checkpoints, main
 from farmer_jax.checkpoints import orbax_internals
 from farmer_jax.data import base
 from farmer_jax.distributed import preemption
-from farmer_jax.evaluation import classifier
+from farmer_jax.evaluation import classifier, feature_networks
+from farmer_jax.workdir import results
+
+
+def replace(owner, name):
+  """Decorates the replacement of a function, which receives the original as first argument."""
+  original = getattr(owner, name)
+  return lambda function: setattr(owner, name, lambda *args, **kw: function(original, *args, **kw))
 
 
 def slow_commit(step, signal_file):
   """Creates `signal_file` and hangs before checkpoint `step` gets its final name."""
-  temporary_path = ocp_path.atomicity.AtomicRenameTemporaryPath
-  finalize = temporary_path.finalize
 
-  async def slow_finalize(self, *args, **kwargs):
+  @replace(ocp_path.atomicity.AtomicRenameTemporaryPath, 'finalize')
+  async def slow_finalize(finalize, self, *args, **kwargs):
     if self.get_final().name == step:
       hang(signal_file)
     return await finalize(self, *args, **kwargs)
 
-  temporary_path.finalize = slow_finalize
-
 
 def slow_barrier(step, signal_file):
   """Process 1 writes its shard of checkpoint `step`, creates `signal_file` and hangs."""
-  make_barrier = orbax_internals.make_barrier
 
-  def make_slow_barrier():
+  @replace(orbax_internals, 'make_barrier')
+  def make_slow_barrier(make_barrier):
     barrier = make_barrier()
 
     def wait(*, key, timeout_ms):
@@ -49,33 +53,27 @@ def slow_barrier(step, signal_file):
 
     return wait
 
-  orbax_internals.make_barrier = make_slow_barrier
-
 
 def small_files(step, size):
   """Process 1 cannot write files of more than `size` bytes in checkpoint `step`."""
-  save = checkpoints.Checkpointer.save
 
-  def save_with_limit(self, saved_step, *args, **kwargs):
+  @replace(checkpoints.Checkpointer, 'save')
+  def save_with_limit(save, self, saved_step, *args, **kwargs):
     self.wait()
     if jax.process_index():
       limit = int(size) if saved_step == int(step) else resource.RLIM_INFINITY
       resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     save(self, saved_step, *args, **kwargs)
 
-  checkpoints.Checkpointer.save = save_with_limit
-
 
 def sigterm(step, process):
   """Process `process` sends SIGTERM to itself after step `step`."""
-  should_stop = preemption.PreemptionListener.should_stop
 
-  def should_stop_after_sigterm(self, current_step):
+  @replace(preemption.PreemptionListener, 'should_stop')
+  def should_stop_after_sigterm(should_stop, self, current_step):
     if current_step == int(step) and jax.process_index() == int(process):
       os.kill(os.getpid(), signal.SIGTERM)
     return should_stop(self, current_step)
-
-  preemption.PreemptionListener.should_stop = should_stop_after_sigterm
 
 
 def hang(signal_file):
@@ -93,6 +91,28 @@ def short_classifier(steps):
   """The classifier of --job=fidelity trains for a few steps."""
   assert classifier._STEPS
   classifier._STEPS = int(steps)
+
+
+def small_shards(rows, seconds_between_writes, kill_at='inf'):
+  """Files of results have `rows` rows. SIGKILL ends this process after `kill_at` rows."""
+  results.ROWS_PER_FILE = int(rows)
+  results._SECONDS_BETWEEN_WRITES = float(seconds_between_writes)
+
+  @replace(results.ResultFiles, 'append')
+  def append_and_die(append, self, **arrays):
+    append(self, **arrays)
+    if len(self) >= float(kill_at):
+      os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_before_features():
+  """SIGKILL ends this process before it computes the features of the samples."""
+
+  @replace(feature_networks.FeatureNetwork, 'statistics')
+  def statistics_of_real_images(statistics, self, images, description, *args, **kwargs):
+    if description == 'samples':
+      os.kill(os.getpid(), signal.SIGKILL)
+    return statistics(self, images, description, *args, **kwargs)
 
 
 def images_in_files():

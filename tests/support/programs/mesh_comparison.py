@@ -19,7 +19,6 @@ from farmer_jax import config, losses
 from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.nn import farmer
 from farmer_jax.training import optimizer as optimizer_lib
-from farmer_jax.training import state as state_lib
 from farmer_jax.training import step as step_lib
 from tests.support import models
 
@@ -53,7 +52,7 @@ def take_step(mesh):
     'label': rng.integers(0, 3, 16).astype(np.int32),
   }
   optimizer = optimizer_lib.create(CONFIG)
-  init = state_lib.initializer(init_params, optimizer, CONFIG.train.ema_decay)
+  init = step_lib.initializer(init_params, optimizer, CONFIG.train.ema_decay)
   loss = functools.partial(losses.nll_loss, model=MODEL, config=CONFIG)
   key = jax.random.key(0)
   with mesh.activate():

@@ -1,4 +1,4 @@
-"""Units of likelihood."""
+"""Units of likelihood and of errors."""
 
 import math
 from typing import TypeVar
@@ -19,3 +19,8 @@ def bits_per_dim(nats_per_dim: Nats) -> Nats:
   The result bounds a code length only under uniform dequantization, not under Gaussian noise.
   """
   return nats_per_dim / math.log(2) + LOG2_LEVELS_PER_UNIT
+
+
+def psnr(rmse: float) -> float:
+  """Converts a root mean square error of values in [-1, 1] to the PSNR in dB."""
+  return 20 * math.log10(2 / rmse) if rmse else math.inf

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from farmer_jax.ops import bits
+from farmer_jax.ops import units
 
 
 @pytest.mark.parametrize(
@@ -16,4 +16,4 @@ from farmer_jax.ops import bits
   ],
 )
 def test_uniform_densities(nats_per_dim, expected):
-  assert bits.bits_per_dim(nats_per_dim) == pytest.approx(expected, abs=1e-12)
+  assert units.bits_per_dim(nats_per_dim) == pytest.approx(expected, abs=1e-12)
