@@ -13,7 +13,7 @@ from farmer_jax import config, errors, noise
 from farmer_jax.data import pipeline, sources
 from farmer_jax.evaluation import scoring, validation
 from farmer_jax.ops import units
-from tests.support.runs import CONFIG
+from tests.support.runs import CONFIG, save_run
 
 SETTINGS = {'sampling.batch_size': 8, 'likelihood.batch_size': 20}
 
@@ -133,3 +133,23 @@ def test_float64_needs_x64(trained, loaded, examples):
     double = run.log_prob(examples['image'])
   assert double.nats.dtype == np.float64
   np.testing.assert_allclose(double.nats, loaded.log_prob(examples['image']).nats, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_float64_run_in_float32(tmp_path, examples):
+  """A checkpoint is read in its own dtype. Its parameters are converted when they are used."""
+  built = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dtype='float64'))
+  images, labels = examples['image'][:8], examples['label'][:8]
+  with jax.enable_x64(True):
+    workdir = save_run(tmp_path / 'run', built)
+    single, double = (
+      farmer_jax.load(workdir, overrides=SETTINGS | {'likelihood.dtype': t, 'sampling.dtype': t})
+      for t in ('float32', 'float64')
+    )
+    found, expected = (run.log_prob(images, labels).nats for run in (single, double))
+    assert (found.dtype, expected.dtype) == (np.float32, np.float64)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    latents = single.encode(images, labels)
+    assert latents.dtype == np.float32
+    np.testing.assert_allclose(latents, double.encode(images, labels), rtol=1e-3, atol=1e-3)
+    assert single.sample(labels).shape == images.shape

@@ -29,20 +29,20 @@ CONFIG = config_lib.Config(
 )
 
 
-def save_run(workdir):
+def save_run(workdir, config=CONFIG):
   """Writes a workdir like the workdir of a finished training run, and returns it.
 
   No training step is compiled. The EMA has random values without zeros. The parameters that only
   training uses are zero.
   """
-  resources = training_run.Resources.load(CONFIG)
-  claimed = training_run.prepare_workdir(CONFIG, workdir, resources)
+  resources = training_run.Resources.load(config)
+  claimed = training_run.prepare_workdir(config, workdir, resources)
   inputs = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, int)
-  params = models.filled_parameters(farmer.build(CONFIG), *inputs)
+  params = models.filled_parameters(farmer.build(config), *inputs)
   zeros = jax.tree.map(jnp.zeros_like, params)
-  state = step_lib.TrainState(jnp.int32(3), zeros, optimizer_lib.create(CONFIG).init(zeros), params)
-  iterator = pipeline.TrainIterator(resources.train, CONFIG.data, CONFIG.train.batch_size, 0)
-  checkpointer = checkpoints.Checkpointer(claimed, CONFIG.train)
+  state = step_lib.TrainState(jnp.int32(3), zeros, optimizer_lib.create(config).init(zeros), params)
+  iterator = pipeline.TrainIterator(resources.train, config.data, config.train.batch_size, 0)
+  checkpointer = checkpoints.Checkpointer(claimed, config.train)
   checkpointer.restore_latest(state, iterator)
   checkpointer.save(3, state, iterator)
   checkpointer.close()
