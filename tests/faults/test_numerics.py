@@ -159,7 +159,8 @@ def test_degenerate_images(noise, kind):
 
   The largest measured error of the round trip is 1e-6. The rounding error of float32 is 6e-8.
   """
-  config = make_config(noise=NOISE[noise])
+  # With larger rates, single updates can undo the training of these narrow densities.
+  config = make_config(noise=NOISE[noise], rate=0.0012)
   losses = stress(f'{kind}, {noise}', config, make_images(kind), 1e-5)
   assert losses[-1] < losses[0]
   if kind in ('black', 'white', 'constant'):
