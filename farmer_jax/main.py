@@ -105,8 +105,10 @@ def run() -> None:
     _print_error(error)
     sys.exit(1)
   except KeyboardInterrupt:
+    from farmer_jax.distributed import preemption  # Imported here because it imports JAX.
+
     print('Interrupted. Run the same command to start the job again.', file=sys.stderr)
-    sys.exit(75)
+    sys.exit(preemption.EXIT_CODE)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -130,7 +132,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def _checked_config_file(argv: list[str]) -> list[str]:
   """Expands ~ in --config=FILE. Raises ConfigError if the file does not exist.
 
-  For a missing file, ml_collections reports the first override as unknown.
+  For a missing file with overrides, the message of ml_collections does not start with the file.
   """
   expanded = list(argv)
   for index, argument in enumerate(argv):

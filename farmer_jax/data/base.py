@@ -177,7 +177,7 @@ def _class_counts(source: Source) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _RelabeledSource(Source):
-  """A source whose labels are replaced by `labels[label]`."""
+  """A source whose labels are replaced by `new_labels[label]`."""
 
   source: Source
   new_labels: Labels

@@ -36,7 +36,7 @@ def load(data: config.Data, split: str, class_names: Sequence[str] = ()) -> base
 
   `class_names` are the classes of a trained run, in the order of their labels. The label of an
   image is then the index of the name of its class, whatever the order of the classes in the data.
-  If either names are unknown, labels are taken as they are.
+  Labels stay as they are if the names of the run or of the data are unknown.
 
   Raises:
     ConfigError: a setting does not match the data.

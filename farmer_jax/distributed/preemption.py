@@ -23,7 +23,7 @@ EXIT_CODE = 75
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
-# A cluster may send one notice twice, to the process and to its process group. A SIGTERM within
+# A cluster may send one notice twice, to the process and to its process group. A signal within
 # this many seconds of the first one is ignored.
 _DUPLICATE_SECONDS = 1.0
 

@@ -15,7 +15,7 @@ def run(config: config_lib.Config, workdir: str) -> None:
 
   Raises:
     UserError: the job cannot run. The message says what to change.
-    preemption.Preempted: the job saved its progress after SIGTERM and must be started again.
+    preemption.Preempted: the job saved its progress after a signal and must be started again.
   """
   # Allocator settings apply only to memory that is allocated later.
   host.configure_malloc()

@@ -61,7 +61,7 @@ class Trainer:
     Raises:
       DivergenceError: training diverged again after the allowed number of rollbacks.
       CheckpointError: no existing checkpoint is valid, or the last one could not be written.
-      Preempted: a process received SIGTERM, and the state was saved.
+      Preempted: a process received a signal to stop, and the state was saved.
     """
     with preemption.PreemptionListener() as listener:
       state, step = self._set_up()

@@ -89,24 +89,25 @@ def results_folder(config: config_lib.Config, workdir: epath.Path) -> epath.Path
   """
   folder = absolute(config.results) if config.results else workdir
   check_no_pattern(folder, '--config.results')
-  owner, file = {'workdir': str(workdir)}, folder / _RUN_FILE
+  file, owner = folder / _RUN_FILE, {'workdir': str(workdir)}
+  # The name is unique, because all processes of a job write at the same time.
+  probe = folder / f'.writable-{socket.gethostname()}-{os.getpid()}'
   try:
-    if config.results and file.exists():
-      found = read_json(file, lambda value: isinstance(value, dict))
-      if found != owner:
-        raise WorkdirError(
-          f'--config.results={folder} has results of the run {found.get("workdir")}; choose another'
-          ' folder'
-        )
-    elif config.results:
-      write_json(file, owner)
+    folder.mkdir(parents=True, exist_ok=True)
+    probe.write_text(json.dumps(owner) + '\n')
+    if config.results and not file.exists():
+      probe.replace(file)
     else:
-      write_text(folder / '.writable', '')
-      (folder / '.writable').unlink()
+      probe.unlink()
   except OSError as error:
     raise WorkdirError(
       f'cannot write results to {folder} ({error.strerror or error}); set --config.results=FOLDER'
     ) from error
+  if config.results and read_json(file, lambda value: isinstance(value, dict)) != owner:
+    raise WorkdirError(
+      f'--config.results={folder} has results of another run ({file.name} is not {owner}); choose'
+      ' another folder'
+    )
   return folder
 
 

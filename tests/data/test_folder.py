@@ -214,16 +214,3 @@ def test_path_without_images(tmp_path, path, split, kind, match):
   with pytest.raises(kind, match=match) as caught:
     load(tmp_path / path if path else '', split)
   assert '\n' not in str(caught.value)
-
-
-def test_folder_that_cannot_be_listed(root, monkeypatch):
-  scandir = os.scandir
-
-  def refuse(path):
-    if str(path).rstrip('/').endswith('b'):
-      raise PermissionError(13, 'Permission denied')
-    return scandir(path)
-
-  monkeypatch.setattr(os, 'scandir', refuse)
-  with pytest.raises(errors.DataError, match=r'b cannot be listed \(Permission denied\)'):
-    load(root)

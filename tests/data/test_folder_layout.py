@@ -145,7 +145,7 @@ def test_unreadable_folder_is_skipped_with_the_bad_files(tmp_path, monkeypatch):
     return scandir(path)
 
   monkeypatch.setattr(os, 'scandir', refuse)
-  with pytest.raises(errors.DataError, match='secret cannot be listed'):
+  with pytest.raises(errors.DataError, match=r'secret cannot be listed \(Permission denied\)'):
     load(tmp_path)
   train, valid = load(tmp_path, bad_files='skip')
   assert len(train) + len(valid) == 20

@@ -24,7 +24,7 @@ def main(*arguments, **variables):
 
 
 def test_closed_terminal_does_not_end_a_run(workdir, monkeypatch):
-  """The run goes on in the background, and nohup protects it from SIGHUP."""
+  """The terminal is closed during the run, which ignores the errors of later output."""
   terminal, side = os.openpty()
   popen = subprocess.Popen
   monkeypatch.setattr(

@@ -53,7 +53,7 @@ def test_results_of_a_read_only_run():
         layout.results_folder(CONFIG, run)
       folder = layout.results_folder(elsewhere, run)
       assert folder == layout.results_folder(elsewhere, run) == layout.absolute(root / 'results')
-      with pytest.raises(errors.WorkdirError, match='has results of the run'):
+      with pytest.raises(errors.WorkdirError, match='has results of another run'):
         layout.results_folder(elsewhere, layout.absolute(root / 'other'))
 
 
