@@ -5,18 +5,24 @@ BIN := .venv/bin
 # Files of tests run in parallel, each in one process.
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations=15
 
-.PHONY: quickstart test test-faults test-all soak lint reference clean
+.PHONY: quickstart test test-faults test-stores test-all soak lint reference stores clean
 
 quickstart: .venv/run
 	$(BIN)/python -m farmer_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-# What matters after a change of the model or of a job. Under five minutes on two cores.
+# What matters after a change of the model or of a job. Compiled programs are kept, so that later
+# runs are faster.
+test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/compiled
 test: .venv/dev lint
-	$(PYTEST) -m "not faults and not slow"
+	$(PYTEST) -m "not faults and not slow and not stores"
 
 # Killed processes, damaged files, fuzzing, several processes.
 test-faults: .venv/dev
 	$(PYTEST) -m "faults and not slow"
+
+# Workdirs in emulators of Google Cloud Storage and S3.
+test-stores: stores
+	$(PYTEST) -m stores
 
 # All tests, including those that take minutes.
 test-all: .venv/dev lint
@@ -33,6 +39,10 @@ lint: .venv/dev
 # PyTorch and torch-fidelity. The tests that compare with them are skipped without them.
 reference: .venv/dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-reference.txt
+
+# Clients and emulators of object stores.
+stores: .venv/dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-stores.txt
 
 clean:
 	rm -rf .venv runs

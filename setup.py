@@ -29,6 +29,7 @@ setuptools.setup(
     'einops>=0.8',
     'etils[epath]',
     'flax>=0.12,<0.13',
+    'fsspec',
     'grain>=0.2.18,<0.3',
     'importlib_resources',
     'jax>=0.10,<0.11',
@@ -41,13 +42,15 @@ setuptools.setup(
     'pillow>=10.1',
     'scikit-learn>=1.3',
     'tensorflow-datasets>=4.9.10',
+    'tensorstore',
     'tqdm',
   ],
   extras_require={
     'cuda': ['jax[cuda12]'],
     'tpu': ['jax[tpu]'],
-    # Workdirs on Google Cloud Storage: gs://bucket/run.
-    'gcs': ['etils[epath-gcs]'],
+    # Workdirs in object stores: gs://bucket/run and s3://bucket/run.
+    'gcs': ['gcsfs'],
+    's3': ['s3fs'],
     # TensorBoard events, and the preparation of TFDS data sets. Reading them needs no TensorFlow.
     'tensorboard': ['tensorflow-cpu>=2.21', 'tensorboard>=2.21'],
     'dev': [

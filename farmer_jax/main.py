@@ -4,6 +4,8 @@ Example:
   python -m farmer_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
+import functools
+import operator
 import os
 import sys
 import traceback
@@ -113,7 +115,7 @@ def run() -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   """Parses flags. Raises ConfigError for errors in flags and in the configuration file."""
-  argv = _checked_config_file(argv)
+  argv = _without_none_overrides(_checked_config_file(argv))
   try:
     return flags.FLAGS(argv)
   except (AttributeError, KeyError, flags.Error, OSError, TypeError, ValueError) as error:
@@ -146,16 +148,42 @@ def _checked_config_file(argv: list[str]) -> list[str]:
   return expanded
 
 
+# Paths of the keys that overrides set to None.
+_none_overrides: list[str] = []
+
+
+def _without_none_overrides(argv: list[str]) -> list[str]:
+  """Removes --config.KEY=None of keys that accept None, which `_config_values` sets.
+
+  ml_collections converts a value to the type of the value in the configuration file, so that it
+  does not accept None for a key that the file sets.
+  """
+  optional = {f'config.{p}': p for p, key in config_lib.leaves() if type(None) in key.types}
+  _none_overrides.clear()
+  kept = []
+  for argument in argv:
+    name, _, value = argument.lstrip('-').partition('=')
+    if value == 'None' and name in optional and argument.startswith('-'):
+      _none_overrides.append(optional[name])
+    else:
+      kept.append(argument)
+  return kept
+
+
 def _config_values() -> ml_collections.ConfigDict:
   """Returns the ConfigDict of --config with its overrides."""
   if _CONFIG.value is None:
     raise errors.ConfigError('no --config given, for example --config=configs/quickstart.py')
   try:
-    return _CONFIG.value.unlock()
+    values = _CONFIG.value.unlock()
   except OSError as error:  # ml_collections reports a missing file on the first access.
     file = config_flags.get_config_filename(flags.FLAGS['config'])
     reason = error.strerror or str(error).rpartition('[Errno')[2].partition('] ')[2] or error
     raise errors.ConfigError(f'cannot read the --config file {file}: {reason}') from error
+  for path in _none_overrides:
+    *sections, name = path.split('.')
+    functools.reduce(operator.getitem, sections, values)[name] = None
+  return values
 
 
 def _unknown_override(argv: list[str]) -> str | None:

@@ -37,6 +37,25 @@ def test_overrides_reach_the_job_and_the_default_workdir_is_the_name_of_the_run(
   assert run('--config=configs/in256.py:1.9b-p8').jobs[0][1] == 'runs/in256-1.9b-p8'
 
 
+def test_none_resets_a_key_that_the_file_sets(run, tmp_path):
+  file = tmp_path / 'config.py'
+  file.write_text(
+    'from configs import quickstart\n'
+    'def get_config():\n'
+    '  c = quickstart.get_config()\n'
+    "  c.train.valid_examples, c.sampling.dtype = 100, 'float64'\n"
+    '  return c\n'
+  )
+  resets = '--config.train.valid_examples=None', '--config.sampling.dtype=None'
+  outcome = run(f'--config={file}', *resets)
+  assert outcome.code == 0, outcome.err
+  built = outcome.jobs[0][0]
+  assert (built.train.valid_examples, built.sampling.dtype) == (None, None)
+  assert run(f'--config={file}').jobs[0][0].train.valid_examples == 100
+  outcome = run(QUICKSTART, '--config.train.steps=None')
+  assert outcome.code == 1 and 'steps' in outcome.err
+
+
 def test_config_help(run):
   outcome = run('--config_help')
   assert (outcome.code, outcome.out) == (0, config.describe() + '\n')

@@ -23,6 +23,7 @@ _QUARANTINE = 'checkpoints_quarantine'
 _TIMEOUT = 1200
 
 orbax_internals.hide_orbax_errors()
+orbax_internals.support_s3()
 
 
 class Checkpointer:
@@ -107,8 +108,7 @@ class Checkpointer:
     if not self._has_read:
       self.wait()
       if not self._last_failure:
-        restore.read_back(self._workdir, step, state)
-        self._has_read = True
+        self._has_read = restore.read_back(self._workdir, step, state)
 
   def wait(self) -> None:
     """Waits until the last save has succeeded or failed."""
@@ -138,8 +138,11 @@ class Checkpointer:
     self._losses.pop(step, None)
     with contextlib.suppress(Exception):  # The manager raises the reported failure again.
       self._close_manager()
-    steps = restore.list_steps(self._workdir)
-    newest = f'the newest checkpoint is {steps[-1]}' if steps else 'there is no checkpoint yet'
+    try:
+      steps = restore.list_steps(self._workdir)
+      newest = f'the newest checkpoint is {steps[-1]}' if steps else 'there is no checkpoint yet'
+    except OSError:
+      newest = 'the checkpoints cannot be listed either'
     self._last_failure = f'saving checkpoint {step} failed ({reason}); {newest}'
     if not jax.process_index():
       logging.warning(f'{self._last_failure}. Training continues.')
@@ -210,11 +213,13 @@ def _remove_incomplete(workdir: epath.Path) -> None:
   An incomplete checkpoint has a temporary name or, on object stores, lacks its commit file. Orbax's
   `cleanup_tmp_directories` does not name the deleted steps, and stops if it cannot delete one.
   """
-  folder, complete = workdir / restore.FOLDER, set(restore.list_steps(workdir))
-  for path in folder.iterdir() if folder.exists() else ():
-    step, suffix, _ = path.name.partition(ocp.path.atomicity_types.TMP_DIR_SUFFIX)
-    if not step.isdecimal() or (not suffix and int(step) in complete):
-      continue
-    with contextlib.suppress(OSError):  # `_open_manager` tries again.
-      path.rmtree()
-      logging.info(f'Deleted the incomplete checkpoint {step}.')
+  folder = workdir / restore.FOLDER
+  with contextlib.suppress(OSError):  # The folder cannot be listed. `_open_manager` tries again.
+    complete = set(restore.list_steps(workdir))
+    for path in list(folder.iterdir()) if folder.exists() else ():
+      step, suffix, _ = path.name.partition(ocp.path.atomicity_types.TMP_DIR_SUFFIX)
+      if not step.isdecimal() or (not suffix and int(step) in complete):
+        continue
+      with contextlib.suppress(OSError):
+        path.rmtree()
+        logging.info(f'Deleted the incomplete checkpoint {step}.')

@@ -9,15 +9,21 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint._src.multihost import multihost
+from orbax.checkpoint._src.path import gcs_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from farmer_jax import errors
+from farmer_jax.workdir import stores
 
 # TensorStore's status codes for faults of the machine, the network or the user's permissions.
 _ENVIRONMENT_STATUS = re.compile(
@@ -110,11 +116,45 @@ def make_barrier() -> Callable[..., None] | None:
 _BARRIER_IDS = itertools.count()
 
 
+def support_s3() -> None:
+  """Makes Orbax treat s3:// like gs://. TensorStore has a driver for both.
+
+  Without this, Orbax refuses s3:// because it is not an absolute path.
+  """
+  prefixes = ('gs://', 's3://')
+  gcs_utils.is_gcs_path = lambda path: path.as_posix().startswith(prefixes)
+  gcs_utils.get_kvstore_for_gcs = stores.tensorstore_spec
+  tensorstore_utils._use_gcs_driver = lambda directory: directory.startswith(prefixes)
+  tensorstore_utils._normalize_path = lambda path: re.sub(
+    '^(gs|s3):/', r'\1://', os.path.normpath(path)
+  )
+
+
 def hide_orbax_errors() -> None:
-  """Hides tracebacks of failures that `Checkpointer` reports, except with --verbosity=1."""
+  """Hides tracebacks of failures that `Checkpointer` reports, except with --verbosity=1.
+
+  When one array cannot be read or written, Orbax closes its event loop. Each unfinished operation
+  of TensorStore then prints a traceback with `sys.excepthook`, or asyncio logs it.
+  """
   absl_logging.get_absl_logger().addFilter(_is_not_orbax_error)
+  logging.getLogger('asyncio').addFilter(_is_not_lost_exception)
+  excepthook = sys.excepthook
+
+  def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    if kind is not RuntimeError or str(error) != 'Event loop is closed' or _shows_everything():
+      excepthook(kind, error, traceback)
+
+  sys.excepthook = hook
 
 
 def _is_not_orbax_error(record: logging.LogRecord) -> bool:
   is_orbax_error = 'orbax' in record.pathname and record.levelno == logging.ERROR
-  return not is_orbax_error or absl_logging.get_verbosity() >= absl_logging.DEBUG
+  return not is_orbax_error or _shows_everything()
+
+
+def _is_not_lost_exception(record: logging.LogRecord) -> bool:
+  return 'exception was never retrieved' not in record.getMessage() or _shows_everything()
+
+
+def _shows_everything() -> bool:
+  return absl_logging.get_verbosity() >= absl_logging.DEBUG

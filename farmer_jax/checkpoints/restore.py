@@ -19,6 +19,7 @@ from farmer_jax import errors
 from farmer_jax.checkpoints import checksums, orbax_internals
 from farmer_jax.checkpoints.orbax_internals import CorruptCheckpoint
 from farmer_jax.distributed import processes
+from farmer_jax.workdir import stores
 
 FOLDER = 'checkpoints'
 
@@ -87,8 +88,10 @@ def restore_params(
   return found[1], found[0]
 
 
-def read_back(workdir: epath.Path, step: int, state: PyTree) -> None:
+def read_back(workdir: epath.Path, step: int, state: PyTree) -> bool:
   """Reads and verifies the parameters of a checkpoint that was just saved.
+
+  Returns whether it could be read. An object store may be unreachable for some time.
 
   Raises:
     CheckpointError: the checkpoint cannot be read, or differs from `state`.
@@ -107,6 +110,12 @@ def read_back(workdir: epath.Path, step: int, state: PyTree) -> None:
       f'the first checkpoint of this run, {folder}, cannot be read back ({error}); check the disk,'
       ' or train into another --workdir'
     ) from error
+  except errors.UserError as error:
+    if not stores.is_store(workdir):
+      raise
+    logging.warning(f'Checkpoint {step} cannot be read back now ({error}). Training continues.')
+    return False
+  return True
 
 
 def list_steps(workdir: epath.Path) -> list[int]:

@@ -91,6 +91,7 @@ def _root(path: str | None) -> pathlib.Path:
   root = pathlib.Path(path).expanduser()
   if not root.is_dir():
     problem = 'is a file' if root.exists() else 'does not exist'
+    problem = 'is in an object store, from which images are not read' if '://' in path else problem
     raise ConfigError(f'--config.data.path={path} {problem}; set it to a folder of images')
   return root
 

@@ -72,7 +72,9 @@ def load(data: config.Data, split: str) -> base.Source:
   except NotImplementedError as error:
     raise DataError(
       f'{data.source} is prepared under {builder.data_dir} as {builder.info.file_format.value},'
-      f' which has no random access; delete that folder, then run: {_prepare_command(data)}'
+      ' which has no random access; run: pip install apache-beam mlcroissant tensorflow-cpu, and'
+      f' then tfds convert_format --dataset_version_dir={builder.data_dir}'
+      ' --out_file_format=array_record'
     ) from error
   indices = np.arange(len(records))
   if split_names == ['train']:

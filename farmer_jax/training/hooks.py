@@ -1,6 +1,7 @@
 """Hooks of the training loop: functions that run every n steps."""
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
 
 import jax
@@ -9,6 +10,7 @@ from etils import epath
 
 from farmer_jax import config as config_lib
 from farmer_jax.training import step as step_lib
+from farmer_jax.workdir import layout, stores
 from farmer_jax.workdir import metrics as metrics_lib
 
 
@@ -60,18 +62,22 @@ class Validation:
 class Profiler:
   """Records a trace of a range of steps for TensorBoard and XProf.
 
-  The training loop calls `start` before each step and the hook after it.
+  The training loop calls `start` before each step and the hook after it. A trace for an object
+  store is written locally and copied, because JAX writes traces only to file systems.
   """
 
   def __init__(self, profile: config_lib.Profile, workdir: epath.Path):
     self._folder = workdir / 'profile'
     self._first, self._last = config_lib.step_range(profile.steps) or (0, 0)
+    self._local: tempfile.TemporaryDirectory[str] | None = None
     self._running = False
 
   def start(self, step: int) -> None:
     """Starts the trace if `step` is in the range and no trace is running."""
     if self._first <= step <= self._last and not self._running:
-      jax.profiler.start_trace(str(self._folder))
+      if stores.is_store(self._folder):
+        self._local = tempfile.TemporaryDirectory(prefix='profile-')
+      jax.profiler.start_trace(self._local.name if self._local else str(self._folder))
       self._running = True
 
   def __call__(self, info: StepInfo) -> None:
@@ -85,4 +91,7 @@ class Profiler:
     if self._running:
       jax.profiler.stop_trace()
       self._running = False
+      if self._local:
+        with layout.optional_write('The trace'), self._local as folder:
+          stores.copy_files(folder, self._folder)
       logging.info(f'Trace of training steps: {self._folder}')

@@ -182,6 +182,7 @@ class Trainer:
 
   def _save_checkpoint(self, info: hooks_lib.StepInfo) -> None:
     loss = self.validation.loss_at(info.step)
+    info.writer.flush()
     self._checkpointer.save(info.step, info.state, self.iterator, loss)
 
   def _close(self) -> None:

@@ -17,6 +17,7 @@ from flax import traverse_util
 
 from farmer_jax import config as config_lib
 from farmer_jax.errors import WorkdirError
+from farmer_jax.workdir import store_lock, stores
 
 CONFIG_FILE = 'config.json'
 _CLASSES_FILE = 'classes.json'
@@ -112,9 +113,14 @@ def results_folder(config: config_lib.Config, workdir: epath.Path) -> epath.Path
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-  """Returns an absolute path. URLs such as gs://bucket/run are absolute."""
+  """Returns an absolute path. URLs such as gs://bucket/run are absolute.
+
+  Raises:
+    WorkdirError: the path is in an object store that cannot be used.
+  """
+  stores.check(path)
   path = epath.Path(path)
-  return path if '://' in str(path) else epath.Path(path.expanduser().absolute())
+  return path if stores.is_store(path) else epath.Path(path.expanduser().absolute())
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
@@ -191,6 +197,9 @@ def write_npz(file: epath.Path, arrays: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def _atomic_path(file: epath.Path) -> Iterator[epath.Path]:
   """Context with a temporary path that replaces `file` at the end. Creates missing folders."""
+  if stores.is_store(file):  # An object exists only once it is complete. Folders do not exist.
+    yield file
+    return
   file.parent.mkdir(parents=True, exist_ok=True)
   temporary = file.with_name(file.name + '.tmp')
   yield temporary
@@ -199,17 +208,18 @@ def _atomic_path(file: epath.Path) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def lock(workdir: epath.Path) -> Iterator[None]:
-  """Context that locks WORKDIR/lock with `flock`, so that one run trains in a workdir.
+  """Context that locks WORKDIR/lock, so that one run trains in a workdir.
 
-  The kernel releases the lock when the process ends for any reason. Object stores and some network
-  file systems have no locks. There, a warning is logged, and a second run is not detected.
+  On file systems, the lock is a `flock`, which the kernel releases when the process ends for any
+  reason. Some network file systems have no locks. There, a warning is logged, and a second run is
+  not detected. For object stores, see `store_lock`.
 
   Raises:
     WorkdirError: another process holds the lock.
   """
   with contextlib.ExitStack() as stack:
-    if '://' in str(workdir):
-      _warn_no_lock(workdir, 'object stores have no locks')
+    if stores.is_store(workdir):
+      stack.enter_context(store_lock.hold(workdir))
     else:
       _lock(stack.enter_context(open(workdir / 'lock', 'a+')), workdir)
     yield
@@ -246,7 +256,7 @@ def optional_write(what: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    logging.warning(f'{what} cannot be written ({error.strerror or error}). The job continues.')
+    logging.warning(f'{what} cannot be written ({stores.describe(error)}). The job continues.')
 
 
 def differences(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import IO, Any
@@ -13,7 +14,7 @@ from absl import logging
 from etils import epath
 from jaxtyping import UInt8
 
-from farmer_jax.workdir import layout
+from farmer_jax.workdir import layout, stores
 
 _FILE = 'metrics.jsonl'
 
@@ -27,7 +28,9 @@ class MetricWriter:
   """
 
   def __init__(self, workdir: epath.Path, first_step: int):
+    self._workdir = workdir
     self._file: _AppendedFile | None = None
+    self._folder: tempfile.TemporaryDirectory[str] | None = None
     self._events: Any = None
     if jax.process_index():
       return
@@ -36,8 +39,11 @@ class MetricWriter:
     text = ''.join(f'{line}\n' for line in before.splitlines() if _step(line) <= first_step)
     if text != before:
       layout.write_text(path, text)
-    self._file = _StoredFile(path, text) if '://' in str(path) else _AppendedFile(path)
-    self._events = _tensorboard_writer(workdir)
+    self._file = _StoredFile(path, text) if stores.is_store(path) else _AppendedFile(path)
+    # TensorFlow has another client for object stores. Event files are written locally and copied.
+    if stores.is_store(path):
+      self._folder = tempfile.TemporaryDirectory(prefix='events-')
+    self._events = _tensorboard_writer(self._folder.name if self._folder else workdir)
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Writes scalars of `split` ('train' or 'valid') at `step`."""
@@ -47,10 +53,20 @@ class MetricWriter:
     # JSON has no NaN and no infinity.
     finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
     record = {'step': step, 'split': split, 'time': round(time.time(), 3), **finite}
-    self._file.append(json.dumps(record, allow_nan=False) + '\n')
+    has_written = self._file.append(json.dumps(record, allow_nan=False) + '\n')
     self._write_events(
       'write_scalars', step, {f'{split}/{name}': value for name, value in scalars.items()}
     )
+    if has_written and self._folder:
+      self._copy_events(self._folder.name)
+
+  def flush(self) -> None:
+    """Writes all metrics to an object store. Called before a checkpoint is saved.
+
+    A run that is killed then has all metrics up to the checkpoint from which it resumes.
+    """
+    if self._file and self._file.flush() and self._folder:
+      self._copy_events(self._folder.name)
 
   def write_image(self, step: int, name: str, image: UInt8[np.ndarray, 'H W C']) -> None:
     self._write_events('write_images', step, {name: image[None]})
@@ -59,6 +75,15 @@ class MetricWriter:
     if self._file:
       self._file.close()
     self._write_events('close')
+    if self._folder:
+      self._copy_events(self._folder.name)
+      self._folder.cleanup()
+
+  def _copy_events(self, folder: str) -> None:
+    """Copies the event files of this process to an object store."""
+    self._write_events('flush')
+    with layout.optional_write('TensorBoard events'):
+      stores.copy_files(folder, self._workdir)
 
   def _write_events(self, method: str, *args: Any) -> None:
     """Calls a method of CLU's writer. After an exception, no more events are written."""
@@ -80,19 +105,25 @@ class _AppendedFile:
     # Without a buffer, the number of bytes that a full disk accepted is known.
     self._file: IO[bytes] | None = open(path, 'ab', buffering=0)  # noqa: SIM115
 
-  def append(self, text: str) -> None:
+  def append(self, text: str) -> bool:
+    """Adds text. Returns whether all text is in the file."""
     self._pending += text.encode()
     try:
       self._write()
       self._has_failed = False
     except OSError as error:
       if not self._has_failed:
-        reason = error.strerror or error
+        reason = stores.describe(error)
         logging.warning(f'Metrics cannot be written ({reason}). Training continues.')
       self._has_failed = True
+    return not self._pending
+
+  def flush(self) -> bool:
+    """Writes all text. Returns whether all text is in the file."""
+    return self.append('')
 
   def close(self) -> None:
-    self.append('')
+    self.flush()
     if self._file:
       with contextlib.suppress(OSError):
         self._file.close()
@@ -110,15 +141,15 @@ class _StoredFile(_AppendedFile):
 
   def __init__(self, path: epath.Path, text: str) -> None:
     self._path, self._content, self._file = path, text.encode(), None
-    self._pending, self._has_failed, self._written = b'', False, time.monotonic()
+    self._pending, self._has_failed, self._next_write = b'', False, time.monotonic() + self._SECONDS
 
-  def close(self) -> None:
-    self._written = -math.inf
-    super().close()
+  def flush(self) -> bool:
+    self._next_write = -math.inf
+    return self.append('')
 
   def _write(self) -> None:
-    if self._pending and time.monotonic() - self._written > self._SECONDS:
-      self._written = time.monotonic()
+    if self._pending and time.monotonic() > self._next_write:
+      self._next_write = time.monotonic() + self._SECONDS
       self._path.write_bytes(self._content + self._pending)
       self._content, self._pending = self._content + self._pending, b''
 
@@ -138,11 +169,11 @@ def _step(line: str) -> float:
     return math.nan
 
 
-def _tensorboard_writer(workdir: epath.Path) -> Any:
+def _tensorboard_writer(folder: epath.PathLike) -> Any:
   """Returns CLU's writer, or None if CLU or TensorFlow is not installed."""
   try:
     from clu import metric_writers
   except ImportError as error:
     logging.info(f'TensorBoard events are not written ({error}). Metrics are in metrics.jsonl.')
     return None
-  return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+  return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))

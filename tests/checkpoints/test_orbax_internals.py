@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -10,6 +11,8 @@ import tensorstore
 from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint._src.checkpointers import async_checkpointer
+from orbax.checkpoint._src.path import atomicity_defaults
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from farmer_jax import errors
 from farmer_jax.checkpoints import orbax_internals
@@ -35,6 +38,24 @@ def test_failed_save_has_the_known_text_and_log_record(tmp_path, caplog):
   assert orbax_internals.describe(error.value) == 'File too large'
   hidden = [record for record in caplog.records if not orbax_internals._is_not_orbax_error(record)]
   assert hidden and all(record.exc_info for record in hidden)
+
+
+def test_operations_after_a_failure_print_no_tracebacks(capfd):
+  for text in 'Event loop is closed', 'another error':
+    sys.excepthook(RuntimeError, RuntimeError(text), None)
+  assert capfd.readouterr().err == 'RuntimeError: another error\n'
+
+
+def test_orbax_can_be_changed_to_support_s3(monkeypatch):
+  monkeypatch.setenv('AWS_ENDPOINT_URL', 'http://localhost:1')
+  spec = tensorstore_utils.build_kvstore_tspec('s3://bucket/run/4', use_ocdbt=True)
+  expected = {'driver': 's3', 'bucket': 'bucket', 'path': 'run/4', 'endpoint': 'http://localhost:1'}
+  assert expected.items() <= spec['base'].items()
+  path = epath.Path('s3://bucket/run/4')
+  chosen = atomicity_defaults.get_default_temporary_path_class(path)
+  assert chosen is ocp.path.atomicity.CommitFileTemporaryPath
+  spec = tensorstore_utils.build_kvstore_tspec('gs://bucket/run', use_ocdbt=True)
+  assert {'driver': 'gcs', 'bucket': 'bucket', 'path': 'run'}.items() <= spec['base'].items()
 
 
 def test_missing_array_has_the_known_text(tmp_path):

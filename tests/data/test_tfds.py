@@ -139,7 +139,8 @@ def test_format_without_random_access(root, monkeypatch):
     raise NotImplementedError('Random access data source is not supported')
 
   monkeypatch.setattr(tfds.core.DatasetBuilder, 'as_data_source', refuse)
-  with pytest.raises(errors.DataError, match=r'animals .*no random access.* python -c'):
+  expected = r'animals .*no random access.* tfds convert_format --dataset_version_dir=/'
+  with pytest.raises(errors.DataError, match=expected):
     sources.load(settings(root, 'animals'), 'train')
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -32,6 +33,49 @@ def test_two_processes_exchange_values_and_errors(workdir):
 def test_wrong_flags_are_refused(arguments, flag):
   with pytest.raises(errors.ConfigError, match=flag):
     processes_lib.start(*arguments)
+
+
+@pytest.fixture
+def initialized(monkeypatch):
+  """Arguments with which JAX connects the processes, without a connection."""
+  calls = []
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *a, **k: calls.append((*a, k)))
+  return calls
+
+
+def test_distributed_without_a_cluster_names_the_flags(monkeypatch):
+  def initialize(*unused, **options):
+    raise ValueError('coordinator_address should be defined.')
+
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  with pytest.raises(errors.ConfigError, match='found no .*SLURM.*--coordinator'):
+    processes_lib.start()
+
+
+def open_mpi_5(monkeypatch, size, local_size):
+  for name, value in dict(SIZE=size, RANK=1, LOCAL_SIZE=local_size, LOCAL_RANK=1).items():
+    monkeypatch.setenv(f'OMPI_COMM_WORLD_{name}', str(value))
+  monkeypatch.delenv('OMPI_MCA_orte_hnp_uri', raising=False)
+  monkeypatch.setenv('PMIX_NAMESPACE', 'prterun-host-123@1')
+
+
+def test_open_mpi_5_on_one_host(monkeypatch, initialized):
+  open_mpi_5(monkeypatch, 2, 2)
+  processes_lib.start()
+  ((address, size, rank, options),) = initialized
+  host, port = address.split(':')
+  assert (host, size, rank) == ('localhost', 2, 1) and 1024 < int(port) < 65536
+  assert options['cluster_detection_method'] is None
+
+
+def test_open_mpi_5_on_several_hosts_needs_mpi4py(monkeypatch, initialized):
+  open_mpi_5(monkeypatch, 16, 8)
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+  with pytest.raises(errors.ConfigError, match='mpi4py'):
+    processes_lib.start()
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: name)
+  processes_lib.start()
+  assert initialized[0][3]['cluster_detection_method'] == 'mpi4py'
 
 
 @pytest.mark.faults

@@ -46,16 +46,17 @@ class Job:
   """The command line in one or several processes.
 
   Args:
-    workdir: the workdir. Standard output and error of process i are appended to WORKDIR-i.log.
+    workdir: the workdir.
     *arguments: arguments of the command line.
     devices: virtual CPU devices of each process.
     processes: the number of processes.
     fault: the name and the arguments of a fault of programs/faulty_main.py.
     module: the module to start instead of farmer_jax.main.
+    logs: standard output and error of process i are appended to LOGS-i.log. Default: the workdir.
   """
 
   def __init__(
-    self, workdir, *arguments, devices=2, processes=1, fault=(), module='farmer_jax.main'
+    self, workdir, *arguments, devices=2, processes=1, fault=(), module='farmer_jax.main', logs=None
   ):
     if fault:
       module = f'{PROGRAMS}.faulty_main'
@@ -64,7 +65,7 @@ class Job:
     with socket.socket() as unused:
       unused.bind(('localhost', 0))
       address = f'--coordinator=localhost:{unused.getsockname()[1]}'
-    self.logs = [pathlib.Path(f'{workdir}-{i}.log') for i in range(processes)]
+    self.logs = [pathlib.Path(f'{logs or workdir}-{i}.log') for i in range(processes)]
     self.processes = []
     for i, log in enumerate(self.logs):
       several = [address, f'--num_processes={processes}', f'--process_id={i}']
@@ -92,7 +93,7 @@ class Job:
     while not condition():
       assert time.monotonic() < deadline, self.log()[-3000:]
       assert all(process.poll() is None for process in self.processes), self.log()[-3000:]
-      time.sleep(0.02)
+      time.sleep(0.05)
 
   def kill(self):
     for process in self.processes:

@@ -1,6 +1,7 @@
 """metrics.jsonl has each step once, also after crashes and on a full disk."""
 
 import sys
+import time
 
 import pytest
 from etils import epath
@@ -38,10 +39,10 @@ def test_object_stores_get_all_lines_once_a_minute(tmp_path, monkeypatch):
   file = metrics._StoredFile(path, 'first\n')
   file.append('second\n')
   assert not path.exists()
-  monkeypatch.setattr(metrics._StoredFile, '_SECONDS', 0.0)
+  now = time.monotonic()
+  monkeypatch.setattr(time, 'monotonic', lambda: now + 61)
   file.append('third\n')
   assert path.read_text() == 'first\nsecond\nthird\n'
-  monkeypatch.setattr(metrics._StoredFile, '_SECONDS', 60.0)
   file.append('fourth\n')
   assert 'fourth' not in path.read_text()
   file.close()
