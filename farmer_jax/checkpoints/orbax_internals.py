@@ -138,13 +138,13 @@ def hide_orbax_errors() -> None:
   """
   absl_logging.get_absl_logger().addFilter(_is_not_orbax_error)
   logging.getLogger('asyncio').addFilter(_is_not_lost_exception)
-  excepthook = sys.excepthook
+  print_unraisable = sys.unraisablehook
 
-  def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    if kind is not RuntimeError or str(error) != 'Event loop is closed' or _shows_everything():
-      excepthook(kind, error, traceback)
+  def hook(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != 'Event loop is closed' or _shows_everything():
+      print_unraisable(unraisable)
 
-  sys.excepthook = hook
+  sys.unraisablehook = hook
 
 
 def _is_not_orbax_error(record: logging.LogRecord) -> bool:

@@ -1,8 +1,10 @@
 """Metrics of a run: WORKDIR/metrics.jsonl and TensorBoard events."""
 
 import contextlib
+import errno
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -93,7 +95,10 @@ class MetricWriter:
       getattr(self._events, method)(*args)
     except Exception as error:  # TensorFlow raises its own types, and CLU wraps them.
       self._events = None
-      reason = ' '.join(str(error.__cause__ or error).split())[:200]
+      text = ' '.join(str(error.__cause__ or error).split())
+      # The message of TensorFlow starts with long names. The reason of the system is at its end.
+      known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO))
+      reason = next((system for system in known if system in text), text[:200])
       logging.warning(f'TensorBoard events are no longer written ({reason}). Training continues.')
 
 
@@ -176,4 +181,6 @@ def _tensorboard_writer(folder: epath.PathLike) -> Any:
   except ImportError as error:
     logging.info(f'TensorBoard events are not written ({error}). Metrics are in metrics.jsonl.')
     return None
+  # The thread of the writer logs the traceback of an exception that `_write_events` reports.
+  logging.get_absl_logger().addFilter(lambda record: not record.pathname.endswith('asynclib.py'))
   return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
