@@ -4,7 +4,7 @@
 #     NAME=run CLUSTER=tpus ZONE=us-east5-a TPU_TYPE=v5litepod-16 IMAGE=gcr.io/project/farmer \
 #       launch/xpk.sh --config=configs/in256.py --workdir=gs://bucket/run
 #
-# IMAGE has farmer_jax[tpu] installed and this repository as its working directory. The workload
+# IMAGE has farmer_jax[tpu,gcs] installed and this repository as its working directory. The workload
 # restarts after exit code 75 (preempted, checkpoint saved). Like all workloads of xpk, it also
 # restarts after 42 and 127 to 255 (killed, or aborted by JAX because another host was lost).
 #

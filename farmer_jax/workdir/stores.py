@@ -19,7 +19,8 @@ from farmer_jax.errors import WorkdirError
 # Without this variable, etils uses TensorFlow's client if TensorFlow is installed.
 os.environ.setdefault('EPATH_USE_TF', 'false')
 
-# Module, extra of farmer_jax and method that sends all requests, for each scheme.
+# Module, extra of farmer_jax and method that sends all requests, for each scheme. The methods are
+# private ones of gcsfs 2026.10 and s3fs 2026.9.
 _CLIENTS = {'gs': ('gcsfs', 'gcs', '_request'), 's3': ('s3fs', 's3', '_call_s3')}
 # Seconds after which a bucket cannot be reached. The clients themselves try for minutes.
 _TIMEOUT = 20.0
@@ -50,11 +51,11 @@ def check(path: epath.PathLike) -> None:
 def _check_bucket(scheme: str, bucket: str) -> None:
   client = _connect(scheme)
   if scheme == 'gs':
-    request = client._call('GET', 'b/{}/o', bucket, maxResults=1)
+    request = functools.partial(client._call, 'GET', 'b/{}/o', bucket, maxResults=1)
   else:
-    request = client._call_s3('list_objects_v2', Bucket=bucket, MaxKeys=1)
+    request = functools.partial(client._call_s3, 'list_objects_v2', Bucket=bucket, MaxKeys=1)
   try:
-    fsspec.asyn.sync(client.loop, _await, request, timeout=_TIMEOUT)
+    fsspec.asyn.sync(client.loop, request, timeout=_TIMEOUT)
   except FileNotFoundError:
     raise WorkdirError(f'the bucket {scheme}://{bucket} does not exist; create it first') from None
   except fsspec.FSTimeoutError as error:
@@ -89,10 +90,6 @@ def copy_files(source: epath.PathLike, target: epath.Path) -> None:
     for name in names:
       file = os.path.join(folder, name)
       (target / os.path.relpath(file, source)).write_bytes(epath.Path(file).read_bytes())
-
-
-async def _await(request: Any) -> Any:
-  return await request
 
 
 def describe(error: OSError) -> str:

@@ -82,12 +82,14 @@ def test_two_processes(store, tmp_path, uninterrupted):
   processes.assert_close(workdir, epath.Path(uninterrupted))
 
 
-def test_preempted_run_keeps_all_metrics(store, tmp_path):
+def test_preempted_run_keeps_its_metrics_and_its_profile(store, tmp_path):
   workdir = layout.absolute(store.url) / 'preempted'
-  job = processes.train(workdir, 'train.steps=2000', logs=tmp_path / 'preempted', devices=1)
+  changes = 'train.steps=2000', 'profile.steps=2,3'
+  job = processes.train(workdir, *changes, logs=tmp_path / 'preempted', devices=1)
   job.wait_for(lambda: (workdir / 'checkpoints' / '4' / 'commit_success.txt').exists())
   job.processes[0].send_signal(signal.SIGTERM)
   assert job.codes() != [0] and 'Saved step' in job.log()
   steps = [r['step'] for r in metrics.read(workdir) if r['split'] == 'train']
   assert len(steps) >= 4 and steps == list(range(1, steps[-1] + 1))
   assert not (workdir / 'lock').exists()
+  assert list((workdir / 'profile').iterdir())
