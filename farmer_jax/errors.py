@@ -4,6 +4,9 @@
 traceback. Any other exception except `preemption.Preempted` is a bug.
 """
 
+# EX_TEMPFAIL of sysexits.h. The progress is saved, and the same command resumes the job.
+EXIT_CODE_PREEMPTED = 75
+
 
 class UserError(Exception):
   """The job cannot run until a setting, a file or a machine changes."""

@@ -4,9 +4,11 @@ Example:
   python -m farmer_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
+import contextlib
 import functools
 import operator
 import os
+import signal
 import sys
 import traceback
 
@@ -84,7 +86,7 @@ def main(argv: list[str]) -> None:
     jobs.run(config, _WORKDIR.value or f'runs/{config.name}')
   except preemption.Preempted as preempted:
     print(preempted, file=sys.stderr)
-    sys.exit(preemption.EXIT_CODE)
+    sys.exit(errors.EXIT_CODE_PREEMPTED)
   except errors.UserError as error:
     if not jax.distributed.is_initialized():
       raise
@@ -101,16 +103,25 @@ def run() -> None:
   # A notebook sets a backend for its own process. Figures are only written to files.
   os.environ['MPLBACKEND'] = 'agg'
   terminal.protect_streams()
+  # An exception in the middle of an import or of a callback of JAX would be lost or misleading.
+  is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+  previous = None if is_ignored else signal.signal(signal.SIGINT, _exit_when_interrupted)
   try:
     app.run(main, flags_parser=_parse_flags)
   except errors.UserError as error:
     _print_error(error)
     sys.exit(1)
-  except KeyboardInterrupt:
-    from farmer_jax.distributed import preemption  # Imported here because it imports JAX.
+  finally:
+    if previous:
+      signal.signal(signal.SIGINT, previous)
 
-    print('Interrupted. Run the same command to start the job again.', file=sys.stderr)
-    sys.exit(preemption.EXIT_CODE)
+
+def _exit_when_interrupted(number: int, frame: object) -> None:
+  """Handles Ctrl-C while a job has nothing to save."""
+  with contextlib.suppress(Exception):
+    sys.stdout.flush()
+  os.write(2, b'\nInterrupted. Run the same command to start the job again.\n')
+  os._exit(errors.EXIT_CODE_PREEMPTED)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -136,15 +147,22 @@ def _checked_config_file(argv: list[str]) -> list[str]:
 
   For a missing file with overrides, the message of ml_collections does not start with the file.
   """
-  expanded = list(argv)
+  expanded, found = list(argv), 0
   for index, argument in enumerate(argv):
     name, equals, value = argument.partition('=')
     if name in ('--config', '-config') and equals:
+      found += 1
+      if found > 1:
+        raise errors.ConfigError('--config is given twice; give one configuration file')
       expanded[index] = f'{name}={os.path.expanduser(value)}'
       file = os.path.expanduser(value).partition(':')[0]
       if not os.path.isfile(file):
         reason = 'it is a folder' if os.path.isdir(file) else 'no such file'
         raise errors.ConfigError(f'cannot read the --config file {file}: {reason}')
+      if not file.endswith('.py'):
+        run = os.path.dirname(file) or '.'
+        hint = f'; use --config=configs/from_run.py:{run}' if file.endswith('config.json') else ''
+        raise errors.ConfigError(f'the --config file {file} is not a Python file{hint}')
   return expanded
 
 
@@ -163,10 +181,12 @@ def _without_none_overrides(argv: list[str]) -> list[str]:
   kept = []
   for argument in argv:
     name, _, value = argument.lstrip('-').partition('=')
-    if value == 'None' and name in optional and argument.startswith('-'):
+    if value != 'None' or not argument.startswith('-') or not name.startswith('config.'):
+      kept.append(argument)
+    elif name in optional:
       _none_overrides.append(optional[name])
     else:
-      kept.append(argument)
+      raise errors.ConfigError(_unknown_override(['', argument]) or f'{name} cannot be None')
   return kept
 
 

@@ -52,10 +52,15 @@ def print_result(text: str) -> None:
     tqdm.tqdm.write(text)
 
 
+def print_status(text: str) -> None:
+  """Prints a line on stderr, in any process. Can be used before JAX is initialized."""
+  tqdm.tqdm.write(text, file=sys.stderr)
+  sys.stderr.flush()
+
+
 def print_error(error: Exception) -> None:
   """Prints `error: …` on stderr, in any process."""
-  tqdm.tqdm.write(f'error: {error}', file=sys.stderr)
-  sys.stderr.flush()
+  print_status(f'error: {error}')
 
 
 def progress_bar(

@@ -90,6 +90,10 @@ def test_help_describes_every_flag():
     (['--config=configs/in256.py:7b'], '1.1b-p16'),
     (['--config=configs/from_run.py:/nowhere'], '/nowhere'),
     (['--config=configs/from_run.py'], 'configs/from_run.py:RUN'),
+    ([QUICKSTART, QUICKSTART], '--config is given twice'),
+    ([f'--config={__file__.removesuffix(".py")}'], 'no such file'),
+    ([f'--config={command_line.ROOT}/Makefile'], 'not a Python file'),
+    ([QUICKSTART, '--config.name=None'], 'config.name cannot be None'),
   ],
 )
 def test_user_error_is_one_line(run, arguments, named):

@@ -34,7 +34,7 @@ _SYSTEM_FOLDERS = frozenset(
 
 _SPLIT_WORDS = {
   'train': {'train', 'training', 'trn'},
-  'valid': {'valid', 'validation', 'val', 'dev', 'development', 'eval', 'evaluation'},
+  'valid': {'valid', 'validate', 'validation', 'val', 'dev', 'development', 'eval', 'evaluation'},
   'test': {'test', 'testing', 'tst', 'heldout', 'holdout'},
 }
 _FILLERS = {'', 'set', 'data', 'dataset', 'split', 'image', 'images', 'img', 'imgs', 'jpg', 'png'}
@@ -104,6 +104,11 @@ def find_splits(root: pathlib.Path, data: config.Data) -> Splits:
       f'{root} has no unique training and validation split: its folders are'
       f' {_listed(folders)}; rename them to train and valid, or set --config.data.layout=classes'
     )
+  if named and not splits['train'] and (lost := _lost_training_split(entries)):
+    raise DataError(
+      f'{root} has the split {named[0]}, and {lost}, which is not a folder; unpack it or correct'
+      ' the link, or set --config.data.layout=classes'
+    )
   if not (splits['train'] or _mixed(named) or (held_out and (others or loose or len(named) > 1))):
     return Splits(root)  # For example, one class "train_station", or a single folder "val".
   return _decide(root, data, splits, others, can_be_splits)
@@ -120,7 +125,7 @@ def _decide(
   named = splits['train'] + splits['valid'] + splits['test']
   folders = sorted(splits[''] + named)
   class_folders = [name for name in folders if name in others or _has_images(root / name)]
-  are_flat = not any(_class_folders(root / name) for name in named)
+  are_flat = not any(_class_folders(root / name) for name in folders if _mentioned_splits(name))
   can_be_classes = are_flat and data.num_classes == len(class_folders)
   agrees = can_be_splits and 0 < data.num_classes == len(_class_folders(root / splits['train'][0]))
   if can_be_classes and not agrees:
@@ -147,6 +152,17 @@ def check_no_splits_below(folder: pathlib.Path, names: list[str], data: config.D
       ' to the folder that contains train and valid, or set --config.data.layout=classes to use'
       ' all images for training'
     )
+
+
+def _lost_training_split(entries: list[os.DirEntry]) -> str | None:
+  """Returns the name of a packed training split, or of a broken link to one."""
+  for entry in entries:
+    stem, *suffixes = entry.name.lower().split('.')
+    is_packed = bool({'zip', 'tar', 'tgz', '7z', 'rar'} & set(suffixes))
+    is_broken_link = entry.is_symlink() and not os.path.exists(entry.path)
+    if (is_packed or is_broken_link) and _split_of(stem) == 'train':
+      return entry.name
+  return None
 
 
 def _splits(root: pathlib.Path, folders: list[str], train: str, held_out: list[str]) -> Splits:

@@ -193,7 +193,10 @@ def _in_bands(image: Image.Image, mode: str, convert: _Conversion) -> Image.Imag
 
 
 def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
-  values = (np.asarray(image).astype(np.int32).clip(0, 65535) + 128) // 257
+  levels = np.asarray(image).astype(np.int32).clip(0, 65535)
+  values = (levels + 128) // 257
+  if isinstance(transparent := image.info.get('transparency'), int):
+    values[levels == transparent] = 255
   return Image.fromarray(values.astype(np.uint8)).convert(mode)
 
 

@@ -18,8 +18,9 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-# EX_TEMPFAIL of sysexits.h. The progress is saved, and the same command resumes the job.
-EXIT_CODE = 75
+from farmer_jax import errors
+
+EXIT_CODE = errors.EXIT_CODE_PREEMPTED
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 
+from farmer_jax import terminal
 from farmer_jax.errors import ConfigError, ProcessError, UserError
 
 T = TypeVar('T')
@@ -43,7 +43,10 @@ def start(
     if 'OMPI_COMM_WORLD_SIZE' in os.environ and 'OMPI_MCA_orte_hnp_uri' not in os.environ:
       # JAX finds the address of process 0 in a variable that only Open MPI 4 sets.
       coordinator, num_processes, process_id, method = _open_mpi_5()
-  logging.info(f'Connecting {this}. Waiting at most {_CONNECT_SECONDS} s for all processes ...')
+  # `logging.info` would ask JAX for the index of the process, which is not known yet.
+  terminal.print_status(
+    f'Connecting {this}. Waiting at most {_CONNECT_SECONDS} s for all processes ...'
+  )
   try:
     jax.distributed.initialize(
       coordinator,

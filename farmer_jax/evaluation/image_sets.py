@@ -74,7 +74,8 @@ def from_path(path: str | epath.Path, data: config.Data) -> ImageSet:
     )
     images = from_source(sources.load(data, 'train'), path.name)
     return dataclasses.replace(images, labels=None)
-  counts, labels = [_image_count(file) for file in files], [_labels(file) for file in files]
+  counts = [_image_count(file) for file in files]
+  labels = [_labels(file, count) for file, count in zip(files, counts, strict=True)]
   known_labels = [part for part in labels if part is not None]
   return ImageSet(
     # Names of sample folders can contain dots, so `stem` would cut them.
@@ -113,11 +114,19 @@ def _image_count(file: epath.Path) -> int:
   return shape[0]
 
 
-def _labels(file: epath.Path) -> Labels | None:
+def _labels(file: epath.Path, count: int) -> Labels | None:
   try:
-    return open_npz(file).get('arr_1')
+    labels = open_npz(file).get('arr_1')
   except NPZ_ERRORS as error:
     raise DataError(f'cannot read the labels arr_1 of {file}: {error}') from error
+  if labels is not None and (
+    labels.shape != (count,) or labels.dtype.kind not in 'iu' or labels.min(initial=0) < 0
+  ):
+    raise DataError(
+      f'arr_1 of {file} is {labels.dtype} {list(labels.shape)}; labels must be integers [{count}]'
+      ' from 0'
+    )
+  return labels
 
 
 def _gather_from_npz(files: list[epath.Path], counts: Int[np.ndarray, 'files']) -> Gather:

@@ -119,4 +119,4 @@ def _record_data(workdir: epath.Path, resources: Resources) -> None:
     if split == 'training':
       raise WorkdirError(f'{problem}; restore the images, or train into another --workdir')
     logging.warning(f'{problem}. Validation losses cannot be compared with earlier ones.')
-  layout.write_json(file, saved | data)
+  layout.write_json(file, data | saved)  # The first start counts.

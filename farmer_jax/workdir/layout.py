@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import uuid
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
@@ -46,6 +47,8 @@ def claim(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
         ' choose another --workdir'
       )
     write_json(file, config_lib.to_dict(config))
+    if not (workdir / _RUN_FILE).exists():
+      write_json(workdir / _RUN_FILE, {'id': uuid.uuid4().hex})
   except OSError as error:
     raise WorkdirError(
       f'cannot write to the workdir {workdir} ({error.strerror or error}); choose another --workdir'
@@ -90,26 +93,34 @@ def results_folder(config: config_lib.Config, workdir: epath.Path) -> epath.Path
   """
   folder = absolute(config.results) if config.results else workdir
   check_no_pattern(folder, '--config.results')
-  file, owner = folder / _RUN_FILE, {'workdir': str(workdir)}
+  file, owner = folder / _RUN_FILE, {'workdir': str(workdir), 'id': _run_id(workdir)}
   # The name is unique, because all processes of a job write at the same time.
   probe = folder / f'.writable-{socket.gethostname()}-{os.getpid()}'
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe.write_text(json.dumps(owner) + '\n')
-    if config.results and not file.exists():
-      probe.replace(file)
-    else:
+    if folder == workdir or file.exists():
       probe.unlink()
+    else:
+      probe.replace(file)
   except OSError as error:
     raise WorkdirError(
       f'cannot write results to {folder} ({error.strerror or error}); set --config.results=FOLDER'
     ) from error
-  if config.results and read_json(file, lambda value: isinstance(value, dict)) != owner:
+  if folder != workdir and read_json(file, lambda value: isinstance(value, dict)) != owner:
     raise WorkdirError(
       f'--config.results={folder} has results of another run ({file.name} is not {owner}); choose'
       ' another folder'
     )
   return folder
+
+
+def _run_id(workdir: epath.Path) -> str | None:
+  """Returns the random name of a run, which a new run in the same workdir does not have."""
+  file = workdir / _RUN_FILE
+  if not file.exists():  # The run was started by an earlier version.
+    return None
+  return read_json(file, lambda value: isinstance(value, dict)).get('id')
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -154,8 +165,10 @@ def results_name(prefix: object, section: Any, ignored: Collection[str]) -> str:
     value = config_lib.get(section, path)
     if path not in ignored and value != key.default:
       words.append(f'{path.rpartition(".")[2]}={value}')
-  name = re.sub(r'[^\w.,=+-]', '_', '-'.join(words))
-  return name if len(name) <= 150 else f'{name[:140]}-{short_hash(name)}'
+  text = '-'.join(words)
+  name = re.sub(r'[^\w.,=+-]', '_', text)
+  # Two settings must not have the same name.
+  return name if name == text and len(name) <= 150 else f'{name[:140]}-{short_hash(text)}'
 
 
 def short_hash(value: object) -> str:

@@ -39,12 +39,14 @@ def check(path: epath.PathLike) -> None:
   """Checks that the bucket of a path can be reached. Does nothing for other paths.
 
   Raises:
-    WorkdirError: the client is not installed, the bucket does not exist or cannot be listed, or it
-      does not answer within 20 seconds.
+    WorkdirError: the path has no bucket, the client is not installed, the bucket does not exist or
+      cannot be listed, or it does not answer within 20 seconds.
   """
-  if is_store(path):
-    url = urllib.parse.urlparse(str(path))
+  url = urllib.parse.urlparse(str(path))
+  if is_store(path) and url.netloc:
     _check_bucket(url.scheme, url.netloc)
+  elif is_store(path) or (url.scheme in _CLIENTS and not url.netloc):
+    raise WorkdirError(f'{path} names no bucket; use {url.scheme}://BUCKET/FOLDER')
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from farmer_jax.errors import ConfigError
 _JAX_OPTIONS = {
   'jax_default_prng_impl': 'threefry2x32',
   'jax_threefry_partitionable': True,
+  'jax_random_seed_offset': 0,
   'jax_numpy_dtype_promotion': 'standard',
   'jax_numpy_rank_promotion': 'allow',
 }

@@ -127,6 +127,28 @@ def test_the_number_of_classes_decides(tmp_path, counts, num_classes, expected):
   assert load(tmp_path, num_classes)[0].class_names == expected
 
 
+@pytest.mark.parametrize('names', [('seg_train', 'seg_test'), ('train_hr', 'valid_hr')])
+@pytest.mark.parametrize('num_classes', [0, 2])
+def test_splits_with_other_words_and_classes_are_not_two_classes(tmp_path, names, num_classes):
+  train, valid = names
+  write(tmp_path, {f'{name}/{label}': 4 for name in (train, valid) for label in ('cat', 'dog')})
+  with pytest.raises(errors.DataError, match=f'{train}.*{valid}|{valid}.*{train}'):
+    load(tmp_path, num_classes)
+
+
+@pytest.mark.parametrize('is_link', [False, True])
+def test_validation_split_without_its_training_split_is_refused(tmp_path, is_link):
+  """Otherwise the model would be trained on the validation images."""
+  write(tmp_path, {'val/a': 4, 'val/b': 4})
+  if is_link:
+    (tmp_path / 'train').symlink_to(tmp_path / 'not_mounted')
+  else:
+    (tmp_path / 'train.tar.gz').write_text('')
+  for num_classes in 0, 1, 2:
+    with pytest.raises(errors.DataError, match='train.* is not a folder'):
+      load(tmp_path, num_classes)
+
+
 def test_layout_splits_ignores_other_folders(tmp_path):
   write(tmp_path, SPLITS | {'extra': 5})
   train, valid = load(tmp_path, 0, layout='splits')
@@ -232,6 +254,14 @@ def test_as_many_other_images_with_the_same_names_differ(tmp_path):
   write(tmp_path / 'here', {'a': 20, 'b': 20})
   before = content(tmp_path / 'here')
   for path in (tmp_path / 'here').rglob('*.png'):
+    write_image(path, 255 - int(path.stem))
+  assert not base.is_same_content(before, content(tmp_path / 'here'))
+
+
+def test_a_third_of_other_images_differ(tmp_path):
+  write(tmp_path / 'here', {'a': 20, 'b': 20})
+  before = content(tmp_path / 'here')
+  for path in sorted((tmp_path / 'here').rglob('*.png'))[::3]:
     write_image(path, 255 - int(path.stem))
   assert not base.is_same_content(before, content(tmp_path / 'here'))
 

@@ -83,6 +83,15 @@ def test_cmyk():
   np.testing.assert_allclose(gray, expected @ LUMINANCE, atol=4)
 
 
+def test_transparent_level_of_16_bit_gray_becomes_white():
+  levels = np.full((4, 4), 40000, np.uint16)
+  levels[0, 0] = 777
+  stream = io.BytesIO()
+  PIL.Image.fromarray(levels).save(stream, 'PNG', transparency=777)
+  decoded = images.decode(stream.getvalue(), 4, 1)[..., 0]
+  assert decoded[0, 0] == 255 and (decoded.ravel()[1:] == 156).all()
+
+
 def test_16_bits_are_scaled():
   values = np.linspace(0, 65535, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)
   for channels in (1, 3):

@@ -53,6 +53,7 @@ def test_environment_does_not_change_results(uninterrupted, workdir, monkeypatch
     ('JAX_NUMPY_RANK_PROMOTION', 'raise'),
     ('JAX_NUMPY_DTYPE_PROMOTION', 'strict'),
     ('JAX_DEFAULT_PRNG_IMPL', 'rbg'),
+    ('JAX_RANDOM_SEED_OFFSET', '5'),
     ('JAX_THREEFRY_PARTITIONABLE', '0'),
     ('MPLBACKEND', 'module://matplotlib_inline.backend_inline'),
   ):

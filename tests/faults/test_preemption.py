@@ -38,6 +38,16 @@ def test_other_signals_save_too(workdir, name):
   assert name in job.log() and 'Traceback' not in job.log()
 
 
+@pytest.mark.parametrize('seconds', [0.7, 1.5, 2.5])
+def test_ctrl_c_before_training_ends_the_job_at_once(workdir, seconds):
+  """An exception in the imports of JAX would be lost, or printed as an error of JAX."""
+  job = train(workdir, *ENDLESS, devices=1)
+  time.sleep(seconds)
+  job.processes[0].send_signal(signal.SIGINT)
+  assert job.codes(timeout=60) == [preemption.EXIT_CODE], job.log()
+  assert 'Traceback' not in job.log() and 'Interrupted' in job.log()
+
+
 def test_ignored_signals_stay_ignored():
   """nohup makes a process ignore SIGHUP."""
   before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -50,6 +50,13 @@ def evaluate(run, samples=None, reference=None, **changes):
   return json.loads((run / 'fidelity' / 'results.json').read_text())
 
 
+@pytest.mark.parametrize('labels', [np.zeros(3, int), np.full(5, -1), np.zeros(5)])
+def test_labels_of_samples_are_checked(run, real, labels):
+  np.savez(run / 'samples.npz', arr_0=real.images[:5], arr_1=labels)
+  with pytest.raises(errors.DataError, match='arr_1 of .*samples.npz'):
+    evaluate(run, samples='samples.npz')
+
+
 def test_classifier_is_trained_once_and_recognizes_held_out_digits(network, run, real, monkeypatch):
   assert network.accuracy > 0.7  # chance: 0.1
   folder, trainings = epath.Path(run) / 'fidelity', []

@@ -100,6 +100,11 @@ def test_missing_client_names_the_extra(module, extra, tmp_path):
   assert f'pip install "farmer_jax[{extra}]"' in line
 
 
+def test_path_without_a_bucket():
+  for path in 'gs://', 'gs:/bucket/run', 's3:/bucket/run':
+    assert '://BUCKET/FOLDER' in run(path, {})
+
+
 def test_unknown_scheme():
   assert 'gs://BUCKET/FOLDER' in run('hdfs://bucket/run', {})
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 
 import pytest
@@ -56,6 +57,21 @@ def test_results_of_a_read_only_run():
       assert folder == layout.results_folder(elsewhere, run) == layout.absolute(root / 'results')
       with pytest.raises(errors.WorkdirError, match='has results of another run'):
         layout.results_folder(elsewhere, layout.absolute(root / 'other'))
+
+
+def test_results_of_a_run_that_was_replaced_are_not_those_of_the_new_run(tmp_path):
+  elsewhere = dataclasses.replace(CONFIG, results=str(tmp_path / 'results'))
+  layout.results_folder(elsewhere, layout.claim(CONFIG, tmp_path / 'run'))
+  layout.results_folder(elsewhere, layout.claim(CONFIG, tmp_path / 'run'))
+  shutil.rmtree(tmp_path / 'run')
+  with pytest.raises(errors.WorkdirError, match='has results of another run'):
+    layout.results_folder(elsewhere, layout.claim(CONFIG, tmp_path / 'run'))
+
+
+def test_names_of_results_differ_if_the_settings_differ():
+  labels = 'a b', 'a_b', 'a/b'
+  names = [layout.results_name(3, config.Sampling(labels=value), ()) for value in labels]
+  assert len(set(names)) == 3 and names[1] == '3-labels=a_b'
 
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path):
