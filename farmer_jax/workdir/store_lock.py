@@ -65,13 +65,14 @@ class _Lock:
     with _store_errors(self._workdir):
       generation, owner = self._read()
       if owner and not _has_ended(owner):
-        self._wait_for_expiry(generation, owner)
+        generation = self._wait_for_expiry(generation, owner)
       if not self._write(generation):
         raise WorkdirError(
           f'another process has just started in {self._workdir}; choose another --workdir'
         )
 
-  def _wait_for_expiry(self, generation: bytes, owner: dict[str, Any]) -> None:
+  def _wait_for_expiry(self, generation: bytes, owner: dict[str, Any]) -> bytes:
+    """Returns the generation of the expired lock, or of no lock if the owner has released it."""
     logging.info(
       f'{self._workdir} is locked by {owner.get("owner")}. Waiting {_EXPIRY:.0f} s to see whether'
       ' that process still runs ...'
@@ -80,13 +81,14 @@ class _Lock:
     while time.monotonic() < deadline:
       time.sleep(min(1.0, _EXPIRY / 10))
       found, now = self._read()
-      if not now:  # The owner has released the lock.
-        return
+      if not now:
+        return found
       if found != generation:
         raise WorkdirError(
           f'{now.get("owner")} is training in {self._workdir}; stop that process, or choose another'
           ' --workdir'
         )
+    return generation
 
   def keep(self, stop: threading.Event) -> None:
     """Renews the lock until `stop` is set."""

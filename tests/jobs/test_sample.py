@@ -109,7 +109,8 @@ def test_folder_name_lists_the_settings_of_the_images():
   assert to_disk.folder_name(config.Sampling(count=9, png=True, batch_size=2), 700) == '700'
   guidance = config.Guidance(scale=2.5)
   name = to_disk.folder_name(config.Sampling(guidance=guidance, labels='a/b, c', seed=1), 700)
-  assert name == '700-labels=a_b,_c-seed=1-scale=2.5'
+  assert name == '700-labels=a_b,_c-seed=1-scale=2.5-b55bba15'
+  assert ' ' not in name and '/' not in name
   names = {to_disk.folder_name(config.Sampling(labels='3,' * n), 1) for n in (200, 201)}
   assert len(names) == 2 and all(len(n) < 200 for n in names)
 

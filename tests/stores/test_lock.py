@@ -88,6 +88,21 @@ def test_running_owner_is_named(workdir, monkeypatch):
     assert time.monotonic() - start < 5
 
 
+def test_lock_that_is_released_while_another_run_waits(workdir, monkeypatch):
+  monkeypatch.setattr(store_lock, '_EXPIRY', 3.0)
+  is_held, start = threading.Event(), time.monotonic()
+
+  def hold():
+    with store_lock.hold(workdir):
+      is_held.set()
+      time.sleep(1)
+
+  threading.Thread(target=hold).start()
+  is_held.wait()
+  with layout.lock(workdir):
+    assert 1 < time.monotonic() - start < 3
+
+
 def test_lock_of_a_process_on_another_machine_expires(workdir, short_lease, monkeypatch, caplog):
   owner = hold_in_other_process(workdir)
   owner.kill()
