@@ -1,5 +1,6 @@
 """Signals to processes that train or sample."""
 
+import pathlib
 import signal
 import time
 
@@ -38,14 +39,17 @@ def test_other_signals_save_too(workdir, name):
   assert name in job.log() and 'Traceback' not in job.log()
 
 
-@pytest.mark.parametrize('seconds', [0.7, 1.5, 2.5])
+@pytest.mark.parametrize('seconds', [0, 0.3, 0.8])
 def test_ctrl_c_before_training_ends_the_job_at_once(workdir, seconds):
   """An exception in the imports of JAX would be lost, or printed as an error of JAX."""
   job = train(workdir, *ENDLESS, devices=1)
+  maps = pathlib.Path(f'/proc/{job.processes[0].pid}/maps')
+  job.wait_for(lambda: 'jaxlib' in maps.read_text())  # The imports of JAX have begun.
   time.sleep(seconds)
   job.processes[0].send_signal(signal.SIGINT)
   assert job.codes(timeout=60) == [preemption.EXIT_CODE], job.log()
-  assert 'Traceback' not in job.log() and 'Interrupted' in job.log()
+  assert 'Traceback' not in job.log()
+  assert 'Interrupted' in job.log() or 'Saved step' in job.log()
 
 
 def test_ignored_signals_stay_ignored():
