@@ -131,7 +131,24 @@ def _connect(scheme: str) -> Any:
     # Another process may have changed a folder that this process has listed.
     base.__init__(self, *args, use_listings_cache=False, **kwargs)
 
-  client = type(base.__name__, (base,), {method: request, '__init__': init})
+  # The methods of fsspec return False after any error, so that an outage would look like a workdir
+  # without checkpoints.
+  async def isdir(self: Any, path: str) -> bool:
+    return await _type(self, path) == 'directory'
+
+  async def isfile(self: Any, path: str) -> bool:
+    return await _type(self, path) == 'file'
+
+  methods = {method: request, '__init__': init, '_isdir': isdir, '_isfile': isfile}
+  client = type(base.__name__, (base,), methods)
   for name in (protocol, scheme):
     fsspec.register_implementation(name, client, clobber=True)
   return fsspec.filesystem(protocol)
+
+
+async def _type(client: Any, path: str) -> str | None:
+  """Returns 'file', 'directory', or None if the path does not exist."""
+  try:
+    return (await client._info(path))['type']
+  except FileNotFoundError:
+    return None

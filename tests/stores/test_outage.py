@@ -6,6 +6,7 @@ import time
 import pytest
 
 from farmer_jax.workdir import layout, metrics
+from farmer_jax.workdir import stores as workdir_stores
 from tests.support import processes, stores
 
 pytest.importorskip('gcp_storage_emulator', reason='make stores installs the emulators')
@@ -22,7 +23,10 @@ def test_outage_of_a_minute(scheme, step, tmp_path):
     job.wait_for(lambda: (workdir / 'checkpoints' / str(step) / 'commit_success.txt').exists())
     if scheme == 'gs':  # Connections are refused. The emulator of S3 has its objects in memory.
       store.stop()
-      time.sleep(60)
+      # An outage must not look like a workdir without checkpoints.
+      for function in workdir.exists, workdir.is_dir, (workdir / 'config.json').is_file:
+        with pytest.raises(workdir_stores.StoreError):
+          function()
       store.start()
     else:
       store.process.send_signal(signal.SIGSTOP)

@@ -11,14 +11,19 @@ import urllib.request
 
 from tests.support.processes import PROGRAMS, ROOT
 
+_PORTS: dict[str, int] = {}
+
 
 class Store:
   """An emulator with the bucket `bucket`: 'gs' or 's3'. `environment` leads all clients to it."""
 
   def __init__(self, scheme, folder):
-    with socket.socket() as unused:
-      unused.bind(('127.0.0.1', 0))
-      self.port = unused.getsockname()[1]
+    # The clients of a process keep their first address.
+    if scheme not in _PORTS:
+      with socket.socket() as unused:
+        unused.bind(('127.0.0.1', 0))
+        _PORTS[scheme] = unused.getsockname()[1]
+    self.port = _PORTS[scheme]
     self.scheme, self._folder = scheme, folder
     self.url = f'{scheme}://bucket'
     address = f'http://127.0.0.1:{self.port}'
