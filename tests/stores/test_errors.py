@@ -84,6 +84,7 @@ def test_store_that_does_not_answer(scheme, tmp_path):
   threading.Thread(target=server.serve_forever, daemon=True).start()
   assert 'does not answer' in run(f'{scheme}://bucket/run', store.environment)
   server.shutdown()
+  server.server_close()  # The next store has the same port.
 
 
 def test_no_credentials(tmp_path):
