@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from logging import LogRecord
 from typing import IO, Any
 
 import jax
@@ -182,5 +183,9 @@ def _tensorboard_writer(folder: epath.PathLike) -> Any:
     logging.info(f'TensorBoard events are not written ({error}). Metrics are in metrics.jsonl.')
     return None
   # The thread of the writer logs the traceback of an exception that `_write_events` reports.
-  logging.get_absl_logger().addFilter(lambda record: not record.pathname.endswith('asynclib.py'))
+  logging.get_absl_logger().addFilter(_is_not_from_the_thread)
   return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
+
+
+def _is_not_from_the_thread(record: LogRecord) -> bool:
+  return not record.pathname.endswith('asynclib.py')

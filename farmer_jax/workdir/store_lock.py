@@ -25,6 +25,8 @@ from farmer_jax.errors import WorkdirError
 from farmer_jax.workdir import stores
 
 _RENEWAL, _EXPIRY = 20.0, 60.0  # seconds
+# Seconds to wait for the store at the end of a job. TensorStore tries for many minutes.
+_PATIENCE = 10.0
 
 
 @contextlib.contextmanager
@@ -46,7 +48,7 @@ def hold(workdir: epath.Path) -> Iterator[None]:
     yield
   finally:
     stop.set()
-    renewal.join()
+    renewal.join(_PATIENCE)
     lock.release()
 
 
@@ -98,6 +100,8 @@ class _Lock:
           continue
       except Exception:  # The store is not reachable. The lock is renewed later.
         continue
+      if stop.is_set():  # This process has released the lock in the meantime.
+        return
       terminal.print_error(
         WorkdirError(f'another process has taken over {self._workdir}; stop one of the processes')
       )
@@ -106,7 +110,7 @@ class _Lock:
   def release(self) -> None:
     # A lock that cannot be deleted expires.
     with contextlib.suppress(Exception):
-      self._store.write('lock', None, if_equal=self._generation).result()
+      self._store.write('lock', None, if_equal=self._generation).result(_PATIENCE)
 
   def _read(self) -> tuple[bytes, dict[str, Any] | None]:
     """Returns the generation and the content of the object, which is None if it does not exist."""
@@ -124,9 +128,10 @@ class _Lock:
     written = self._store.write('lock', content, if_equal=expected).result().generation
     if not written:
       # A retried request may find the object that its first attempt wrote.
-      if self._store.read('lock').result().value != content:
+      found = self._store.read('lock').result()
+      if found.value != content:
         return False
-      written = self._store.read('lock').result().stamp.generation
+      written = found.stamp.generation
     self._generation = written
     return True
 

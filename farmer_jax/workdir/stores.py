@@ -22,7 +22,7 @@ os.environ.setdefault('EPATH_USE_TF', 'false')
 # Module, extra of farmer_jax and method that sends all requests, for each scheme. The methods are
 # private ones of gcsfs 2026.10 and s3fs 2026.9.
 _CLIENTS = {'gs': ('gcsfs', 'gcs', '_request'), 's3': ('s3fs', 's3', '_call_s3')}
-# Seconds after which a bucket cannot be reached. The clients themselves try for minutes.
+# Seconds after which a bucket counts as unreachable. The clients themselves try for minutes.
 _TIMEOUT = 20.0
 
 
@@ -43,9 +43,9 @@ def check(path: epath.PathLike) -> None:
       cannot be listed, or it does not answer within 20 seconds.
   """
   url = urllib.parse.urlparse(str(path))
-  if is_store(path) and url.netloc:
+  if is_store(path) and (url.netloc or url.scheme not in _CLIENTS):
     _check_bucket(url.scheme, url.netloc)
-  elif is_store(path) or (url.scheme in _CLIENTS and not url.netloc):
+  elif url.scheme in _CLIENTS:  # gs://, or gs:/bucket, which is otherwise a local folder.
     raise WorkdirError(f'{path} names no bucket; use {url.scheme}://BUCKET/FOLDER')
 
 

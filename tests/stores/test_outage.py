@@ -1,4 +1,4 @@
-"""A store that is gone for a minute while a run trains: training goes on, and nothing is lost."""
+"""A run continues after its object store was unreachable for a minute, and loses nothing."""
 
 import signal
 import time

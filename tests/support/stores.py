@@ -43,9 +43,8 @@ class Store:
       'gs': [sys.executable, '-m', f'{PROGRAMS}.google_store', str(self.port), str(self._folder)],
       's3': [sys.executable, '-m', 'moto.server', '-p', str(self.port)],
     }[self.scheme]
-    output = open(self._folder / 'store.log', 'ab')  # noqa: SIM115
-    self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
-    output.close()
+    with open(self._folder / 'store.log', 'ab') as output:
+      self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
     while True:
       assert self.process.poll() is None, (self._folder / 'store.log').read_text()[-2000:]
       with contextlib.suppress(OSError):
