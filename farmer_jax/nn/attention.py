@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PyTree
 
-from farmer_jax.nn import layers
+from farmer_jax.nn import attention_kernels, layers
 from farmer_jax.ops.arrays import Index
 
 Queries = Float[Array, 'B h n D']
@@ -29,15 +29,25 @@ _MAX_SEGMENTS, _MIN_SEGMENT_TOKENS = 4, 64
 
 
 def attend(
-  q: Queries, k: Keys, v: Keys, causal: bool, position: Index = 0
+  q: Queries,
+  k: Keys,
+  v: Keys,
+  causal: bool,
+  position: Index = 0,
+  setting: attention_kernels.Setting = 'xla',
 ) -> Float[Array, 'B n h*D']:
   """Softmax attention with `q` scaled by 1/sqrt(D). Returns merged heads in the dtype of `q`.
 
-  With `causal`, query i sees only the keys 0 … position + i. Causal attention over a full sequence
+  With `causal`, query i sees only the keys 0 … position + i. Attention over a full sequence uses
+  the kernel that `setting` (`config.model.attention`) selects. Without a kernel, causal attention
   runs in chunks of queries that fit into fast memory, each with only the keys that it can see.
   """
   q = q / math.sqrt(q.shape[-1])
   n = q.shape[2]
+  is_full_pass = isinstance(position, int) and position == 0 and q.shape == k.shape
+  if is_full_pass and (kernel := attention_kernels.choose(setting, q)) != 'xla':
+    heads = checkpoint_name(attention_kernels.attend(kernel, q, k, v, causal), 'attention')
+    return heads.transpose(0, 2, 1, 3).reshape(len(q), n, -1)
   if not causal or n != k.shape[2] or n < 2 * _QUERY_CHUNK:
     return _attend_chunk(q, k, v, causal, position)
   chunks = []

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PyTree
 
 from farmer_jax import config as config_lib
-from farmer_jax.nn import attention, layers, scaling
+from farmer_jax.nn import attention, attention_kernels, layers, scaling
 from farmer_jax.ops.arrays import Hidden, Index
 
 NewHidden = Float[Array, 'B n width']
@@ -31,6 +31,7 @@ class StackConfig:
   dtype: jnp.dtype
   remat: str = 'none'  # `none` or a key of `layers.REMAT_POLICIES`
   unroll: int = 1  # layers per iteration of the compiled loop
+  attention: attention_kernels.Setting = 'xla'
 
   @classmethod
   def create(
@@ -38,7 +39,7 @@ class StackConfig:
   ) -> 'StackConfig':
     """Returns the settings for `section`, the flow or the prior of a model."""
     sizes = section.layers, section.width, section.head_dim, section.mlp_ratio
-    return cls(*sizes, jnp.dtype(model.dtype), model.remat, model.scan_unroll)
+    return cls(*sizes, jnp.dtype(model.dtype), model.remat, model.scan_unroll, model.attention)
 
 
 class TransformerLayer(nn.Module):
@@ -84,7 +85,8 @@ class TransformerLayer(nn.Module):
     if cache is not None:
       # XLA would copy the cache at each step if it were read before it is written.
       k, v = cache = attention.update_cache(cache, k, v, position)
-    attended = attention.attend(q, k, v, self.causal, position)
+    setting = self.stack_config.attention
+    attended = attention.attend(q, k, v, self.causal, position, setting)
     x = checkpoint_name(x + self.attention_out(attended), 'attention_out')
     hidden = checkpoint_name(self.mlp_in(self.mlp_norm(x)), 'mlp_in')
     return x + self.mlp_out(jax.nn.gelu(hidden)), cache

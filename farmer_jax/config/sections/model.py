@@ -153,12 +153,17 @@ class Model:
   """Probability that training replaces a label by "no class". Guidance needs a value above 0."""
   dtype: Dtype = 'float32'
   """Data type of the transformers. Parameters and densities use float32 or float64."""
-  remat: Literal['none', 'dots', 'attention', 'layers', 'full'] = 'none'
+  attention: Changeable[Literal['auto', 'xla', 'cudnn', 'splash']] = 'auto'
+  """Attention over full sequences. cudnn: flash attention of cuDNN, on NVIDIA GPUs. splash: JAX's
+  Pallas splash attention, on TPUs. xla: without a kernel. auto: the kernel of the devices, if the
+  sequences are long enough. Only bfloat16 transformers use kernels. Where a kernel does not apply,
+  the log says why, and XLA computes attention."""
+  remat: Changeable[Literal['none', 'dots', 'attention', 'layers', 'full']] = 'none'
   """Rematerialization: what the backward pass recomputes to save memory. none: nothing. dots:
   everything except attention and matrix products with parameters. attention: everything except
   attention. layers: everything except the input of each transformer layer. full: everything except
   the input of each flow block."""
-  scan_unroll: int = 1
+  scan_unroll: Changeable[int] = 1
   """Transformer layers unrolled per iteration of the scan over layers. They can span several flow
   blocks. Larger values can run faster and compile more slowly."""
   flow: Flow = Flow()
