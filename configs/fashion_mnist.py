@@ -27,7 +27,6 @@ def get_config() -> ConfigDict:
   c.noise.curriculum_std = 0.3
   c.model.patch_size = 4
   c.model.patch_basis = 'pixels'  # In another basis, exactly black pixels are harder to predict.
-  c.model.scan_unroll = 6
   c.model.flow.blocks = 3
   c.model.flow.mlp_ratio = 3.0
   c.train.batch_size = 128

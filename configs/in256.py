@@ -68,8 +68,6 @@ def get_config(variant: str = '1.1b-p16') -> ConfigDict:
   flow, prior = c.model.flow, c.model.prior
   flow.blocks, flow.layers, prior.layers, prior.width = _SIZES[size]
   flow.width = 768
-  # Unrolls the layers of a flow block: steps are 2 % faster, compilation takes 1.4 times as long.
-  c.model.scan_unroll = flow.layers
   prior.condition_copies = 64
   prior.components = 64
   prior.informative_channels = 128

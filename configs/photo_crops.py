@@ -22,7 +22,6 @@ def get_config() -> ConfigDict:
   c.data.num_classes = 0
   c.model.patch_size = 4
   c.model.label_dropout = 0.0
-  c.model.scan_unroll = 6
   c.model.flow.blocks = 3
   c.train.steps = 250
   c.train.batch_size = 64

@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
   c.noise.curriculum_fraction = 0.65
   c.model.patch_size = 2
   c.model.patch_basis = 'pixels'
-  c.model.scan_unroll = 4
   c.model.flow.blocks = 2
   c.model.flow.layers = 1
   c.model.prior.layers = 4

@@ -39,7 +39,20 @@ class StackConfig:
   ) -> 'StackConfig':
     """Returns the settings for `section`, the flow or the prior of a model."""
     sizes = section.layers, section.width, section.head_dim, section.mlp_ratio
-    return cls(*sizes, jnp.dtype(model.dtype), model.remat, model.scan_unroll, model.attention)
+    unroll = model.scan_unroll or default_unroll(section.layers)
+    return cls(*sizes, jnp.dtype(model.dtype), model.remat, unroll, model.attention)
+
+
+def default_unroll(num_layers: int) -> int:
+  """Returns `config.model.scan_unroll` for a stack of layers, by the platform.
+
+  XLA's CPU backend copies the stacked arrays of a loop in each iteration, which takes up to a third
+  of a step. The TPU compiler reads slices of the parameters in place, and unrolling the layers of a
+  block saves 2 % of a step, but compilation takes longer (docs/scaling.md).
+  """
+  if layers.target_platform() == 'cpu':
+    return 16
+  return num_layers if num_layers <= 8 else 4
 
 
 class TransformerLayer(nn.Module):

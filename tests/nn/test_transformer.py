@@ -8,7 +8,7 @@ import jax.test_util
 import numpy as np
 import pytest
 
-from farmer_jax.nn import attention, layers
+from farmer_jax.nn import attention, layers, transformer
 from tests.support import models as tiny
 
 pytestmark = pytest.mark.usefixtures('x64')
@@ -125,6 +125,12 @@ def test_cached_pass_equals_full_pass(model):
 
 def test_unrolling_and_rematerialization_change_nothing(assert_unchanged):
   assert_unchanged(tiny.make_transformer(layers=3, unroll=8, remat='dots'), atol=1e-11)
+
+
+def test_default_unrolling_depends_on_the_platform(monkeypatch):
+  assert transformer.default_unroll(2) == 16
+  monkeypatch.setattr(layers, 'target_platform', lambda: 'tpu')
+  assert [transformer.default_unroll(n) for n in (4, 8, 24)] == [4, 8, 4]
 
 
 def test_scan_with_growing_cache(monkeypatch):

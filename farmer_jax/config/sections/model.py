@@ -163,9 +163,10 @@ class Model:
   everything except attention and matrix products with parameters. attention: everything except
   attention. layers: everything except the input of each transformer layer. full: everything except
   the input of each flow block."""
-  scan_unroll: Changeable[int] = 1
+  scan_unroll: Changeable[NonNegativeInt] = 0
   """Transformer layers unrolled per iteration of the scan over layers. They can span several flow
-  blocks. Larger values can run faster and compile more slowly."""
+  blocks. 0: up to 16 layers on CPUs; on other devices the layers of a flow block if there are at
+  most 8, and 4 otherwise. Larger values can run faster and compile more slowly."""
   flow: Flow = Flow()
   prior: Prior = Prior()
 

@@ -1,0 +1,321 @@
+"""Measures training and sampling of the ImageNet models on one accelerator. Takes up to 25 minutes.
+
+    python -m benchmarks.accelerator --out=accelerator.json
+    python -m benchmarks.accelerator --tiny                   # tiny models, also on CPUs
+
+Prints one row of a Markdown table per measurement, and writes all rows to OUT after each of them,
+so that an interrupted benchmark keeps what it has measured. Weights are random, with noise on the
+initial values, so that the flow is not the identity. Jacobi iteration therefore takes another
+number of rounds than with a trained model. Rows with a published time name it: one image of the
+model 1.1b-p16 (arXiv 2510.23588).
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from benchmarks import timing
+from configs import in256
+from farmer_jax import config as config_lib
+from farmer_jax import losses, sampling
+from farmer_jax.distributed import mesh as mesh_lib
+from farmer_jax.nn import attention, farmer, student
+from farmer_jax.training import optimizer as optimizer_lib
+from farmer_jax.training import step as step_lib
+from farmer_jax.xla import flops
+
+_OUT = flags.DEFINE_string('out', 'accelerator.json', 'File of all rows.')
+_MINUTES = flags.DEFINE_float('minutes', 25, 'Measurements that begin later are skipped.')
+_ONLY = flags.DEFINE_list('only', ['attention', 'training', 'sampling'], 'Parts to measure.')
+_TINY = flags.DEFINE_bool('tiny', False, 'Tiny models, to test this program.')
+_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed calls per measurement.')
+_DTYPES = flags.DEFINE_list('dtypes', ['float32', 'bfloat16'], 'Data types of sampling.')
+
+# Seconds per image, from the tables of inference times in arXiv 2510.23588.
+_PUBLISHED = {'forward': 0.0066, 'sequential inverse': 0.1689, 'prior': 0.05, 'student': 0.0076}
+_MEMORY_SHARE = 0.9  # of the device, which the largest batch may take
+
+Row = dict[str, Any]
+Measurement = tuple[str, Callable[[], Iterator[Row]]]  # name, function that yields rows
+
+
+def model_config(variant: str, **model: Any) -> config_lib.Config:
+  """Returns the configuration of a model of configs/in256.py, or of a tiny one with --tiny."""
+  values = in256.get_config(variant)
+  values.model.update(model)
+  if _TINY.value:
+    values.data.update(image_size=32, num_classes=10)
+    values.model.update(patch_size=4 if variant.endswith('16') else 2)
+    values.model.flow.update(blocks=2, layers=1, width=32, head_dim=16)
+    values.model.prior.update(layers=1, width=32, head_dim=16, condition_copies=2, components=3)
+    values.model.prior.update(informative_channels=4, redundant_components=4)
+  return config_lib.from_config_dict(values)
+
+
+def random_params(config: config_lib.Config, is_student: bool = False) -> Any:
+  """Returns initial parameters of the model with noise, in one compiled program."""
+  model = farmer.build(config)
+
+  @jax.jit
+  def init() -> Any:
+    params = farmer.init_params(jax.random.key(0), model)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [
+      a + 0.002 * jax.random.normal(key, a.shape) for a, key in zip(leaves, keys, strict=True)
+    ]
+    params = jax.tree.unflatten(tree, noisy)
+    if is_student:
+      initialized = losses.init_student(jax.random.key(2), params, model=model, objective='outputs')
+      params |= {'student': nn.unbox(initialized['student'])}
+    return params
+
+  return init()
+
+
+# Attention alone.
+
+
+def attention_rows() -> Iterator[Row]:
+  """Yields the time of attention of one layer, forward and backward, for each implementation."""
+  batch, width = (2, 32) if _TINY.value else (64, 768)
+  for tokens in (32, 64) if _TINY.value else (256, 1024):
+    x = jax.random.normal(jax.random.key(0), (3, batch, tokens, width), jnp.bfloat16)
+    calls = {}
+    for setting in ('xla', 'auto'):
+
+      def loss(x: jax.Array, setting: Any = setting) -> jax.Array:
+        q, k, v = (attention.split_heads(a, 64 if width > 64 else 16) for a in x)
+        return attention.attend(q, k, v, causal=True, setting=setting).astype(jnp.float32).sum()
+
+      calls[setting] = functools.partial(jax.jit(jax.grad(loss)), x)
+    for setting, seconds in timing.medians(calls, _REPEATS.value).items():
+      # Two products forward and five backward, of which the causal mask removes half.
+      needed = 7 * batch * tokens * tokens * width
+      yield {
+        'measurement': f'attention, {batch} x {tokens} tokens, forward and backward',
+        'variant': setting,
+        'seconds': seconds,
+        'TFLOP/s': needed / seconds / 1e12,
+      }
+
+
+# Training.
+
+
+class TrainingStep:
+  """The training step of a model on one device. Compiles it for any batch size."""
+
+  def __init__(self, config: config_lib.Config):
+    self.config = config
+    model, self._optimizer = farmer.build(config), optimizer_lib.create(config)
+    self._mesh = mesh_lib.Mesh(config.mesh, jax.devices()[:1])
+    init_params = functools.partial(farmer.init_boxed_params, model=model)
+    self._init = step_lib.initializer(init_params, self._optimizer, config.train.ema_decay)
+    self._loss = functools.partial(losses.nll_loss, model=model, config=config)
+
+  def compile(self, batch_size: int) -> Any:
+    """Returns the compiled step for a batch size."""
+    train = dataclasses.replace(self.config.train, batch_size=batch_size)
+    step = step_lib.make_train_step(self._loss, self._optimizer, train)
+    state = self._mesh.abstract(jax.eval_shape(self._init, jax.random.key(0)))
+    batch = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._mesh.sharded),
+      self._batch(batch_size),
+    )
+    lowered = step_lib.lower(step, self._mesh, state, batch)
+    return lowered.compile(step_lib.COMPILER_OPTIONS.get(jax.default_backend()))
+
+  def largest_batch(self, multiple: int) -> int:
+    """Returns the largest batch size that fits, from the memory of the programs for two sizes."""
+    stats = jax.devices()[0].memory_stats() or {}
+    limit = _MEMORY_SHARE * stats.get('bytes_limit', 2**30)
+    small, large = (_total_bytes(self.compile(size)) for size in (multiple, 2 * multiple))
+    sizes = 1 + (limit - small) / max(large - small, 1)
+    return multiple * max(1, min(int(sizes), 2 if _TINY.value else 64))
+
+  def seconds(self, compiled: Any, batch_size: int) -> float:
+    """Returns the median time of a step."""
+    with self._mesh.activate():
+      state = jax.jit(lambda: mesh_lib.unboxed(self._init(jax.random.key(0))))()
+    batch = jax.device_put(self._batch(batch_size), self._mesh.sharded)
+    times = []
+    for _ in range(_REPEATS.value + 2):
+      start = time.perf_counter()
+      state, metrics = compiled(state, batch)
+      jax.block_until_ready(metrics)
+      times.append(time.perf_counter() - start)
+    return float(np.median(times[2:]))
+
+  def _batch(self, batch_size: int) -> dict[str, np.ndarray]:
+    data, rng = self.config.data, np.random.default_rng(0)
+    shape = batch_size, data.image_size, data.image_size, data.channels
+    labels = rng.integers(0, data.num_classes, batch_size).astype(np.int32)
+    return {'image': rng.integers(0, 256, shape, np.uint8), 'label': labels}
+
+
+def _total_bytes(compiled: Any) -> int:
+  memory = compiled.memory_analysis()
+  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+
+
+def training_rows(variant: str, setting: str, remat: str) -> Iterator[Row]:
+  """Yields the speed of training with the largest batch that fits."""
+  step = TrainingStep(model_config(variant, attention=setting, remat=remat))
+  batch_size = step.largest_batch(multiple=2 if _TINY.value else 16)
+  while True:
+    try:
+      compiled = step.compile(batch_size)
+      seconds = step.seconds(compiled, batch_size)
+      break
+    except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error) or batch_size == 1:
+        raise
+      batch_size = max(1, 3 * batch_size // 4)
+  train = dataclasses.replace(step.config.train, batch_size=batch_size)
+  needed = flops.training_step(dataclasses.replace(step.config, train=train))
+  peak = flops.chip(jax.devices()[0].device_kind).peak_flops
+  yield {
+    'measurement': f'training step, {variant}, batch {batch_size}',
+    'variant': f'attention {setting}, remat {remat}',
+    'seconds': seconds,
+    'images/s': batch_size / seconds,
+    'TFLOP/s': needed / seconds / 1e12,
+    'MFU': needed / seconds / peak if peak else None,
+    'memory, GiB': _total_bytes(compiled) / 2**30,
+  }
+
+
+# Sampling.
+
+
+def sampling_rows(dtype: str, batch_size: int) -> Iterator[Row]:
+  """Yields the time per image of the forward pass, of each inverse, and of the prior."""
+  config = model_config('1.1b-p16').with_sampling(dtype=dtype, batch_size=batch_size, denoise=False)
+  params = random_params(config, is_student=True)
+  model = sampling.in_sampling_dtype(student.build(config), config.sampling)
+  labels = np.arange(batch_size, dtype=np.int32) % config.data.num_classes
+  latents = functools.partial(_sampler(model, config).latents, params, labels, labels)
+  z = latents()
+  plan = sampling.plan_inverse(model, config, params, z, labels)
+  blocks, all_tokens = config.model.flow.blocks, model.num_tokens - 1
+  images = _sampler(model, config).images(params, z, labels)
+  encode = jax.jit(functools.partial(model.apply, method='encode'))
+  plain = config.with_sampling(guidance=config_lib.Guidance(method='none'))
+
+  def inverse(chunk_size: int | None, **settings: Any) -> Callable[[], Any]:
+    chunk_sizes = plan['chunk_sizes'] if chunk_size is None else [chunk_size] * blocks
+    sampler = _sampler(model, config.with_sampling(**settings), chunk_sizes)
+    return functools.partial(sampler.images, params, z, labels)
+
+  calls: dict[str, Callable[[], Any]] = {
+    'forward': functools.partial(encode, {'params': params}, images.values, labels),
+    'sequential inverse': inverse(1),
+    'parallel inverse': inverse(all_tokens),
+    f'automatic inverse, chunks {plan["chunk_sizes"]}': inverse(None),
+    'prior': functools.partial(_sampler(model, plain).latents, params, labels, labels),
+    'guided prior': latents,
+    'student': inverse(1, inverse='student'),
+  }
+  for name, call in calls.items():
+    seconds = timing.medians({name: call}, _REPEATS.value)[name]
+    row = {
+      'measurement': f'{name}, batch {batch_size}',
+      'variant': dtype,
+      'seconds': seconds,
+      's/image': seconds / batch_size,
+      'published s/image': _PUBLISHED.get(name),
+    }
+    if 'inverse' in name:
+      difference = abs(call().values - images.values) / (1 + abs(images.values))
+      row['largest difference'] = float(difference.max())
+    yield row
+
+
+def _sampler(model: Any, config: config_lib.Config, chunk_sizes: Any = None) -> sampling.Sampler:
+  return sampling.Sampler(model, config, chunk_sizes)
+
+
+# The whole benchmark.
+
+
+def measurements() -> Iterator[Measurement]:
+  """Yields all measurements, the most important ones first."""
+  if 'attention' in _ONLY.value:
+    yield 'attention', attention_rows
+  if 'training' in _ONLY.value:
+    for variant, setting, remat in (
+      ('1.1b-p16', 'auto', 'layers'),
+      ('1.1b-p8', 'auto', 'layers'),
+      ('1.1b-p16', 'xla', 'layers'),
+      ('1.1b-p16', 'auto', 'dots'),
+      ('1.1b-p8', 'xla', 'layers'),
+    ):
+      yield (
+        f'training, {variant}, {setting}, {remat}',
+        functools.partial(training_rows, variant, setting, remat),
+      )
+  if 'sampling' in _ONLY.value:
+    for dtype in _DTYPES.value:
+      for batch_size in (2, 4) if _TINY.value else (64, 256):
+        yield (
+          f'sampling, {dtype}, batch {batch_size}',
+          functools.partial(sampling_rows, dtype, batch_size),
+        )
+
+
+def rows_of(name: str, function: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+  """Yields the rows of a measurement, and a row with the error if it fails."""
+  start = time.monotonic()
+  try:
+    yield from function()
+  except Exception as error:  # The other measurements must not be lost.
+    logging.exception('%s failed.', name)
+    yield {'measurement': name, 'error': f'{type(error).__name__}: {error}'[:300]}
+  logging.info('%s took %.0f s.', name, time.monotonic() - start)
+
+
+def main(argv: list[str]) -> None:
+  """Measures, prints and writes the rows."""
+  del argv
+  started, device = time.monotonic(), jax.devices()[0].device_kind
+  columns = ('s/image', 'published s/image', 'images/s', 'TFLOP/s', 'MFU', 'memory, GiB')
+  report: dict[str, Any] = {'device': device, 'jax': jax.__version__, 'rows': []}
+  print(f'{device}, JAX {jax.__version__}\n', flush=True)
+
+  def printed() -> Iterator[Row]:
+    for name, function in measurements():
+      if time.monotonic() - started > 60 * _MINUTES.value:
+        logging.warning('%s is skipped: %g minutes are over.', name, _MINUTES.value)
+        continue
+      for row in rows_of(name, function):
+        report['rows'].append(row)
+        pathlib.Path(_OUT.value).write_text(json.dumps(report, indent=1))
+        shown = {column: row.get(column) for column in (*columns, 'largest difference')}
+        yield {
+          'measurement': row['measurement'],
+          'variant': row.get('variant', row.get('error', '')),
+          'seconds': _format(row.get('seconds')),
+          **{column: _format(value) for column, value in shown.items()},
+        }
+
+  timing.print_table(printed())
+
+
+def _format(value: float | None) -> str:
+  return '–' if value is None else f'{value:.3g}'
+
+
+if __name__ == '__main__':
+  app.run(main)
