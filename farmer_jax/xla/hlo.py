@@ -1,143 +1,219 @@
-"""Cost of a compiled program, from its HLO text: estimated cycles, and bytes of collectives.
+"""The text of a compiled program as data: computations, instructions, arrays and trip counts.
 
-XLA's cost analysis counts the body of a loop once. This module multiplies the cost of the body by
-the trip count. The HLO text for TPUs has the compiler's estimate of cycles at each fusion, and the
-trip count at each loop or in the loop's condition. The text has the format of jaxlib 0.10.2.
+The text has the format of jaxlib 0.10.2, for CPUs, GPUs and TPUs.
 """
 
-import collections
 import dataclasses
-import itertools
+import functools
 import math
 import re
 import string
-from collections.abc import Iterable, Mapping
-
-# The compiler writes the largest 64-bit integer if it has no estimate.
-_NO_ESTIMATE = 2**63 - 1
-
-_COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+from collections.abc import Iterator
+from typing import NamedTuple
 
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*->.*\{$')
-_COLLECTIVE = re.compile(rf'= (.*?) ({"|".join(_COLLECTIVES)})(-start)?\(')
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
-_CHANNEL = re.compile(r'channel_id=(\d+)')
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = ')
+_OPCODE = re.compile(r' ?([\w\-]+)\(')
+_ARRAY = re.compile(r'\b(pred|[a-z]+\d+)\w*\[([\d,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?')
+_OPERAND = re.compile(r'%?([\w.\-]+)(?:,|$)')
+_COMMENT = re.compile(r'/\*.*?\*/')
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CONDITION = re.compile(r'condition=%?([\w.\-]+)')
-_INT_CONSTANT = re.compile(r'^\s+%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)')
-_LESS_THAN = re.compile(r'compare\(.*?, %?([\w.\-]+)\), direction=LT')
-_CALLED = re.compile(r'(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.\-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
-_ARRAY = re.compile(r'\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]')
+# Collectives and copies that run at the same time as other instructions.
+_DONE = '-done'
 
 
-@dataclasses.dataclass
-class Cost:
-  """The cost of a program, or of one of its computations, on one device."""
+class Array(NamedTuple):
+  """Type of an array on one device."""
 
-  cycles: int = 0  # estimated, without collectives
-  unknown_loops: int = 0  # loops without a known trip count, whose bodies count once
-  unknown_cycles: int = 0  # instructions without an estimate
-  # Cycles by pass and operation of the model.
-  operations: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-  # Number and bytes of the results of collectives, by kind.
-  count: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-  bytes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  dtype: str  # bf16, f32, s4, pred, ...
+  dims: tuple[int, ...]
+  space: int = 0  # 0: the main memory of the device
 
-  def add(self, other: 'Cost', times: int = 1) -> None:
-    """Adds `times` executions of `other`."""
-    self.cycles += times * other.cycles
-    self.unknown_loops += other.unknown_loops
-    self.unknown_cycles += times * other.unknown_cycles
-    for name in ('operations', 'count', 'bytes'):
-      for kind, value in getattr(other, name).items():
-        getattr(self, name)[kind] += times * value
+  @property
+  def elements(self) -> int:
+    return math.prod(self.dims)
+
+  @property
+  def item_bytes(self) -> float:
+    """Bytes of an element. An element of type pred takes one byte."""
+    return int(self.dtype.strip(string.ascii_lowercase) or 8) / 8
+
+  @property
+  def bytes(self) -> int:
+    return math.ceil(self.elements * self.item_bytes)
 
 
-def cost(text: str) -> Cost:
-  """Returns the cost of the program `compiled.as_text()`. Raises ValueError for other texts."""
-  computations, entry = _parse(text)
-  known: dict[tuple[str, bool], Cost] = {}
-  # An asynchronous collective occurs in several fusions with one channel. The first line counts.
-  first_lines: dict[str, str] = {}
-  for line in itertools.chain(*computations.values()):
-    if _COLLECTIVE.search(line) and (channel := _CHANNEL.search(line)):
-      first_lines.setdefault(channel[1], line)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Instruction:
+  """One instruction. `text` has the attributes after the operands."""
 
-  def visit(name: str, with_cycles: bool) -> Cost:
-    """Returns the cost of a computation. The estimate of a fusion includes the cycles inside."""
-    if (name, with_cycles) not in known:
-      known[name, with_cycles] = total = Cost()
-      for line in computations.get(name, ()):
-        cycles = _CYCLES.search(line)
-        if cycles and int(cycles[1]) == _NO_ESTIMATE:
-          total.unknown_cycles += 1
-        elif cycles and with_cycles:
-          total.cycles += int(cycles[1])
-          total.operations[_operation(line)] += int(cycles[1])
-        found, channel = _COLLECTIVE.search(line), _CHANNEL.search(line)
-        if found and (not channel or first_lines[channel[1]] is line):
-          total.count[found[2]] += 1
-          # The start of an asynchronous collective returns its operands before its results.
-          returns_operands = bool(found[3]) and found[2] != 'all-reduce'
-          total.bytes[found[2]] += _num_bytes(found[1], second_half=returns_operands)
-        times = _trip_count(line, computations) if ' while(' in line else 1
-        total.unknown_loops += times is None
-        called_names = _CALLED.findall(line)
-        for branches in _BRANCHES.findall(line):
-          called_names += [branch.strip().lstrip('%') for branch in branches.split(',')]
-        for called in called_names:
-          total.add(visit(called, with_cycles and not cycles), times or 1)
-    return known[name, with_cycles]
+  name: str
+  opcode: str
+  results: tuple[Array, ...]  # of a nested tuple, all arrays in the order of the text
+  inputs: str  # operands, or the value of a constant
+  text: str
+  is_root: bool
 
-  return visit(entry, True)
+  @functools.cached_property
+  def operands(self) -> list[str]:
+    """Names of the operands. A constant, a parameter and some others have none."""
+    return [] if self.opcode in ('constant', 'parameter') else _OPERAND.findall(self.inputs)
+
+  @property
+  def elements(self) -> int:
+    return sum(array.elements for array in self.results)
+
+  @property
+  def bytes(self) -> int:
+    return sum(array.bytes for array in self.results)
+
+  def called(self, attribute: str) -> str | None:
+    """Returns the computation that an attribute such as `calls` or `body` names."""
+    found = re.search(rf'\b{attribute}=%?([\w.\-]+)', self.text)
+    return found[1] if found else None
+
+  def numbers(self, attribute: str) -> list[int]:
+    """Returns the integers of an attribute such as `dimensions={0,1}`."""
+    found = re.search(rf'\b{attribute}=\{{([\d,]*)\}}', self.text)
+    return [int(n) for n in found[1].split(',') if n] if found else []
 
 
-def _parse(text: str) -> tuple[dict[str, list[str]], str]:
-  """Returns the lines of each computation by name, and the name of the entry computation."""
-  computations: dict[str, list[str]] = {}
-  entry, lines = None, []
-  for line in text.splitlines():
-    if header := _COMPUTATION.match(line):
-      lines = computations[header[2]] = []
-      entry = header[2] if header[1] else entry
-    elif ' = ' in line:
-      lines.append(line)
-  if entry is None:
-    raise ValueError('this is not the text of a compiled program')
-  return computations, entry
+class Computation(dict[str, Instruction]):
+  """The instructions of a computation by name, in the order in which they run."""
+
+  def operands(self, instruction: Instruction) -> list[Instruction]:
+    """Returns the instructions whose results are the operands."""
+    return [self[name] for name in instruction.operands if name in self]
+
+  @functools.cached_property
+  def parameters(self) -> list[Instruction]:
+    """Returns the parameters in the order of the operands of a call."""
+    found = [i for i in self.values() if i.opcode == 'parameter']
+    return sorted(found, key=lambda i: int(i.inputs))
+
+  @functools.cached_property
+  def root(self) -> Instruction:
+    return next(i for i in self.values() if i.is_root)
+
+  @functools.cached_property
+  def users(self) -> dict[str, list[tuple[Instruction, int]]]:
+    """Returns by name the instructions that use a result, and the position of the operand."""
+    found: dict[str, list[tuple[Instruction, int]]] = {name: [] for name in self}
+    for user in self.values():
+      for position, name in enumerate(user.operands):
+        if name in found:
+          found[name].append((user, position))
+    return found
 
 
-def _trip_count(line: str, computations: Mapping[str, Iterable[str]]) -> int | None:
-  """Returns the trip count of a loop, or None if it is unknown.
+class Program(dict[str, Computation]):
+  """The computations of a compiled program by name."""
 
-  A loop whose condition compares with a constant is assumed to count from 0, like `jax.lax.scan`.
-  """
-  if known := _TRIP_COUNT.search(line):
-    return int(known[1])
-  named = _CONDITION.search(line)
-  condition = list(computations.get(named[1], ())) if named else []
-  constants = {match[1]: match[2] for match in map(_INT_CONSTANT.match, condition) if match}
-  limits = [match[1] for match in map(_LESS_THAN.search, condition) if match]
-  return int(constants[limits[0]]) if len(limits) == 1 and limits[0] in constants else None
+  def __init__(self, text: str):
+    """Parses `compiled.as_text()`. Raises ValueError for other texts."""
+    super().__init__()
+    entry, current, block = None, None, ''
+    for line in text.splitlines():
+      if current is None:
+        if header := _COMPUTATION.match(line):
+          current = self[header[2]] = Computation()
+          entry = header[2] if header[1] else entry
+        continue
+      # Attributes of an instruction can contain line breaks.
+      if _INSTRUCTION.match(line) or line == '}':
+        _add(current, block)
+        block = line
+      else:
+        block += line
+      if line == '}':
+        current, block = None, ''
+    if entry is None:
+      raise ValueError('this is not the text of a compiled program')
+    self.entry = self[entry]
+
+  def trip_count(self, loop: Instruction) -> int | None:
+    """Returns the trip count of a loop, or None if it is unknown.
+
+    A loop whose condition compares with a constant is assumed to count from 0, like
+    `jax.lax.scan`.
+    """
+    if known := _TRIP_COUNT.search(loop.text):
+      return int(known[1])
+    condition = self.get(loop.called('condition') or '', Computation())
+    limits = [
+      limit
+      for i in condition.values()
+      if i.opcode == 'compare' and 'direction=LT' in i.text
+      for limit in condition.operands(i)[-1:]
+    ]
+    if len(limits) == 1 and limits[0].opcode == 'constant':
+      return int(limits[0].inputs)
+    return None
+
+  def called(self, instruction: Instruction) -> list[Computation]:
+    """Returns the computations that a loop, call, conditional or asynchronous call runs.
+
+    All branches of a conditional are returned. The computations of a fusion, and those that a
+    reduction applies to pairs of numbers, are not.
+    """
+    if instruction.opcode not in ('while', 'call', 'conditional', 'async-start'):
+      return []
+    attributes = 'body', 'to_apply', 'calls', 'true_computation', 'false_computation'
+    names = [name for a in attributes if (name := instruction.called(a))]
+    for branches in _BRANCHES.findall(instruction.text):
+      names += [branch.strip().lstrip('%') for branch in branches.split(',')]
+    return [self[name] for name in names if name in self]
+
+  def executions(
+    self, computation: Computation | None = None, times: int = 1
+  ) -> Iterator[tuple[Computation, Instruction, int]]:
+    """Yields each instruction outside fusions, its computation, and how often it runs.
+
+    The body of a loop of unknown length runs once.
+    """
+    computation = self.entry if computation is None else computation
+    for instruction in computation.values():
+      yield computation, instruction, times
+      trips = self.trip_count(instruction) if instruction.opcode == 'while' else 1
+      for called in self.called(instruction):
+        yield from self.executions(called, times * (1 if trips is None else trips))
 
 
-def _operation(line: str) -> str:
-  """Returns the pass of an instruction, and the last two parts of its JAX name."""
-  name = _OP_NAME.search(line)
-  if not name:
-    return 'copies and conversions'
-  passes = {'rematted_computation': 'recomputed', 'transpose(': 'backward', 'jvp(': 'forward'}
-  which = next((word for mark, word in passes.items() if mark in name[1]), 'update')
-  parts = [part for part in name[1].split('/') if not part.startswith(('jit(', 'while', 'body'))]
-  return f'{which}: {"/".join(parts[-2:])}'
+def _add(computation: Computation, line: str) -> None:
+  """Adds the instruction of a line, if there is one."""
+  found = _INSTRUCTION.match(line)
+  if not found:
+    return
+  end = _closing(line, found.end()) if line.startswith('(', found.end()) else None
+  end = line.find(' ', found.end()) if end is None else end
+  opcode = _OPCODE.match(line, end)
+  if not opcode:
+    return
+  close = _closing(line, opcode.end() - 1)
+  computation[found[2]] = Instruction(
+    name=found[2],
+    opcode=opcode[1],
+    results=arrays(line[found.end() : end]),
+    inputs=_COMMENT.sub('', line[opcode.end() : close - 1]),
+    text=line[close:],
+    is_root=bool(found[1]),
+  )
 
 
-def _num_bytes(result_type: str, second_half: bool) -> int:
-  """Returns the bytes of the arrays in a result type, or of the second half of the arrays."""
-  bits = [
-    math.prod(int(n) for n in dims.split(',') if n) * int(kind.strip(string.ascii_lowercase) or 8)
-    for kind, dims in _ARRAY.findall(result_type)  # kind: bf16, s4, or pred with a byte per element
-  ]
-  return math.ceil(sum(bits[len(bits) // 2 :] if second_half else bits) / 8)
+def _closing(line: str, start: int) -> int:
+  """Returns the position after the parenthesis that closes the one at `start`."""
+  depth = 0
+  for match in re.compile(r'[()]').finditer(line, start):
+    depth += 1 if match[0] == '(' else -1
+    if not depth:
+      return match.end()
+  return len(line)
+
+
+def arrays(types: str) -> tuple[Array, ...]:
+  """Returns the arrays in the text of a type."""
+  return tuple(
+    Array(dtype, tuple(int(n) for n in dims.split(',') if n), int(space or 0))
+    for dtype, dims, space in _ARRAY.findall(types)
+  )

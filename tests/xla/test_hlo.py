@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from farmer_jax.xla import hlo
+from farmer_jax.xla import cycles, hlo
 
 TEXT = """HloModule jit_f, is_scheduled=true
 
@@ -56,7 +56,7 @@ TEXT = TEXT.replace('ROUNDS(3)', 'backend_config={"known_trip_count":{"n":"3"}}'
 
 
 def test_cost_multiplies_loop_bodies_by_trip_counts():
-  cost = hlo.cost(TEXT)
+  cost = cycles.cost(hlo.Program(TEXT))
   assert cost.cycles == 1 + 3 * (100 + 5 * 7)
   assert cost.count == {'all-gather': 1 + 3 * (1 + 5), 'all-reduce': 3}
   assert cost.bytes == {'all-gather': 128 + 3 * 6 * 128, 'all-reduce': 3 * 32}
@@ -65,7 +65,7 @@ def test_cost_multiplies_loop_bodies_by_trip_counts():
 
 
 def test_loop_with_unknown_trip_count_counts_once_and_is_reported():
-  cost = hlo.cost(TEXT.replace(', backend_config={"known_trip_count":{"n":"3"}}', ''))
+  cost = cycles.cost(hlo.Program(TEXT.replace(', backend_config={"known_trip_count":{"n":"3"}}', '')))
   assert cost.unknown_loops == 1
   assert cost.cycles == 1 + 100 + 5 * 7
 
@@ -75,7 +75,7 @@ def test_trip_count_of_a_compiled_scan_is_known_and_other_texts_are_refused():
   scan = jax.jit(lambda x: jax.lax.scan(lambda x, _: (jnp.sin(x @ x), None), x, length=7)[0])
   text = scan.lower(jnp.ones((4, 4))).compile().as_text()
   assert ' while(' in text
-  assert hlo.cost(text).unknown_loops == 0
+  assert cycles.cost(hlo.Program(text)).unknown_loops == 0
 
   with pytest.raises(ValueError):
-    hlo.cost('hello')
+    hlo.Program('hello')
