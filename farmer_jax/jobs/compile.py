@@ -1,10 +1,11 @@
 """`--job=compile`: compiles training ahead of time and reports memory and estimated speed.
 
-`config.compile.topology` can name a TPU slice that is not attached.
+`config.compile.topology` can name TPUs or GPUs that are not attached.
 """
 
 import functools
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,14 +20,14 @@ from farmer_jax.nn import farmer
 from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import step as step_lib
 from farmer_jax.workdir import layout
-from farmer_jax.xla import ahead_of_time, flops
+from farmer_jax.xla import ahead_of_time, flops, targets
 
 STEP = 'training step'
 
 
 def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   """Compiles the programs, prints a report and writes it to a JSON file in WORKDIR/compile."""
-  devices = ahead_of_time.topology_devices(config.compile.topology)
+  devices = targets.devices(config.compile.topology)
   mesh, kind = training_run.make_mesh(config, devices), devices[0].device_kind
   workdir = training_run.claim_workdir(config, workdir)
   if jax.process_index():
@@ -46,10 +47,12 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   for name, lowered in programs.items():
     logging.info(f'Compiling the {name} for {len(devices)} x {kind} ...')
     options = step_lib.COMPILER_OPTIONS.get(devices[0].platform) if name == STEP else None
-    report['programs'][name] = ahead_of_time.compile_and_measure(name, lowered, kind, options)
-  step, peak = report['programs'][STEP], flops.chip(kind).peak_flops
-  if peak and (seconds := step['estimated_seconds']):
-    step['estimated_mfu'] = report['flops_per_step'] / len(devices) / seconds / peak
+    program = ahead_of_time.compile_and_measure(name, lowered, devices, options)
+    report['programs'][name] = program
+    if name == STEP:
+      _add_mfu(program, report['flops_per_step'] / len(devices), flops.chip(kind))
+    else:
+      _add_decoding(program, config.num_tokens, mesh.round_up(config.sampling.batch_size))
   where = re.sub(r'\W+', '-', config.compile.topology or f'{len(devices)}-local')
   shape = 'x'.join(map(str, mesh.mesh.shape.values()))
   settings = f'{config.train.batch_size}-{config.model.remat}-{config.model.dtype}'
@@ -63,6 +66,33 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   for name, program in report['programs'].items():
     terminal.print_result(ahead_of_time.describe(name, program))
   terminal.print_result(str(file))
+
+
+def _add_mfu(program: dict[str, Any], model_flops: float, chip: flops.Chip) -> None:
+  """Adds the model FLOPs utilization of the estimate and of the bounds. FLOPs are per device."""
+  limits = program['roofline']
+  for values, time, mfu in (
+    (program, 'estimated_seconds', 'estimated_mfu'),
+    (limits, 'bound_seconds', 'bound_mfu'),
+    (limits, 'bound_seconds_without_overlap', 'bound_mfu_without_overlap'),
+  ):
+    if chip.peak_flops and values[time]:
+      values[mfu] = model_flops / values[time] / chip.peak_flops
+
+
+def _add_decoding(program: dict[str, Any], tokens: int, images: int) -> None:
+  """Adds the memory traffic of a sampler program per token step, and the bound of its time.
+
+  The programs draw or invert one token of all images of a batch after the other, and read the
+  parameters and the cache of keys and values for each token.
+  """
+  limits = program['roofline']
+  seconds = limits['bound_seconds']
+  program['decoding'] = {
+    'images': images,
+    'bytes_read_per_token': limits['bytes_read'] / tokens,
+    'bound_seconds_per_image': None if seconds is None else seconds / images,
+  }
 
 
 def _lower(
@@ -86,5 +116,6 @@ def _lower(
     # Each device draws one shard of the batch.
     size = mesh.round_up(config.sampling.batch_size)
     labels = jax.ShapeDtypeStruct((size,), np.int32, sharding=mesh.sharded)
-    programs |= sampling.Sampler(model, config).lower(state.params, labels)
+    with mesh.activate():  # Modules ask the mesh for the platform.
+      programs |= sampling.Sampler(model, config).lower(state.params, labels)
   return state, programs

@@ -1,55 +1,33 @@
 """Ahead-of-time compilation, also for devices that are not attached, and costs of programs."""
 
-import os
 import time
 from typing import Any
 
 import jax
 
 from farmer_jax import errors
-from farmer_jax.xla import flops, hlo
+from farmer_jax.xla import cycles, flops, hlo, kernels, roofline, targets
 
 # Number of operations whose fraction of the time is reported.
 _COSTLIEST_OPERATIONS = 25
 
 
-def topology_devices(topology: str | None) -> list[jax.Device]:
-  """Returns the devices of a TPU slice such as v5e:16x16, or the attached devices for None.
-
-  Raises:
-    ConfigError: there is no such slice, or libtpu is missing.
-  """
-  if topology is None:
-    return jax.devices()
-  from jax.experimental import topologies
-
-  # libtpu must neither wait for a metadata server nor lock a device.
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-  try:
-    return topologies.get_topology_desc(topology, platform='tpu').devices
-  except Exception as error:  # The type depends on the cause: no libtpu, or an unknown name.
-    raise errors.ConfigError(
-      f'cannot compile for --config.compile.topology={topology} ({_one_line(error)}); use a name'
-      ' such as v5e:16x16, and install the compiler: pip install "farmer_jax[tpu]"'
-    ) from error
-
-
 def compile_and_measure(
   name: str,
   lowered: jax.stages.Lowered,
-  device_kind: str,
+  devices: list[jax.Device],
   compiler_options: dict[str, str | bool] | None = None,
 ) -> dict[str, Any]:
   """Compiles a program and returns its cost per device as a JSON-serializable dict.
 
-  The compiler estimates cycles without waiting for collectives. Values are None if the chip, which
-  gives the clock and the memory, is unknown.
+  TPUs: `compiler_seconds` are the compiler's estimate without waiting for collectives, and
+  `kernel_seconds` those of `kernels.seconds`. Values are None if the compiler gives no estimate, or
+  if the chip, which gives the clock and the memory, is unknown.
 
   Raises:
     ConfigError: the program needs more memory than a device has.
   """
-  chip, start = flops.chip(device_kind), time.monotonic()
+  chip, start = flops.chip(devices[0].device_kind), time.monotonic()
   try:
     compiled = lowered.compile(compiler_options)
   except jax.errors.JaxRuntimeError as error:
@@ -62,7 +40,8 @@ def compile_and_measure(
     ) from error
   seconds = round(time.monotonic() - start, 1)
   memory: Any = compiled.memory_analysis()
-  cost = hlo.cost(str(compiled.as_text()))
+  program = hlo.Program(str(compiled.as_text()))
+  cost = cycles.cost(program, len(devices), targets.per_host(devices))
   # Donated results reuse the memory of the arguments.
   results = memory.output_size_in_bytes - memory.alias_size_in_bytes
   total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
@@ -76,15 +55,32 @@ def compile_and_measure(
     'collectives': {
       kind: {'count': count, 'bytes': cost.bytes[kind]} for kind, count in cost.count.items()
     },
-    'estimated_cycles': cost.cycles or None,
-    'estimated_seconds': cost.cycles / chip.clock if chip.clock and cost.cycles else None,
+    **_estimate(program, cost, chip),
     'loops_of_unknown_length': cost.unknown_loops,
     'instructions_without_estimate': cost.unknown_cycles,
     'costliest': {
-      operation: cycles / cost.cycles
-      for operation, cycles in cost.operations.most_common(_COSTLIEST_OPERATIONS)
+      operation: count / cost.cycles
+      for operation, count in cost.operations.most_common(_COSTLIEST_OPERATIONS)
     },
+    'roofline': roofline.bound(program, cost, chip),
   }
+
+
+def _estimate(program: hlo.Program, cost: cycles.Cost, chip: flops.Chip) -> dict[str, Any]:
+  """Returns the kernels of a program, and the seconds of the compiler and of the kernels."""
+  called = kernels.calls(program)
+  result: dict[str, Any] = {
+    'attention_kernel': kernels.family(called),
+    'kernels': dict(called),
+    'estimated_cycles': cost.cycles or None,
+    **dict.fromkeys(('compiler_seconds', 'kernel_seconds', 'estimated_seconds')),
+  }
+  if chip.clock and cost.cycles:
+    seconds, unknown = kernels.seconds(program, chip)
+    compiler = cost.cycles / chip.clock
+    result |= {'compiler_seconds': compiler, 'kernel_seconds': seconds}
+    result |= {'estimated_seconds': compiler + seconds, 'kernels_without_estimate': unknown}
+  return result
 
 
 def describe(name: str, program: dict[str, Any]) -> str:
@@ -100,13 +96,48 @@ def describe(name: str, program: dict[str, Any]) -> str:
     f'  {kind}: {found["count"]} calls, {found["bytes"] / 2**30:.2f} GiB in total'
     for kind, found in program['collectives'].items()
   ]
-  if program['estimated_seconds']:
-    mfu = f', {program["estimated_mfu"]:.0%} MFU' if 'estimated_mfu' in program else ''
-    lines.append(
-      '  estimated time, without waiting for collectives or data:'
-      f' {program["estimated_seconds"] * 1e3:.1f} ms{mfu}'
-    )
+  lines += [f'  attention: {program["attention_kernel"]}', *_describe_times(program)]
+  if loops := program['loops_of_unknown_length']:
+    lines.append(f'  loops of unknown length, which count once: {loops}')
   return '\n'.join(lines)
+
+
+def _describe_times(program: dict[str, Any]) -> list[str]:
+  """Describes the estimated time and the roofline, as far as they are known."""
+  lines, limits = [], program['roofline']
+  if program['estimated_seconds']:
+    parts = [program[f'{part}_seconds'] * 1e3 for part in ('compiler', 'kernel', 'estimated')]
+    lines.append(
+      f'  estimated time, without waiting for collectives or data: {parts[0]:.1f} ms by the compiler'
+      f' + {parts[1]:.1f} ms by a model of the attention kernels = {parts[2]:.1f} ms'
+      + _mfu(program, 'estimated_mfu')
+    )
+    if program['kernels_without_estimate']:
+      lines.append(f'  kernels without an estimate: {program["kernels_without_estimate"]} calls')
+  if limits['device_seconds'] is not None:
+    overlapped, serial = limits['bound_seconds'], limits['bound_seconds_without_overlap']
+    lines.append(
+      f'  lower bound of the time (roofline, not an estimate): {overlapped * 1e3:.1f} ms'
+      f'{_mfu(limits, "bound_mfu")}; if collectives do not overlap: {serial * 1e3:.1f} ms'
+      f'{_mfu(limits, "bound_mfu_without_overlap")}'
+    )
+    lines += [
+      f'    {kind}: {row["seconds"] * 1e3:.1f} ms ({row["kernels"]} kernels,'
+      f' {row["flops"] / 1e12:.2f} TFLOP, {row["bytes_read"] / 2**30:.1f} GiB read,'
+      f' {row["bytes_written"] / 2**30:.1f} GiB written)'
+      for kind, row in sorted(limits['kinds'].items(), key=lambda item: -item[1]['seconds'])
+    ]
+    lines.append(f'    collectives: {limits["collective_seconds"] * 1e3:.1f} ms')
+  if decoding := program.get('decoding'):
+    seconds = decoding['bound_seconds_per_image']
+    bound = '' if seconds is None else f'; at least {seconds * 1e3:.2f} ms per image'
+    read = decoding['bytes_read_per_token'] / 2**20
+    lines.append(f'  memory read on each device per token step: {read:.1f} MiB{bound}')
+  return lines
+
+
+def _mfu(values: dict[str, Any], key: str) -> str:
+  return f' ({values[key]:.0%} MFU)' if key in values else ''
 
 
 def _one_line(error: Exception) -> str:

@@ -9,28 +9,56 @@ from typing import NamedTuple
 from farmer_jax import config as config_lib
 
 
+# Kinds of arithmetic and of traffic with their own rates.
+DENSE, FLOAT32, EXACT_FLOAT32 = 'bfloat16', 'float32', 'exact float32'  # products of matrices
+VECTOR, MEMORY = 'elementwise', 'memory'
+
+
 class Chip(NamedTuple):
   """Properties of one JAX device. None means unknown."""
 
   peak_flops: float | None = None  # dense bfloat16 FLOP/s, without sparsity
-  clock: float | None = None  # Hz
   memory: float | None = None  # bytes
+  memory_bandwidth: float | None = None  # bytes/s
+  vector_flops: float | None = None  # float32 FLOP/s without the matrix units
+  interconnect: float | None = None  # bytes/s that a device sends to devices of its host or slice
+  network: float | None = None  # bytes/s that a GPU sends to other hosts
+  clock: float | None = None  # Hz
+  matrix_unit: int | None = None  # rows and columns of the matrix unit of a TPU
+
+  def rates(self) -> dict[str, float]:
+    """Returns FLOP/s of each kind of arithmetic and bytes/s, or {} if some are unknown.
+
+    Products of float32 operands run in TensorFloat-32 on GPUs and in bfloat16 on TPUs, unless
+    they are exact: with the precision HIGHEST, GPUs use no matrix units, and TPUs need six passes.
+    """
+    if None in (self.peak_flops, self.memory_bandwidth, self.vector_flops):
+      return {}
+    peak, vector = self.peak_flops or 0, self.vector_flops or 0
+    rates = {DENSE: peak, VECTOR: vector, MEMORY: self.memory_bandwidth or 0}
+    if self.matrix_unit:
+      return rates | {FLOAT32: peak, EXACT_FLOAT32: peak / 6}
+    return rates | {FLOAT32: peak / 2, EXACT_FLOAT32: vector}
 
 
 # By the start of `jax.Device.device_kind`, which is 'TPU v5 lite' for v5e and 'TPU v5' or 'TPU v5p'
-# for v5p. --job=compile needs clock and memory for TPUs that are not attached. Sources:
-# cloud.google.com/tpu/docs and NVIDIA's data sheets.
+# for v5p. Sources: cloud.google.com/tpu/docs and jax-ml.github.io/scaling-book (TPUs: links in one
+# direction, four ALUs in each of 1024 lanes per core; the clock of v6e follows from the cycles that
+# the compiler estimates for a large product), NVIDIA's data sheets of HGX and DGX systems (GPUs:
+# NVLink in one direction, and one network adapter per GPU), and for the memory that programs can
+# use xla/backends/gpu/target_config of OpenXLA.
+_V5E = Chip(197e12, 16 * 2**30, 0.82e12, 6.1e12, 180e9, None, 1.5e9, 128)
 _CHIPS = {
-  'TPU v4': Chip(275e12, 1.05e9, 32 * 2**30),
-  'TPU v5 lite': Chip(197e12, 1.5e9, 16 * 2**30),
-  'TPU v5e': Chip(197e12, 1.5e9, 16 * 2**30),
-  'TPU v5': Chip(459e12, 1.75e9, 95 * 2**30),
-  'TPU v6': Chip(918e12),
-  'NVIDIA A100': Chip(312e12),
-  'NVIDIA H100 PCIe': Chip(756e12),
-  'NVIDIA H100': Chip(989e12),
-  'NVIDIA H200': Chip(989e12),
-  'NVIDIA B200': Chip(2250e12),
+  'TPU v4': Chip(275e12, 32 * 2**30, 1.2e12, 8.6e12, 270e9, None, 1.05e9, 128),
+  'TPU v5 lite': _V5E,
+  'TPU v5e': _V5E,
+  'TPU v5': Chip(459e12, 95 * 2**30, 2.77e12, 14.3e12, 540e9, None, 1.75e9, 128),
+  'TPU v6': Chip(918e12, 32 * 2**30, 1.64e12, 7.2e12, 360e9, None, 1.75e9, 256),
+  'NVIDIA A100': Chip(312e12, 85.1e9, 2.04e12, 19.5e12, 300e9, 25e9),
+  'NVIDIA H100 PCIe': Chip(756e12, 85.0e9, 2.04e12, 51e12, 64e9, 50e9),
+  'NVIDIA H100': Chip(989e12, 84.9e9, 3.35e12, 67e12, 450e9, 50e9),
+  'NVIDIA H200': Chip(989e12, 151.4e9, 4.8e12, 67e12, 450e9, 50e9),
+  'NVIDIA B200': Chip(2250e12, 191.5e9, 7.7e12, 75e12, 900e9, 50e9),
 }
 
 
