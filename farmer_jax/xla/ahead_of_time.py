@@ -108,8 +108,8 @@ def _describe_times(program: dict[str, Any]) -> list[str]:
   if program['estimated_seconds']:
     parts = [program[f'{part}_seconds'] * 1e3 for part in ('compiler', 'kernel', 'estimated')]
     lines.append(
-      f'  estimated time, without waiting for collectives or data: {parts[0]:.1f} ms by the compiler'
-      f' + {parts[1]:.1f} ms by a model of the attention kernels = {parts[2]:.1f} ms'
+      f'  estimated time, without waiting for collectives or data: {parts[0]:.1f} ms by the'
+      f' compiler + {parts[1]:.1f} ms by a model of the attention kernels = {parts[2]:.1f} ms'
       + _mfu(program, 'estimated_mfu')
     )
     if program['kernels_without_estimate']:

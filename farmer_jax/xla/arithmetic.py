@@ -21,8 +21,9 @@ def count(
   """
   inner = program.get(instruction.called('calls') or '')
   if inner is None:
-    return _count(traffic.Usage(computation, instruction), instruction)
-  usage, total = traffic.Usage(inner), collections.Counter()
+    return _count(traffic.Usage(program, computation, instruction), instruction)
+  usage = traffic.Usage(program, inner)
+  total: collections.Counter = collections.Counter()
   for member in inner.values():
     total += count(program, inner, member) if member.opcode == 'fusion' else _count(usage, member)
   return total
@@ -40,7 +41,7 @@ def _count(usage: traffic.Usage, instruction: hlo.Instruction) -> collections.Co
   if opcode == 'convolution':
     return collections.Counter({_rate(instruction, operands): _convolution(instruction, operands)})
   if kernel := kernels.attention(usage.computation, instruction):
-    return collections.Counter({flops.DENSE: kernel.flops})
+    return collections.Counter({flops.DENSE: kernel.needed_flops})
   if opcode in ('reduce', 'reduce-window') and usage.needed(instruction):
     elements = sum(operand.elements for operand in operands[: len(operands) // 2])
     return collections.Counter({flops.VECTOR: elements})

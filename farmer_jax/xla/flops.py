@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from farmer_jax import config as config_lib
 
-
 # Kinds of arithmetic and of traffic with their own rates.
 DENSE, FLOAT32, EXACT_FLOAT32 = 'bfloat16', 'float32', 'exact float32'  # products of matrices
 VECTOR, MEMORY = 'elementwise', 'memory'

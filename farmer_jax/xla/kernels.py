@@ -40,7 +40,7 @@ _OPERATIONS_PER_EXPONENTIAL = 4
 class Attention(NamedTuple):
   """One call of an attention kernel on one device."""
 
-  flops: float  # of the scores that the mask keeps
+  needed_flops: float  # of the scores that the mask keeps
   width: int = 1  # of a head
   products: float = 0  # FLOPs of all blocks that run
   scores: float = 0  # number of scores in these blocks
@@ -69,8 +69,8 @@ def name(instruction: hlo.Instruction) -> str | None:
 
 def is_attention(instruction: hlo.Instruction) -> bool:
   """Returns whether an instruction calls a known attention kernel."""
-  found = name(instruction)
-  return bool(found) and (found.startswith('cudnn') or bool(_SPLASH.match(found)))
+  found = name(instruction) or ''
+  return found.startswith('cudnn') or bool(_SPLASH.match(found))
 
 
 def calls(program: hlo.Program) -> collections.Counter:
@@ -151,7 +151,7 @@ def _splash(
   traffic += 2 * padded * (blocks * streamed[0] - heads * streamed[1])
   products, work = (table['fused' if fused else phase] for table in (_PRODUCTS, _ELEMENTWISE))
   return Attention(
-    flops=2 * products * width * heads * (queries * keys - queries * (queries - 1) // 2),
+    needed_flops=2 * products * width * heads * (queries * keys - queries * (queries - 1) // 2),
     width=width,
     products=2 * products * scores * width,
     scores=scores,

@@ -21,6 +21,7 @@ _FREE = {
   *(f'{kind}{suffix}' for kind in collectives.KINDS for suffix in ('', '-start')),
 }
 _FREE_CALLS = 'custom_call_target="ConcatBitcast"', 'custom_call_target="AllocateBuffer"'
+_COLUMNS = 'kernels', 'flops', 'bytes_read', 'bytes_written', 'seconds'
 _NUM_COSTLIEST = 25
 
 
@@ -33,7 +34,7 @@ def bound(program: hlo.Program, cost: cycles.Cost, chip: flops.Chip) -> dict[str
   """
   rates = chip.rates()
   kinds: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-  operations: collections.Counter = collections.Counter()
+  operations: Any = collections.Counter()  # seconds
   for computation, instruction, times in program.executions():
     if is_free(instruction):
       continue
@@ -44,17 +45,17 @@ def bound(program: hlo.Program, cost: cycles.Cost, chip: flops.Chip) -> dict[str
       arithmetic_seconds = max((n / rates[rate] for rate, n in count.items()), default=0.0)
       seconds = max(arithmetic_seconds, (read + written) / rates[flops.MEMORY])
     kind = _kind(instruction, count)
-    row = {'kernels': 1, 'flops': sum(count.values()), 'bytes_read': read}
-    row |= {'bytes_written': written, 'seconds': seconds}
+    values = 1, sum(count.values()), read, written, seconds
+    row = dict(zip(_COLUMNS, values, strict=True))
     kinds[kind].update({key: times * value for key, value in row.items()})
     operations[f'{kind}, {cycles.operation(instruction)}'] += times * seconds
   total: collections.Counter = collections.Counter()
-  for row in kinds.values():
-    total.update(row)
+  for subtotal in kinds.values():
+    total.update(subtotal)
   seconds, links = total['seconds'], _collective_seconds(cost, chip)
   return {
     'kinds': {kind: dict(row) for kind, row in kinds.items()},
-    **{key: total[key] for key in ('kernels', 'flops', 'bytes_read', 'bytes_written')},
+    **{key: total[key] for key in _COLUMNS[:-1]},
     'device_seconds': seconds if rates else None,
     'collective_seconds': links,
     'bound_seconds': max(seconds, links) if rates else None,

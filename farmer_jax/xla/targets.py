@@ -4,6 +4,7 @@ import collections
 import importlib.util
 import os
 import re
+from typing import NamedTuple
 
 import jax
 
@@ -12,18 +13,35 @@ from farmer_jax import errors
 _TPUS = 'v5e', 'v5p', 'v6e'
 _SIZES = re.compile(r'\d+(x\d+)*')
 
-# Facts about GPUs for the compiler, from xla/backends/gpu/target_config/specs of OpenXLA: name,
-# compute capability, multiprocessors, FP32 units of each, bytes of shared memory of each and of a
-# block, bytes of the level-2 cache, GHz, bytes of memory and bytes/s.
+
+class _Gpu(NamedTuple):
+  """Properties of a GPU that the compiler asks for."""
+
+  name: str
+  capability: int  # the compute capability
+  cores: int  # streaming multiprocessors
+  units: int  # FP32 units of a multiprocessor
+  shared: int  # bytes of shared memory of a multiprocessor
+  block: int  # bytes of shared memory that a block can request
+  cache: int  # bytes of the level-2 cache
+  clock: float  # GHz
+  memory: int  # bytes
+  bandwidth: int  # bytes/s
+
+
+# Source: xla/backends/gpu/target_config/specs of OpenXLA.
+_HOPPER = 9, 132, 128, 233472, 232448, 52428800, 1.98
 _GPUS = {
-  'a100': ('NVIDIA A100-SXM4-80GB', 8, 108, 64, 167936, 166912, 41943040, 1.41)
-  + (85100068864, 2039040000000),
-  'b200': ('NVIDIA B200', 10, 148, 128, 233472, 232448, 132644864, 1.965)
-  + (191514411008, 7672320000000),
-  'h100': ('NVIDIA H100 80GB HBM3', 9, 132, 128, 233472, 232448, 52428800, 1.98)
-  + (84942979072, 3352320000000),
-  'h200': ('NVIDIA H200 141GB HBM3e', 9, 132, 128, 233472, 232448, 52428800, 1.98)
-  + (151397597184, 4800000000000),
+  'a100': _Gpu(
+    *('NVIDIA A100-SXM4-80GB', 8, 108, 64, 167936, 166912, 41943040, 1.41),
+    *(85100068864, 2039040000000),
+  ),
+  'b200': _Gpu(
+    *('NVIDIA B200', 10, 148, 128, 233472, 232448, 132644864, 1.965),
+    *(191514411008, 7672320000000),
+  ),
+  'h100': _Gpu('NVIDIA H100 80GB HBM3', *_HOPPER, 84942979072, 3352320000000),
+  'h200': _Gpu('NVIDIA H200 141GB HBM3e', *_HOPPER, 151397597184, 4800000000000),
 }
 # A `GpuTargetConfigProto` in text form.
 _TARGET = """gpu_device_info {{
@@ -109,8 +127,7 @@ def _tpus(topology: str) -> list[jax.Device]:
 def _gpus(chip: str, axes: list[str]) -> list[jax.Device]:
   from jax.experimental import topologies
 
-  keys = 'name capability cores units shared block cache clock memory bandwidth'.split()
-  target = _TARGET.format(**dict(zip(keys, _GPUS[chip], strict=True)))
+  target = _TARGET.format(**_GPUS[chip]._asdict())
   # NVLink domains, hosts of each, and GPUs of each.
   shape = '1x' + 'x'.join(['1', *axes][-2:])
   return topologies.get_topology_desc(

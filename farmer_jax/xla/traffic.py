@@ -10,12 +10,13 @@ from farmer_jax.xla import hlo
 SLICES = 'dynamic-slice', 'slice', 'gather'
 _UPDATES = {'dynamic-update-slice': 1, 'scatter': -1}  # position of the operand with the new values
 # Instructions that need an element of each operand for an element of the result.
-ARITHMETIC = set(
-  'add subtract multiply divide remainder maximum minimum power exponential exponential-minus-one'
-  ' log log-plus-one tanh sqrt rsqrt cbrt logistic sine cosine tan erf atan2 negate abs sign floor'
-  ' ceil round-nearest-afz round-nearest-even compare select clamp and or xor not shift-left'
-  ' shift-right-logical shift-right-arithmetic is-finite map'.split()
-)
+ARITHMETIC = {
+  *('add', 'subtract', 'multiply', 'divide', 'remainder', 'negate', 'abs', 'sign', 'clamp', 'map'),
+  *('maximum', 'minimum', 'compare', 'select', 'is-finite', 'and', 'or', 'xor', 'not', 'power'),
+  *('exponential', 'exponential-minus-one', 'log', 'log-plus-one', 'sqrt', 'rsqrt', 'cbrt', 'erf'),
+  *('tanh', 'logistic', 'sine', 'cosine', 'tan', 'atan2', 'floor', 'ceil', 'round-nearest-afz'),
+  *('round-nearest-even', 'shift-left', 'shift-right-logical', 'shift-right-arithmetic'),
+}
 _ONE_TO_ONE = ARITHMETIC | {
   *('convert', 'bitcast', 'bitcast-convert', 'copy', 'transpose', 'reshape', 'reverse'),
   *('reduce-precision', 'get-tuple-element'),
@@ -26,12 +27,18 @@ class Usage:
   """How many elements of each result in a computation are needed, at most all.
 
   Args:
+    program: the program.
     computation: the computation of a fusion, or one that contains `instruction`.
     instruction: the only instruction that counts. None: the instructions of a fusion.
   """
 
-  def __init__(self, computation: hlo.Computation, instruction: hlo.Instruction | None = None):
-    self.computation = computation
+  def __init__(
+    self,
+    program: hlo.Program,
+    computation: hlo.Computation,
+    instruction: hlo.Instruction | None = None,
+  ):
+    self.program, self.computation = program, computation
     self._alone = instruction is not None
     self._needed = {instruction.name: instruction.elements} if instruction else {}
 
@@ -54,6 +61,8 @@ class Usage:
       return 0 if self._in_place(user) else needed
     if user.opcode in _ONE_TO_ONE and user.elements == elements:
       return needed
+    if needed and (inner := self._inside(user)):
+      return inner.needed(inner.computation.parameters[position])
     return elements if needed else 0
 
   def written(self, result: hlo.Instruction) -> int:
@@ -63,10 +72,18 @@ class Usage:
       return sum(map(self.written, operands))
     if not self._alone and result.opcode == 'bitcast' and operands:
       return self.written(operands[0])
+    if inner := self._inside(result):
+      return inner.written(inner.computation.root)
     if result.opcode in _UPDATES and self._in_place(result):
       update = operands[_UPDATES[result.opcode]]
       return 0 if result.results[0].space else update.bytes
     return sum(array.bytes for array in result.results if not array.space)
+
+  def _inside(self, instruction: hlo.Instruction) -> 'Usage | None':
+    """Returns the usage inside a fusion, or None if the instruction is none."""
+    if instruction.opcode != 'fusion':
+      return None
+    return Usage(self.program, self.program[instruction.called('calls') or ''])
 
   def _in_place(self, update: hlo.Instruction) -> bool:
     """Returns whether an update changes an array that exists outside the fusion."""
@@ -91,17 +108,10 @@ def moved(
     target = instruction.results[0 if instruction.opcode == 'copy-start' else 1]
     written = 0 if target.space else target.bytes
     return _read(operands[0], target.elements), written
-  inner = program.get(instruction.called('calls') or '')
-  if inner is None:
-    usage = Usage(computation, instruction)
-    needs = [usage.operand(instruction, i) for i in range(len(operands))]
-    written = usage.written(instruction)
-  else:
-    usage = Usage(inner)
-    needs, written = [usage.needed(p) for p in inner.parameters], usage.written(inner.root)
+  usage = Usage(program, computation, instruction)
   # An operand that occurs twice is read once.
-  reads = {o.name: _read(o, count) for o, count in zip(operands, needs, strict=False)}
-  return sum(reads.values()), written
+  reads = {o.name: _read(o, usage.operand(instruction, i)) for i, o in enumerate(operands)}
+  return sum(reads.values()), usage.written(instruction)
 
 
 def _read(operand: hlo.Instruction, elements: int) -> float:

@@ -65,7 +65,8 @@ def test_cost_multiplies_loop_bodies_by_trip_counts():
 
 
 def test_loop_with_unknown_trip_count_counts_once_and_is_reported():
-  cost = cycles.cost(hlo.Program(TEXT.replace(', backend_config={"known_trip_count":{"n":"3"}}', '')))
+  text = TEXT.replace(', backend_config={"known_trip_count":{"n":"3"}}', '')
+  cost = cycles.cost(hlo.Program(text))
   assert cost.unknown_loops == 1
   assert cost.cycles == 1 + 100 + 5 * 7
 

@@ -137,7 +137,9 @@ class Compile:
   """Ahead-of-time compilation: --job=compile."""
 
   topology: str | None = None
-  """TPU slice to compile for, for example v5e:16x16 or v5p:4x4x8. The slice need not be available,
-  but libtpu must be installed. None compiles for the available devices."""
+  """Devices to compile for: a slice of TPUs, for example v5e:16x16 or v5p:4x4x8, or GPUs of one
+  host, for example h100:8, or of several hosts, for example h100:4x8 for four hosts of eight. The
+  chips are v5e, v5p, v6e, a100, h100, h200 and b200. They need not be available, but the compiler
+  must be installed. None compiles for the available devices."""
   sampler: bool = False
   """Compile the sampler in addition to the training step."""
