@@ -17,8 +17,8 @@ SCAN = """HloModule jit_f, is_scheduled=true
   %p1 = bf16[5,1024,1024]{2,1,0} parameter(1)
   %p2 = s32[] parameter(2)
   %zero = s32[] constant(0)
-  %less = pred[] compare(%p2, %zero), direction=LT
-  %slice = bf16[1,1024,1024]{2,1,0} dynamic-slice(%p1, %p2, %zero, %zero), METADATA
+  %index = s32[] add(%p2, %zero)
+  %slice = bf16[1,1024,1024]{2,1,0} dynamic-slice(%p1, %index, %zero, %zero), METADATA
   %w = bf16[1024,1024]{1,0} bitcast(%slice)
   ROOT %dot = bf16[512,1024]{1,0} dot(%p0, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
