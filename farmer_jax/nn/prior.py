@@ -12,6 +12,9 @@ from farmer_jax.nn import attention, layers, scaling, transformer
 from farmer_jax.ops import guidance, mixture
 from farmer_jax.ops.arrays import Labels, PerImage, PerToken, Tokens
 
+# Tokens whose mixtures are in memory at the same time, with rematerialization.
+_CHUNK_TOKENS = 256
+
 
 class MixtureHead(nn.Module):
   """Maps hidden states to mixtures of K diagonal Gaussians over d channels.
@@ -92,16 +95,25 @@ class Prior(nn.Module):
   def __call__(self, z: Tokens, labels: Labels) -> tuple[PerToken, PerImage]:
     """Returns log-densities in nats: per token (informative) and per image (redundant channels)."""
     informative, redundant = jnp.split(z, [self.informative_channels], axis=-1)
-    token_mixtures, shared_mixture = self.mixtures(informative, labels)
-    log_informative = mixture.log_prob(token_mixtures, informative)
-    if shared_mixture is None:
+    hidden, last = self._hidden(informative, labels)
+    log_informative = self._informative_log_prob(hidden, informative)
+    if not self._has_redundant_mixture:
       return log_informative, mixture.standard_normal_log_prob(redundant).sum(-1)
-    return log_informative, mixture.shared_log_prob(shared_mixture, redundant).sum(-1)
+    shared = self.redundant_head(last)
+    return log_informative, mixture.shared_log_prob(shared, redundant).sum(-1)
 
   def mixtures(
     self, informative: Float[Array, 'B N d_I'], labels: Labels
   ) -> tuple[mixture.Mixture, mixture.Mixture | None]:
     """Returns mixtures [B, N, ...] of informative and [B, ...] (or None) of redundant channels."""
+    hidden, last = self._hidden(informative, labels)
+    shared = self.redundant_head(last) if self._has_redundant_mixture else None
+    return self.informative_head(hidden), shared
+
+  def _hidden(
+    self, informative: Float[Array, 'B N d_I'], labels: Labels
+  ) -> tuple[Float[Array, 'B N width'], Float[Array, 'B width']]:
+    """Returns the hidden states before each token, and at the last token."""
     copies, width = self.prior.condition_copies, self.stack_config.width
     # Only the redundant channels depend on the last token.
     inputs = informative if self._has_redundant_mixture else informative[:, :-1]
@@ -110,9 +122,36 @@ class Prior(nn.Module):
     hidden = jnp.concatenate([condition, self.in_proj(inputs)], axis=1)
     positions = self.positions[: hidden.shape[1]].astype(self.stack_config.dtype)
     hidden = self.transformer(hidden + positions)
-    token_mixtures = self.informative_head(hidden[:, copies - 1 : copies - 1 + self.num_tokens])
-    shared = self.redundant_head(hidden[:, -1]) if self._has_redundant_mixture else None
-    return token_mixtures, shared
+    return hidden[:, copies - 1 : copies - 1 + self.num_tokens], hidden[:, -1]
+
+  def _informative_log_prob(
+    self, hidden: Float[Array, 'B N width'], informative: Float[Array, 'B N d_I']
+  ) -> PerToken:
+    """Returns log-densities in nats. With rematerialization, in chunks of at most 256 tokens.
+
+    The mixtures of a token have K_I (1 + 2 d_I) numbers, more than the activations of all layers.
+    """
+    tokens = self.num_tokens
+    if self.stack_config.remat == 'none' or tokens <= _CHUNK_TOKENS:
+      return mixture.log_prob(self.informative_head(hidden), informative)
+    chunk_tokens = max(n for n in range(1, _CHUNK_TOKENS + 1) if tokens % n == 0)
+
+    def chunk_log_prob(head: MixtureHead, carry: None, inputs: Any) -> tuple[None, Array]:
+      chunk, z = inputs
+      return carry, mixture.log_prob(head(chunk), z)
+
+    def split(a: Array) -> Array:  # [B, N, ...] -> [B, chunks, chunk_tokens, ...]
+      return a.reshape(len(a), -1, chunk_tokens, a.shape[-1])
+
+    scanned = nn.scan(
+      nn.remat(chunk_log_prob, prevent_cse=False),
+      variable_broadcast='params',
+      split_rngs={'params': False},
+      in_axes=1,
+      out_axes=1,
+    )
+    _, log_probs = scanned(self.informative_head, None, (split(hidden), split(informative)))
+    return log_probs.reshape(len(hidden), tokens)
 
   def sample(self, labels: Int[Array, 'S B'], draws: guidance.GuidedDraws) -> Tokens:
     """Draws latents: the informative channels token by token, then all redundant channels.

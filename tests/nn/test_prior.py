@@ -1,5 +1,8 @@
 """The prior: causality, its density, its samples and its special cases."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from scipy import stats
 
 from farmer_jax import config
+from farmer_jax.nn import prior
 from farmer_jax.ops import guidance
 from tests.support import models as tiny
 
@@ -73,6 +77,27 @@ def test_all_mixtures_depend_on_the_class(model, z):
     np.testing.assert_allclose(leaf[0], leaf[2], atol=1e-12)
     for a, b in ((0, 1), (0, 3), (1, 3)):
       assert (leaf[a] != leaf[b]).all()
+
+
+def test_chunks_of_tokens_change_nothing(z, monkeypatch):
+  """Rematerialization computes the mixtures of two tokens at a time, with equal initial values."""
+
+  def value_and_gradient(module, params):
+    def loss(params, z):
+      tokens, redundant = module.apply({'params': params}, z, LABELS)
+      return (tokens**2).sum() + (redundant**2).sum(), tokens
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, z)
+
+  modules = [tiny.make_prior(N, D, informative_channels=2, remat=r) for r in ('none', 'layers')]
+  params = tiny.filled_parameters(modules[0], z, LABELS)
+  expected = value_and_gradient(modules[0], params)
+  monkeypatch.setattr(prior, '_CHUNK_TOKENS', 3)
+  assert ' scan[' in str(jax.make_jaxpr(modules[1].apply)({'params': params}, z, LABELS))
+  close = functools.partial(np.testing.assert_allclose, atol=1e-12)
+  jax.tree.map(close, value_and_gradient(modules[1], params), expected)
+  initial = [nn.unbox(jax.jit(m.init)(jax.random.key(0), z, LABELS)) for m in modules]
+  jax.tree.map(np.testing.assert_array_equal, *initial)
 
 
 def test_density_equals_that_of_the_mixtures(model, z):
