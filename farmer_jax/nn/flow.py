@@ -16,7 +16,7 @@ from farmer_jax.nn import attention, layers, scaling, transformer
 from farmer_jax.ops import affine, fixed_point
 from farmer_jax.ops.arrays import Condition, Labels, PerBlock, PerImage, Tokens
 
-# In longer sequences, causal blocks keep the last token, see `FlowBlock.affine_parameters`.
+# In longer sequences, causal blocks keep the last token, see `FlowBlock._hidden`.
 _MAX_CUT_TOKENS = 128
 
 
@@ -59,8 +59,7 @@ class FlowBlock(nn.Module):
 
   def __call__(self, x: Tokens, condition: Condition) -> tuple[Tokens, PerImage]:
     """Returns z_i = (x_i - shift_i) / scale_i in reversed order, and log|det dz/dx| in nats."""
-    shift, log_scale, _ = self.affine_parameters(x, condition)
-    z, log_det = affine.affine_forward(x, shift, log_scale)
+    (z, log_det), _ = self.map_tokens(affine.affine_forward, x, condition)
     return layers.shard_batch(z[:, ::-1]), log_det
 
   def inverse(
@@ -116,18 +115,45 @@ class FlowBlock(nn.Module):
     self, x: Tokens, condition: Condition
   ) -> tuple[Tokens, Tokens, Float[Array, 'B N-1 width']]:
     """Returns shift, log-scale and hidden states. Hidden state i affects token i + 1 of x."""
+    hidden = self._hidden(x, condition)
+    return *self._shift_and_log_scale(hidden), hidden[:, : self.num_tokens - 1]
+
+  def map_tokens(
+    self, function: Callable[[Tokens, Tokens, Tokens], Any], x: Tokens, condition: Condition
+  ) -> tuple[Any, Float[Array, 'B N-1 width']]:
+    """Returns `function(x, shift, log_scale)` and the hidden states of `affine_parameters`.
+
+    With rematerialization, the backward pass recomputes everything that follows the transformer.
+    """
+
+    def finish(block: 'FlowBlock', hidden: Array, x: Array) -> Any:
+      return function(x, *block._shift_and_log_scale(hidden))
+
+    if self.stack_config.remat != 'none':
+      finish = nn.remat(finish, prevent_cse=False)
+    hidden = self._hidden(x, condition)
+    return finish(self, hidden, x), hidden[:, : self.num_tokens - 1]
+
+  def _hidden(self, x: Tokens, condition: Condition) -> Float[Array, 'B n width']:
+    """Returns the outputs of the transformer, of all tokens or of all tokens except the last."""
     unknown = self.num_tokens - 1
     # No token depends on the last token, so the transformer does not need it. Long causal sequences
     # keep it, with a zero position embedding, because TPU arrays are tiled in 8 rows and lengths
     # such as 255 cause repeated copies. In short sequences the token costs more than the copies.
     n = self.num_tokens if self.causal and self.num_tokens > _MAX_CUT_TOKENS else unknown
     positions = jnp.pad(self.positions, ((0, n - unknown), (0, 0)))
-    hidden = self.transformer(self._embed(x[:, :n], condition, positions))
-    # The outputs at token i affect token i + 1. Shift and log-scale of the first token are zero.
+    return self.transformer(self._embed(x[:, :n], condition, positions))
+
+  def _shift_and_log_scale(self, hidden: Float[Array, 'B n width']) -> tuple[Tokens, Tokens]:
+    """Returns shift and log-scale of all tokens. They are zero for the first token.
+
+    The outputs at token i affect token i + 1.
+    """
+    unknown = self.num_tokens - 1
     shift, log_scale = (
       jnp.pad(a[:, :unknown], ((0, 0), (1, 0), (0, 0))) for a in self._project(hidden)
     )
-    return shift, log_scale, hidden[:, :unknown]
+    return shift, log_scale
 
   def _embed(self, x: Array, condition: Array | None, positions: Array) -> Array:
     """Returns the inputs [B, n, width] of the transformer for tokens [B, n, d]."""

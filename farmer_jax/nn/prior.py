@@ -13,7 +13,7 @@ from farmer_jax.ops import guidance, mixture
 from farmer_jax.ops.arrays import Labels, PerImage, PerToken, Tokens
 
 # Tokens whose mixtures are in memory at the same time, with rematerialization.
-_CHUNK_TOKENS = 256
+_CHUNK_TOKENS = 128
 
 
 class MixtureHead(nn.Module):
@@ -127,7 +127,7 @@ class Prior(nn.Module):
   def _informative_log_prob(
     self, hidden: Float[Array, 'B N width'], informative: Float[Array, 'B N d_I']
   ) -> PerToken:
-    """Returns log-densities in nats. With rematerialization, in chunks of at most 256 tokens.
+    """Returns log-densities in nats. With rematerialization, in chunks of at most 128 tokens.
 
     The mixtures of a token have K_I (1 + 2 d_I) numbers, more than the activations of all layers.
     """

@@ -28,8 +28,7 @@ class StudentBlock(flow.FlowBlock):
     Shift and log-scale are computed from z, as the input is unknown. Also returns hidden states.
     """
     z = z[:, ::-1]
-    shift, log_scale, hidden = self.affine_parameters(z, condition)
-    return affine.affine_inverse(z, shift, log_scale), hidden
+    return self.map_tokens(affine.affine_inverse, z, condition)
 
 
 class StudentFlow(flow.Flow):
