@@ -12,10 +12,11 @@
 Axis letters: B images, H = W pixels per side, C channels, N tokens, d channels of a token.
 """
 
+import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,11 +28,12 @@ from jaxtyping import Float, Int, PyTree, UInt8
 
 from farmer_jax import config as config_lib
 from farmer_jax import errors, noise, sampling, teacher
-from farmer_jax.distributed import mesh
+from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.evaluation import likelihood, scoring
 from farmer_jax.nn import farmer, layers, student
 from farmer_jax.ops import units
 from farmer_jax.workdir import layout
+from farmer_jax.xla import memory
 
 Images = UInt8[np.ndarray, 'B H W C']
 Latents = Float[np.ndarray, 'B N d']
@@ -73,9 +75,10 @@ def load(
 class Run:
   """A trained run. `load` opens a run with its own configuration.
 
-  Images are processed in batches of the configured size, on all devices of this process. Methods
-  raise `DataError` if the images or latents have a wrong shape or dtype, or a label does not exist.
-  `class_names` is () if the names are unknown.
+  Images are processed in batches of the configured size, on all devices of this process. The
+  section `config.mesh` says how many devices share the parameters. Methods raise `DataError` if the
+  images or latents have a wrong shape or dtype, or a label does not exist. `class_names` is () if
+  the names are unknown.
   """
 
   def __init__(self, workdir: epath.PathLike, config: config_lib.Config, step: int | None = None):
@@ -83,11 +86,15 @@ class Run:
 
     Raises:
       WorkdirError: `workdir` is not the workdir of a run, or `config` changes another setting.
-      ConfigError: the model needs float64, and the 64-bit mode of JAX is off.
+      ConfigError: the model needs float64, and the 64-bit mode of JAX is off, or the mesh does not
+        fit the devices of this process.
     """
     self.workdir, self.config, self._step = layout.open_run(config, workdir), config, step
     _require_x64('config.model.dtype', config.model.dtype)
     self.class_names: tuple[str, ...] = layout.read_class_names(self.workdir)
+    self.trained_config = config_lib.from_config_dict(layout.read_config(self.workdir))
+    # The devices of training may be others. A mesh that is set for this job must fit.
+    self.mesh = mesh_lib.LocalDevices(config.mesh, adapt=config.mesh == self.trained_config.mesh)
 
   @functools.cached_property
   def model(self) -> farmer.Farmer:
@@ -108,6 +115,13 @@ class Run:
     """Step of the restored checkpoint."""
     return self._restored[1]
 
+  @contextlib.contextmanager
+  def activate(self) -> Iterator[None]:
+    """Context for programs that read `params`, which are sharded over `mesh`."""
+    usage = functools.partial(memory.of_arrays, 'parameters per device', self.params)
+    with self.mesh.activate(), memory.attributed(usage):
+      yield
+
   @property
   def density(self) -> tuple[PyTree, int]:
     """Parameters of the density and their step. A distillation run uses its teacher."""
@@ -126,7 +140,7 @@ class Run:
     _require_x64('config.likelihood.dtype', self.config.likelihood.dtype)
     config = scoring.scoring_config(self.config)
     score = _loss_function(config, num_draws, seed)
-    loss = self._map_images(score, config.likelihood.batch_size, images, labels)
+    loss = self._map_images(score, 'likelihood', images, labels)
     has_bits = noise.build(config.noise).has_bits_per_dim
     nats = -loss * np.asarray(images[0]).size
     return LogProb(nats, units.bits_per_dim(loss) if has_bits else None)
@@ -165,7 +179,7 @@ class Run:
     _require_x64('config.sampling.dtype', settings.dtype)
     model = sampling.in_sampling_dtype(self.model, settings)
     encode = _encoder(model, self.config.noise, seed)
-    return self._map_images(encode, settings.batch_size, images, labels)
+    return self._map_images(encode, 'sampling', images, labels)
 
   def decode(self, latents: Latents, labels: Labels | None = None) -> Images:
     """Maps latents to images without denoising. This is the inverse of `encode`."""
@@ -178,21 +192,13 @@ class Run:
   def _restored(self) -> tuple[PyTree, int]:
     """All parameters, and the step of the checkpoint in `workdir`."""
     is_student = self.config.teacher is not None
-    own, step = teacher.restore_params(self.config, self.workdir, self._step, is_student)
+    own, step = teacher.restore_params(self.config, self.workdir, self.mesh, self._step, is_student)
     return (self._teacher[0] | own if is_student else own), step
 
   @functools.cached_property
   def _teacher(self) -> tuple[PyTree, int]:
-    params, record = teacher.restore_teacher(self.config, self.workdir)
+    params, record = teacher.restore_teacher(self.config, self.workdir, self.mesh)
     return params, record['step']
-
-  @functools.cached_property
-  def _devices(self) -> mesh.LocalDevices:
-    return mesh.LocalDevices()
-
-  @functools.cached_property
-  def _replicated_params(self) -> PyTree:
-    return self._devices.replicate(self.params)
 
   def _sampler(self, **changes: Any) -> sampling.Sampler:
     """Returns a sampler with changed settings. Reuses compiled programs."""
@@ -202,35 +208,35 @@ class Run:
   def _quantized(self, draw: Callable[..., sampling.Samples], *arrays: np.ndarray) -> Images:
     """Returns the images that `draw` samples. Warns if samples are not finite."""
     fields = operator.attrgetter('images', 'finite')
-    batch_size = self.config.sampling.batch_size
-    images, finite = self._in_batches(lambda *args: fields(draw(*args)), batch_size, *arrays)
+    images, finite = self._in_batches(lambda *args: fields(draw(*args)), 'sampling', *arrays)
     if not finite.all():
       logging.warning(f'{(~finite).sum()} of {len(finite)} images are not finite.')
     return images
 
   def _map_images(
-    self, function: Callable[..., Any], batch_size: int, images: Images, labels: Labels | None
+    self, function: Callable[..., Any], section: str, images: Images, labels: Labels | None
   ) -> Any:
     """Applies `function(params, images, labels, indices)` to batches of images."""
     images, data = np.asarray(images), self.config.data
     _check_array('images', images, 'uint8', (data.image_size, data.image_size, data.channels))
     indices = np.arange(len(images), dtype=np.int32)
     label_numbers = self._label_numbers(labels, len(images))
-    return self._in_batches(function, batch_size, images, label_numbers, indices)
+    return self._in_batches(function, section, images, label_numbers, indices)
 
-  def _in_batches(self, function: Callable[..., Any], batch_size: int, *arrays: np.ndarray) -> Any:
+  def _in_batches(self, function: Callable[..., Any], section: str, *arrays: np.ndarray) -> Any:
     """Applies `function(params, *batch)` to batches of rows, and joins the results on the host.
 
-    All batches have one size, so that `function` is compiled once. The last batch is padded with
-    copies of the last row.
+    All batches have one size, `batch_size` of the section, so that `function` is compiled once. The
+    last batch is padded with copies of the last row.
     """
-    count = len(arrays[0])
-    size = self._devices.round_up(min(batch_size, count))
+    count, batch_size = len(arrays[0]), config_lib.get(self.config, section).batch_size
+    size = self.mesh.round_up(min(batch_size, count))
     parts = []
-    for start in range(0, count, size):
-      rows = np.minimum(np.arange(start, start + size), count - 1)
-      batch = self._devices.shard(tuple(array[rows] for array in arrays))
-      parts.append(jax.device_get(function(self._replicated_params, *batch)))
+    with memory.explained(self.config, section), self.activate():
+      for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        batch = self.mesh.shard(tuple(array[rows] for array in arrays))
+        parts.append(jax.device_get(function(self.params, *batch)))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
   def _label_numbers(self, labels: Labels | None, count: int) -> Int[np.ndarray, 'B']:

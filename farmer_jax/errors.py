@@ -32,5 +32,9 @@ class DivergenceError(UserError):
   """Training diverged again after the allowed number of rollbacks."""
 
 
+class OutOfMemoryError(UserError):
+  """A device or the host has too little memory. The message names the settings that take less."""
+
+
 class ProcessError(UserError):
   """The processes of a job cannot work together."""

@@ -14,8 +14,10 @@ from jaxtyping import PyTree
 
 from farmer_jax import checkpoints, errors
 from farmer_jax import config as config_lib
+from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.nn import farmer
 from farmer_jax.workdir import layout
+from farmer_jax.xla import memory
 
 RECORD_FILE = 'teacher.json'
 
@@ -27,9 +29,9 @@ _SHARED_SETTINGS = (
 
 
 def restore_teacher(
-  config: config_lib.Config, workdir: epath.PathLike
+  config: config_lib.Config, workdir: epath.PathLike, mesh: mesh_lib.Mesh
 ) -> tuple[PyTree, dict[str, Any]]:
-  """Restores the parameters of the teacher `config.teacher` of a distillation run.
+  """Restores the parameters of the teacher `config.teacher` of a distillation run onto a mesh.
 
   `workdir` is the workdir of the distillation run. It can be missing.
 
@@ -59,23 +61,29 @@ def restore_teacher(
       f'the teacher {teacher_workdir} is not the run from which this student learned'
       f' ({"; ".join(found)}); name that run: --config.teacher=RUN'
     )
-  params, step = restore_params(teacher, teacher_workdir, record.get('step'))
+  params, step = restore_params(teacher, teacher_workdir, mesh, record.get('step'))
   return params, {'step': step, 'config': saved}
 
 
 def restore_params(
-  config: config_lib.Config, workdir: epath.Path, step: int | None = None, student: bool = False
+  config: config_lib.Config,
+  workdir: epath.Path,
+  mesh: mesh_lib.Mesh,
+  step: int | None = None,
+  student: bool = False,
 ) -> tuple[PyTree, int]:
-  """Restores the parameters for evaluation, by default of the newest valid checkpoint.
+  """Restores the parameters for evaluation, sharded as in training, onto a mesh.
 
-  Also returns the step of the checkpoint. With `student`, restores the parameters of the student,
-  which are the only parameters in checkpoints of a distillation run.
+  By default, restores the newest valid checkpoint. Also returns its step. With `student`, restores
+  the parameters of the student, which are the only parameters in checkpoints of a distillation run.
   """
-  init_params = functools.partial(farmer.init_params, model=farmer.build(config))
+  init_params = functools.partial(farmer.init_boxed_params, model=farmer.build(config))
   shapes = jax.eval_shape(init_params, jax.random.key(0))
   if student:
     shapes = {'student': shapes['flow']}  # A student has the architecture of the flow.
-  return checkpoints.restore_params(workdir, config.train.evaluated_params, shapes, step)
+  shapes, name = mesh.abstract(shapes), config.train.evaluated_params
+  with memory.attributed(functools.partial(memory.of_arrays, 'parameters per device', shapes)):
+    return checkpoints.restore_params(workdir, name, shapes, step)
 
 
 def _is_record(value: Any) -> bool:

@@ -44,7 +44,8 @@ def test_attributes_of_a_run(loaded, trained):
 def test_log_prob_equals_the_scores_of_the_likelihood_job(loaded, run, source, examples):
   settings = config.Likelihood(examples=20, batch_size=20)
   built = dataclasses.replace(CONFIG, likelihood=settings)
-  rows = scoring.Scoring(built, epath.Path(run), loaded.params, 3).score(source, 'images')
+  scorer = scoring.Scoring(built, epath.Path(run), loaded.params, 3, loaded.mesh)
+  rows = scorer.score(source, 'images')
   found = loaded.log_prob(examples['image'], examples['label'])
   np.testing.assert_allclose(found.bits_per_dim, rows['bits_per_dim'], rtol=1e-6)
   np.testing.assert_allclose(found.bits_per_dim, units.bits_per_dim(-found.nats / 64), rtol=1e-6)

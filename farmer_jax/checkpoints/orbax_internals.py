@@ -24,6 +24,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from farmer_jax import errors
 from farmer_jax.workdir import stores
+from farmer_jax.xla import memory
 
 # TensorStore's status codes for faults of the machine, the network or the user's permissions.
 _ENVIRONMENT_STATUS = re.compile(
@@ -49,6 +50,8 @@ def classify_exceptions() -> Iterator[None]:
   except (CorruptCheckpoint, errors.UserError):
     raise
   except Exception as error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and memory.is_exhausted(error):
+      raise  # The devices are too small for the arrays, see `memory.explained`.
     environment = _ENVIRONMENT_STATUS.search(str(_root_cause(error)))
     if isinstance(error, PermissionError | MemoryError) or environment:
       raise errors.CheckpointError(f'cannot read a checkpoint: {describe(error)}') from error

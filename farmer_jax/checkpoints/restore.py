@@ -4,7 +4,6 @@ A restore executes no code from a checkpoint. TensorStore reads the arrays. All 
 """
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -58,31 +57,28 @@ def restore_state(
 def restore_params(
   workdir: epath.Path, name: str, shapes: PyTree, step: int | None = None
 ) -> tuple[PyTree, int]:
-  """Restores 'params' or 'ema_params' to the first local device of each process.
+  """Restores 'params' or 'ema_params'. `shapes` have the shardings of the parameters.
 
-  No file is changed, because the run may be training at the same time. Without `step`, the newest
+  Each device reads its own shards, so that neither a device nor the host holds a whole copy. No
+  file is changed, because the run may be training at the same time. Without `step`, the newest
   valid checkpoint is restored. Returns the parameters and their step.
 
   Raises:
     CheckpointError: the checkpoint does not exist, is corrupt, cannot be read, or belongs to
       another model or version of farmer_jax.
   """
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  target = {
-    name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes)
-  }
+  target = {name: shapes}
   restore_args = ocp.checkpoint_utils.construct_restore_args(target)
   item = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
 
   def read(folder: epath.Path) -> PyTree:
-    manifest, restored = _read(folder, {STATE: item}, target)
-    _verify(manifest, checksums.of_tree(restored[STATE]))
+    manifest, restored = _on_all_processes(_read, folder, {STATE: item}, target)
+    _on_all_processes(_verify, manifest, checksums.of_tree(restored[STATE]))
     return restored[STATE][name]
 
-  read_together = functools.partial(_on_all_processes, read)
   if step is not None:
-    return _restore_step(workdir, step, read_together), step
-  found, _ = _newest_valid(workdir, read_together)
+    return _restore_step(workdir, step, read), step
+  found, _ = _newest_valid(workdir, read)
   if found is None:
     raise errors.CheckpointError(f'{workdir} has no checkpoint; train the model first')
   return found[1], found[0]

@@ -1,6 +1,7 @@
 """The device mesh, and how parameters and batches are sharded over it."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -87,10 +88,6 @@ class Mesh:
       self.shardings(tree),
     )
 
-  def place(self, tree: PyTree) -> PyTree:
-    """Removes the boxes of a tree, and shards its arrays, which every process holds completely."""
-    return jax.device_put(unboxed(tree), self.shardings(tree))
-
   def process_shard(self) -> tuple[int, int]:
     """Returns the shard of each batch that this process reads: (index, number of shards).
 
@@ -155,10 +152,43 @@ def unboxed(tree: PyTree) -> PyTree:
 
 
 class LocalDevices(Mesh):
-  """The devices of this process. Batches are sharded over them. Other arrays are replicated."""
+  """The devices of this process, for sampling and evaluation.
 
-  def __init__(self) -> None:
-    super().__init__(config_lib.Mesh(), jax.local_devices())
+  `fsdp` x `tensor` devices share one copy of the parameters, as in training. The remaining devices
+  have further copies, whatever `config.mesh.data` is.
+
+  No program of these jobs spans processes. Each process works on its own images, so processes need
+  not wait for each other at each program, and each writes its own results. The devices of one
+  process therefore hold all parameters together.
+  """
+
+  def __init__(self, mesh: config_lib.Mesh | None = None, adapt: bool = False) -> None:
+    """Makes the mesh. With `adapt`, the sizes are reduced to divisors of the number of devices.
+
+    Raises:
+      ConfigError: the sizes do not divide the number of devices, and `adapt` is False.
+    """
+    devices, mesh = jax.local_devices(), mesh or config_lib.Mesh()
+    given = {'tensor': mesh.tensor, 'fsdp': mesh.fsdp}
+    sizes, remaining = {}, len(devices)
+    for axis in sorted(given, key=lambda axis: not given[axis]):  # A size of 0 takes the remainder.
+      sizes[axis] = math.gcd(given[axis], remaining)
+      remaining //= sizes[axis]
+    if any(size not in (0, sizes[axis]) for axis, size in given.items()):
+      asked = f'--config.mesh.fsdp={mesh.fsdp} times --config.mesh.tensor={mesh.tensor}'
+      if not adapt:
+        raise ConfigError(
+          f'{asked} must divide the number of devices of a process, {len(devices)}, because one'
+          ' process holds all parameters; use smaller sizes, or one process for all devices of a'
+          ' machine'
+        )
+      logging.warning(
+        f'{asked} of the training run does not divide the number of devices of this process,'
+        f' {len(devices)}. The parameters are sharded over fsdp={sizes["fsdp"]},'
+        f' tensor={sizes["tensor"]}.'
+      )
+    fsdp, tensor = sizes['fsdp'], sizes['tensor']
+    super().__init__(dataclasses.replace(mesh, data=0, fsdp=fsdp, tensor=tensor), devices)
 
   def replicate(self, tree: PyTree) -> PyTree:
     """Copies arrays to each device."""

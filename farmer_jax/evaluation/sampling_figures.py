@@ -75,8 +75,8 @@ class SamplingFigures:
     model, labels = self.model, jnp.asarray(self.labels, jnp.int32)
 
     @jax.jit
-    def invert_block(z: Float[Array, 'B N d'], block: int) -> Float[Array, 'B N d']:
-      return model.apply({'params': self.params}, z, labels, block, method='invert_block')[0]
+    def invert_block(params: Any, z: Float[Array, 'B N d'], block: int) -> Float[Array, 'B N d']:
+      return model.apply({'params': params}, z, labels, block, method='invert_block')[0]
 
     tokens = model.final_flow_output(self._latents(sampling.Sampler(model, self.config)))
     columns = {}
@@ -85,7 +85,7 @@ class SamplingFigures:
       columns[f'z^{block}'] = _rescale(
         model.tokens_to_images(tokens[:, ::-1] if block % 2 else tokens)
       )
-      tokens = invert_block(tokens, block - 1)
+      tokens = invert_block(self.params, tokens, block - 1)
     columns['z^0'] = self._quantize(model.tokens_to_images(tokens))
     return self._grid(columns)
 

@@ -19,6 +19,7 @@ from farmer_jax.evaluation import likelihood
 from farmer_jax.evaluation.likelihood_summary import Rows, png_bits, with_bits
 from farmer_jax.nn import farmer
 from farmer_jax.workdir import layout, results
+from farmer_jax.xla import memory
 
 Params = dict[str, Any]
 
@@ -64,14 +65,18 @@ class Scoring:
   """
 
   def __init__(
-    self, config: config_lib.Config, workdir: epath.Path, params: Params, step: int
+    self,
+    config: config_lib.Config,
+    workdir: epath.Path,
+    params: Params,
+    step: int,
+    devices: mesh.LocalDevices,
   ) -> None:
-    """Copies the parameters of the checkpoint at `step` to the devices."""
+    """`params`, of the checkpoint at `step`, are on the devices of this process."""
     self._config, self._step = scoring_config(config), step
     self._likelihood, self._noise = config.likelihood, noise_lib.build(self._config.noise)
     self._folder = workdir / 'likelihood' / 'rows'
-    self._devices = mesh.LocalDevices()
-    self._params = self._devices.replicate(params)
+    self._devices, self._params = devices, params
     # Identifies the parameters. A maximum does not depend on the order of its operands.
     self._maxima = [float(abs(leaf).max()) for leaf in jax.tree.leaves(params)]
     self._scorer = self._build_scorer(self._config)
@@ -89,8 +94,10 @@ class Scoring:
     ends = [count * p // num_processes for p in range(num_processes + 1)]
     open_store = functools.partial(self._open_store, source, base.fingerprint(source))
     store = open_store(process, ends[process])
+    usage = functools.partial(memory.of_arrays, 'parameters per device', self._params)
     if ends[process] < ends[process + 1]:
-      self._score_missing(store, source, description, ends[process], ends[process + 1])
+      with self._devices.activate(), memory.attributed(usage):
+        self._score_missing(store, source, description, ends[process], ends[process + 1])
     processes.barrier(f'scored {description}')
     parts = []
     for p, (start, end) in enumerate(itertools.pairwise(ends)):

@@ -7,7 +7,7 @@ import jax
 
 from farmer_jax import config as config_lib
 from farmer_jax.distributed import preemption, processes
-from farmer_jax.xla import host
+from farmer_jax.xla import host, memory
 
 
 def run(config: config_lib.Config, workdir: str) -> None:
@@ -30,8 +30,9 @@ def run(config: config_lib.Config, workdir: str) -> None:
   # checkpoint at the same step in all processes.
   keep_jax_handler = config.job in ('pretrain', 'distill') and jax.process_count() > 1
   preempted = None
+  handler = contextlib.nullcontext() if keep_jax_handler else preemption.exit_on_signals()
   try:
-    with contextlib.nullcontext() if keep_jax_handler else preemption.exit_on_signals():
+    with handler, memory.explained(config):
       module.run(config, workdir)
   except preemption.Preempted as error:
     preempted = error

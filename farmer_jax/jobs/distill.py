@@ -13,8 +13,9 @@ from farmer_jax import losses, sampling, terminal
 from farmer_jax import teacher as teacher_lib
 from farmer_jax.evaluation import figures, sampling_figures, validation
 from farmer_jax.jobs import training_job, training_run
-from farmer_jax.nn import farmer, student
+from farmer_jax.nn import student
 from farmer_jax.workdir import layout
+from farmer_jax.xla import memory
 
 
 def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
@@ -24,8 +25,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   class_names = layout.read_class_names(layout.absolute(config.teacher))
   resources = training_run.Resources.load(config, class_names)
   model = student.build(config)
-  teacher, record = teacher_lib.restore_teacher(config, workdir)
-  teacher = resources.mesh.place(farmer.box_params(teacher, model))
+  teacher, record = teacher_lib.restore_teacher(config, workdir, resources.mesh)
   workdir = training_run.prepare_workdir(config, workdir, resources)
   if not jax.process_index():
     layout.write_json(workdir / teacher_lib.RECORD_FILE, record)
@@ -54,7 +54,8 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
       f' {metrics["rmse"]:.4f} (pixels in [-1, 1])'
     )
   params = sampling_params(state.evaluation_params)
-  _compare_with_exact_inverse(config, workdir, model, params, resources.train.class_names)
+  with memory.explained(config, 'sampling'), resources.mesh.activate():
+    _compare_with_exact_inverse(config, workdir, model, params, resources.train.class_names)
 
 
 def _compare_with_exact_inverse(

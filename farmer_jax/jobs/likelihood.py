@@ -19,7 +19,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   workdir = layout.results_folder(config, model_run.workdir)
   host.enable_compilation_cache(workdir)
   source, ood_source = scoring.load_sources(config, model_run.class_names)
-  scorer = scoring.Scoring(config, workdir, *model_run.density)
+  scorer = scoring.Scoring(config, workdir, *model_run.density, model_run.mesh)
   rows = scorer.score(source, 'images')
   ood_rows = None if ood_source is None else scorer.score(ood_source, 'out-of-distribution images')
   if jax.process_index():

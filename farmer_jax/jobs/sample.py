@@ -34,9 +34,11 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
   model = sampling.in_sampling_dtype(trained.model, config.sampling)
   params, step = trained.params, trained.step
   folder = workdir / 'samples' / to_disk.folder_name(config.sampling, step)
-  plan = sampling.cached_measurement(config, workdir, model, params, step, labels)
-  sampler = sampling.Sampler(model, config, plan.get('chunk_sizes'))
-  seconds = to_disk.draw_missing(sampler, params, labels, config.sampling, folder)
+  with trained.activate():
+    of_run = model, params, step, labels, trained.mesh
+    plan = sampling.cached_measurement(config, workdir, *of_run)
+    sampler = sampling.Sampler(model, config, plan.get('chunk_sizes'))
+    seconds = to_disk.draw_missing(sampler, params, labels, config.sampling, folder, trained.mesh)
   processes.barrier('samples')
   if jax.process_index():
     return folder
@@ -49,7 +51,9 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
     drawn = sampling_figures.SamplingFigures(
       model, config, params, labels[:rows], label_names[:rows], plan.get('chunk_sizes')
     )
-    for name, picture in drawn.draw_supported().items():
+    with trained.activate():
+      pictures = drawn.draw_supported()
+    for name, picture in pictures.items():
       file = workdir / 'figures' / f'{name}.png'
       figures.save_png(file, picture)
       terminal.print_result(f'Figure: {file}')

@@ -20,6 +20,7 @@ from farmer_jax.nn import farmer
 from farmer_jax.training import divergence, hooks, loop
 from farmer_jax.training.step import LossFn, Params, TrainState
 from farmer_jax.workdir import layout, metrics
+from farmer_jax.xla import memory
 
 
 def train(
@@ -46,7 +47,8 @@ def train(
   start, mesh = time.monotonic(), resources.mesh
 
   def evaluate(params: Params) -> dict[str, float]:
-    return evaluator(params, resources.validation_batches(config))
+    with memory.explained(config, 'validation'):
+      return evaluator(params, resources.validation_batches(config))
 
   validation = hooks.Validation(evaluate)
   iterator = pipeline.TrainIterator(
@@ -91,7 +93,8 @@ def _sample_hook(
 
   def draw(info: hooks.StepInfo) -> None:
     params = sampling_params(info.state.evaluation_params)
-    samples = jax.device_get(sampler(params, labels.reshape(-1), np.arange(labels.size)))
+    with memory.explained(config, 'a grid of samples'):
+      samples = jax.device_get(sampler(params, labels.reshape(-1), np.arange(labels.size)))
     if not samples.finite.all():
       logging.warning(f'{(~samples.finite).sum()} of {labels.size} samples are not finite.')
     images = samples.images.reshape(*labels.shape, *samples.images.shape[1:])

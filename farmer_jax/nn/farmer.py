@@ -109,7 +109,17 @@ class Farmer(nn.Module):
 
   def sample(self, labels: Int[Array, 'S B'], draws: guidance.GuidedDraws) -> Tokens:
     """Draws latents from the prior. See `prior.Prior.sample`."""
-    return self.prior.sample(labels, draws)
+    if self.config.prior.kind == 'normal':
+      return self.prior.sample(labels, draws)
+    z = jax.ShapeDtypeStruct((1, self.num_tokens, self.token_channels), jnp.float32)
+    bound = layers.bind_for_decoding(
+      self.prior.clone(parent=None),
+      self.prior.variables['params'],
+      *(z, jax.ShapeDtypeStruct((1,), jnp.int32)),
+      # One vector per image reads this large head once. See `layers.OutputProjection`.
+      sharded=('redundant_head',),
+    )
+    return bound.sample(labels, draws)
 
   def invert_block(
     self, z: Tokens, labels: Labels, block: Index, chunk_size: int = 1, tolerance: float = 0.0
@@ -117,7 +127,7 @@ class Farmer(nn.Module):
     """Maps the output of flow block index `block` to its input. See `flow.FlowBlock.inverse`."""
     params = jax.tree.map(lambda a: a[block], self.flow.block_params)
     condition = self.flow.condition(labels)
-    return self.flow.bind_block(params).inverse(z, condition, chunk_size, tolerance)
+    return self.flow.invert_block(z, params, condition, chunk_size, tolerance)
 
   def final_flow_output(self, z: Tokens) -> Tokens:
     """Returns the output of the last flow block for latents z. The token order may be reversed."""

@@ -241,7 +241,7 @@ class Flow(nn.Module):
     for chunk_size, group in reversed([(size, list(group)) for size, group in groups]):
 
       def invert(z: Array, params: PyTree, chunk_size: int = chunk_size) -> Any:
-        return self.bind_block(params).inverse(z, condition, chunk_size, tolerance)
+        return self.invert_block(z, params, condition, chunk_size, tolerance)
 
       params = jax.tree.map(lambda a, g=group: a[g[0] : g[-1] + 1], self.block_params)
       z, convergence = jax.lax.scan(invert, z, params, reverse=True)
@@ -252,6 +252,13 @@ class Flow(nn.Module):
   def block_params(self) -> PyTree:
     """Parameters of the blocks, stacked along a leading axis T."""
     return self.stack.variables['params']
+
+  def invert_block(
+    self, z: Tokens, params: PyTree, condition: Condition, *args: Any, **kwargs: Any
+  ) -> tuple[Tokens, Convergence]:
+    """Calls `FlowBlock.inverse` of the block with these parameters."""
+    block = layers.bind_for_decoding(self.one_block, params, z, condition)
+    return block.inverse(z, condition, *args, **kwargs)
 
   def bind_block(self, params: PyTree) -> FlowBlock:
     """Returns a flow block that is bound to `params`."""

@@ -1,5 +1,7 @@
 """Layers and conventions that all modules share: dtypes, precision, sharding, rematerialization."""
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +88,39 @@ def shard_batch(x: Float[Array, 'B ...']) -> Float[Array, 'B ...']:
   Without the constraint XLA may gather batches where it should gather parameters.
   """
   return nn.with_logical_constraint(x, ('batch', *(None,) * (x.ndim - 1)))
+
+
+def bind_for_decoding(
+  module: nn.Module, params: PyTree, *inputs: Any, sharded: tuple[str, ...] = ()
+) -> Any:
+  """Returns an unbound module bound to its parameters, for a loop over tokens.
+
+  Each token reads all parameters. Devices that have different images of a batch first gather the
+  parameters, once, and then decode without communication. Shards over other mesh axes (by default
+  `tensor`) remain, and so do the submodules named in `sharded`. `inputs` are those of `__call__`.
+  """
+  rules: dict[str, Any] = dict(nn.get_logical_axis_rules())
+  sizes = jax.sharding.get_abstract_mesh().shape
+  batch_axes = {axis for axis in rules.get('batch', ()) if sizes.get(axis, 1) > 1}
+  of_params = [axes for name, axes in rules.items() if name not in ('batch', 'group', 'members')]
+  if not batch_axes.intersection(jax.tree.leaves(of_params)):
+    return module.bind({'params': params})
+
+  def gather(path: Any, box: Any, a: Array) -> Array:
+    if path[0].key in sharded or not isinstance(box, nn.meta.AxisMetadata):
+      return a
+    spec: list[Any] = []
+    sharding: Any = nn.logical_to_mesh(nn.get_partition_spec(box))
+    for axes, size in itertools.zip_longest(sharding, a.shape):
+      kept = tuple(axis for axis in jax.tree.leaves(axes) if axis not in batch_axes)
+      spec.append(kept if size % math.prod(sizes[axis] for axis in kept) == 0 else None)
+    return jax.lax.with_sharding_constraint(a, jax.sharding.PartitionSpec(*spec))
+
+  boxes = jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
+  gathered = jax.tree_util.tree_map_with_path(
+    gather, boxes, params, is_leaf=lambda node: isinstance(node, nn.meta.AxisMetadata)
+  )
+  return module.bind({'params': gathered})
 
 
 def dense(

@@ -156,23 +156,25 @@ class Prior(nn.Module):
   def sample(self, labels: Int[Array, 'S B'], draws: guidance.GuidedDraws) -> Tokens:
     """Draws latents: the informative channels token by token, then all redundant channels.
 
-    All streams of labels read the drawn tokens and run as one batch.
+    All streams of labels read the drawn tokens and run as one batch. The streams of an image are
+    neighbors, so that devices that share a batch have all streams of their images.
     """
     copies, (num_streams, batch) = self.prior.condition_copies, labels.shape
-    labels = labels.reshape(-1)
+    labels = layers.shard_batch(labels.T).reshape(-1)
     positions = self.positions.astype(self.stack_config.dtype)
     layer_params = self.transformer.layer_params()
     empty = self.transformer.init_cache(len(labels), copies)
     condition = self.class_embedding(labels)[:, None] + positions[:copies]
     hidden, cache = self.transformer.extend(condition, layer_params, empty)
 
-    def split_streams(mixtures: PyTree) -> PyTree:  # [S·B, ...] -> [S, B, ...]
-      return jax.tree.map(lambda a: a.reshape(num_streams, batch, *a.shape[1:]), mixtures)
+    def split_streams(mixtures: PyTree) -> PyTree:  # [B·S, ...] -> [S, B, ...]
+      split = jax.tree.map(lambda a: a.reshape(batch, num_streams, *a.shape[1:]), mixtures)
+      return jax.tree.map(lambda a: a.swapaxes(0, 1), split)
 
     def next_token(carry: Any, i: Array) -> tuple[Any, Array]:
       hidden, cache = carry
       token = draws.token(split_streams(self.informative_head(hidden)), i)
-      embedded = jnp.tile(self.in_proj(token), (num_streams, 1)) + positions[copies + i]
+      embedded = jnp.repeat(self.in_proj(token), num_streams, axis=0) + positions[copies + i]
       hidden, cache = self.transformer.extend(embedded[:, None], layer_params, cache, copies + i)
       return (hidden[:, 0], cache), token
 

@@ -82,10 +82,8 @@ class StudentFarmer(farmer.Farmer):
       student_block = self.student.bind_block(student_params)
       x, _ = student_block.approximate_inverse(z, student_condition)
       if refinement_rounds:
-        block = self.flow.bind_block(block_params)
-        return block.inverse(
-          z, condition, self.num_tokens - 1, tolerance, start=x, max_rounds=refinement_rounds
-        )
+        chunk, limits = self.num_tokens - 1, dict(start=x, max_rounds=refinement_rounds)
+        return self.flow.invert_block(z, block_params, condition, chunk, tolerance, **limits)
       unknown = jnp.full(len(z), jnp.nan, x.dtype)
       return x, flow.Convergence(unknown, jnp.ones_like(unknown))
 

@@ -13,7 +13,7 @@ from etils import epath
 from jaxtyping import Array, PyTree
 
 from farmer_jax.config import Config, Sampling
-from farmer_jax.distributed import processes
+from farmer_jax.distributed import mesh, processes
 from farmer_jax.nn.farmer import Farmer
 from farmer_jax.ops import units
 from farmer_jax.ops.arrays import Tokens
@@ -102,26 +102,36 @@ def compare_student(
 
 
 def cached_measurement(
-  config: Config, workdir: epath.Path, model: Farmer, params: PyTree, step: int, labels: list[int]
+  config: Config,
+  workdir: epath.Path,
+  model: Farmer,
+  params: PyTree,
+  step: int,
+  labels: list[int],
+  devices: mesh.LocalDevices,
 ) -> dict[str, Any]:
   """Returns `plan_inverse` or, for a student, `compare_student`. Measures once for a run.
 
   The result is stored in WORKDIR/inverse_plan.json. Other settings of the inverse, checkpoints,
-  batch sizes and device kinds need a new measurement. Process 0 measures, and all processes get the
-  result. `model` is in its sampling dtype, `step` is the step of `params`, and `labels` are
-  repeated to fill a batch. With inverse=sequential, nothing is measured.
+  batch sizes, device kinds and shardings of the parameters need a new measurement. Process 0
+  measures on its active `devices`, and all processes get the result. `model` is in its sampling
+  dtype, `step` is the step of `params`, and `labels` are repeated to fill a batch. With
+  inverse=sequential, nothing is measured.
   """
   sampling, blocks = config.sampling, config.model.flow.blocks
   if sampling.inverse == 'sequential' or not blocks:
     return {'chunk_sizes': [1] * blocks, 'difference': 0.0}
-  key = _plan_key(sampling, step)
+  key = _plan_key(sampling, step, devices)
   file = workdir / 'inverse_plan.json'
   plans = layout.read_json(file, _are_plans) if file.exists() else {}
   if key not in plans and jax.process_index() == 0:
     logging.info('Measuring the inverse of the flow ...')
-    batch = np.resize(np.asarray(labels, np.int32), sampling.batch_size)
-    z = Sampler(model, config).latents(params, batch, np.arange(sampling.batch_size))
+    size = devices.round_up(sampling.batch_size)
+    batch, indices = devices.shard(
+      (np.resize(np.asarray(labels, np.int32), size), np.arange(size, dtype=np.int32))
+    )
     measure = compare_student if sampling.inverse == 'student' else plan_inverse
+    z = Sampler(model, config).latents(params, batch, indices)
     plans[key] = measure(model, config, params, z, batch)
     layout.write_json(file, plans)
   processes.barrier('plan')
@@ -158,14 +168,16 @@ def _relative_difference(x: Array, reference: Array) -> float:
   return float(jnp.where(jnp.isfinite(reference), difference, 0).max(initial=0))
 
 
-def _plan_key(sampling: Sampling, step: int) -> str:
+def _plan_key(sampling: Sampling, step: int, devices: mesh.LocalDevices) -> str:
   name = {
     'chunked': f'chunked with chunks of {sampling.chunk_size}',
     'student': f'student with {sampling.refinement_rounds} refinement rounds',
   }.get(sampling.inverse, sampling.inverse)
+  fsdp, tensor = (devices.mesh.shape[axis] for axis in ('fsdp', 'tensor'))
   return (
     f'{name}, tolerance {sampling.tolerance:g}, checkpoint {step}, batch size'
     f' {sampling.batch_size}, {jax.devices()[0].device_kind}'
+    + (f', fsdp {fsdp}, tensor {tensor}' if fsdp * tensor > 1 else '')
   )
 
 

@@ -145,7 +145,8 @@ class Sampler:
     named_key = functools.partial(random.named_key, self._config.sampling.seed, 'sample')
     keys = jax.vmap(named_key)(indices)
     params = layers.cast_params(params, self._model.config.dtype)
-    return draw_latents(params, labels, keys, *factors, model=self._model, config=self._config)
+    z = draw_latents(params, labels, keys, *factors, model=self._model, config=self._config)
+    return layers.shard_batch(z)
 
   def _decode(self, params: PyTree, z: Tokens, labels: Ints) -> Samples:
     sampling, noise_config = self._config.sampling, self._config.noise

@@ -36,11 +36,17 @@ def open_results(folder: epath.Path, first_file: int = 0) -> results.ResultFiles
 
 
 def draw_missing(
-  sampler: Sampler, params: PyTree, labels: list[int], sampling: Sampling, folder: epath.Path
+  sampler: Sampler,
+  params: PyTree,
+  labels: list[int],
+  sampling: Sampling,
+  folder: epath.Path,
+  devices: mesh.LocalDevices,
 ) -> dict[str, float] | None:
   """Draws the images 0 … `sampling.count` - 1 that are not yet in `folder`.
 
-  Each process draws the images of a range of files. Image i has label `labels[i % len(labels)]`.
+  Each process draws the images of a range of files on its active `devices`, which hold `params`.
+  Image i has label `labels[i % len(labels)]`.
 
   Returns:
     Seconds per image of `prior` and `inverse`, without compilation, or None if this process drew
@@ -52,8 +58,7 @@ def draw_missing(
   store = open_results(folder, first_file)
   done = min(start + len(store), end)
   logging.info(f'{done - start} of {end - start} images are already in {folder}')
-  devices = mesh.LocalDevices()
-  params, size, seconds = devices.replicate(params), devices.round_up(sampling.batch_size), []
+  size, seconds = devices.round_up(sampling.batch_size), []
   with terminal.progress_bar('sampling', 'image', end - start, done - start) as bar:
     # Batches start at multiples of their size. A resumed job therefore computes the same batches,
     # with the same rounding, as an uninterrupted job.

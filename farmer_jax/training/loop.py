@@ -23,6 +23,7 @@ from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import step as step_lib
 from farmer_jax.training import throughput as throughput_lib
 from farmer_jax.workdir import metrics as metrics_lib
+from farmer_jax.xla import memory
 
 
 @dataclasses.dataclass
@@ -53,6 +54,10 @@ class Trainer:
   frozen: tuple[step_lib.Params, ...] = ()
   diagnose: divergence.Diagnose | None = None
 
+  # Known once the state has shapes, and once the training step is compiled.
+  _state_shapes: step_lib.TrainState | None = dataclasses.field(default=None, init=False)
+  _train_step: Any = dataclasses.field(default=None, init=False)
+
   def train(self) -> step_lib.TrainState:
     """Trains until step `config.train.steps`. Resumes from the newest valid checkpoint, if any.
 
@@ -63,7 +68,7 @@ class Trainer:
       CheckpointError: no existing checkpoint is valid, or the last one could not be written.
       Preempted: a process received a signal to stop, and the state was saved.
     """
-    with preemption.PreemptionListener() as listener:
+    with preemption.PreemptionListener() as listener, memory.attributed(self._memory_usage):
       state, step = self._set_up()
       # Closes the progress bar before an error is printed.
       with contextlib.closing(self._throughput):
@@ -104,10 +109,11 @@ class Trainer:
     """Returns the state before the first step, with all arrays sharded from the start."""
     init = step_lib.initializer(self.init_params, self._optimizer, self.config.train.ema_decay)
     args = jax.random.key(self.config.seed), *self.frozen
-    shardings = self.mesh.shardings(jax.eval_shape(init, *args))
+    self._state_shapes = self.mesh.abstract(jax.eval_shape(init, *args))
+    shardings = jax.tree.map(lambda a: a.sharding, self._state_shapes)
     return jax.jit(lambda *args: mesh_lib.unboxed(init(*args)), out_shardings=shardings)(*args)
 
-  def _compile(self, state: step_lib.TrainState) -> Callable[..., Any]:
+  def _compile(self, state: step_lib.TrainState) -> jax.stages.Compiled:
     """Compiles the training step for the shapes of the next batch, and logs the compile time."""
     logging.info('Compiling the training step ...')
     start = time.monotonic()
@@ -154,6 +160,18 @@ class Trainer:
           raise preemption.Preempted(f'Saved step {step}. Run the same command to resume.')
     self._close()
     return state
+
+  def _memory_usage(self) -> str:
+    """Describes what takes memory on each device."""
+    shapes, parts = self._state_shapes, []
+    if shapes is not None:
+      parts = [
+        memory.of_arrays('parameters', (shapes.params, shapes.ema_params, self.frozen)),
+        memory.of_arrays('optimizer state', shapes.opt_state),
+      ]
+    if self._train_step:
+      parts.append(memory.of_program('training step', self._train_step))
+    return ', '.join(['per device', *parts])
 
   def _roll_back(self, abstract_state: step_lib.TrainState) -> tuple[step_lib.TrainState, int]:
     """Restores the newest valid checkpoint or the initial state. Changes the order of the data."""

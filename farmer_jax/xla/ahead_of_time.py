@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from farmer_jax import errors
 from farmer_jax.xla import cycles, flops, hlo, kernels, roofline, targets
+from farmer_jax.xla import memory as memory_lib
 
 # Number of operations whose fraction of the time is reported.
 _COSTLIEST_OPERATIONS = 25
@@ -25,19 +25,11 @@ def compile_and_measure(
   if the chip, which gives the clock and the memory, is unknown.
 
   Raises:
-    ConfigError: the program needs more memory than a device has.
+    JaxRuntimeError: the program needs more memory than a device has, see `memory.explained`.
   """
   chip, start = flops.chip(devices[0].device_kind), time.monotonic()
-  try:
+  with memory_lib.attributed(lambda: f'the {name} does not fit into the memory of a device'):
     compiled = lowered.compile(compiler_options)
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    raise errors.ConfigError(
-      f'the {name} does not fit into the memory of a device ({_one_line(error)}); use a smaller'
-      ' --config.train.batch_size (sampling: --config.sampling.batch_size), a larger'
-      ' --config.mesh.fsdp or another --config.model.remat'
-    ) from error
   seconds = round(time.monotonic() - start, 1)
   memory: Any = compiled.memory_analysis()
   program = hlo.Program(str(compiled.as_text()))
@@ -138,7 +130,3 @@ def _describe_times(program: dict[str, Any]) -> list[str]:
 
 def _mfu(values: dict[str, Any], key: str) -> str:
   return f' ({values[key]:.0%} MFU)' if key in values else ''
-
-
-def _one_line(error: Exception) -> str:
-  return ' '.join(str(error).split())[:200]

@@ -13,10 +13,11 @@ from etils import epath
 
 from farmer_jax import checkpoints as checkpoints_lib
 from farmer_jax import errors
+from farmer_jax.distributed import mesh
 from tests.support import checkpoints, filesystems
 from tests.support.checkpoints import Iterator, assert_restored, change_json, list_steps, make_state
 
-SHAPES = jax.eval_shape(lambda: make_state(0)['params'])
+SHAPES = mesh.LocalDevices().abstract(jax.eval_shape(lambda: make_state(0)['params']))
 
 
 @pytest.fixture(scope='module')

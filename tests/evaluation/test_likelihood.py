@@ -14,6 +14,7 @@ from scipy import special, stats
 
 from farmer_jax import config
 from farmer_jax.data import pipeline, sources
+from farmer_jax.distributed import mesh
 from farmer_jax.evaluation import likelihood, likelihood_summary, scoring, validation
 from farmer_jax.nn import farmer
 from tests.support import models
@@ -156,7 +157,7 @@ def test_nonfinite_image_counts_and_nonfinite_padding_does_not(batch, monkeypatc
 def open_scoring(folder, base=UNIFORM, params=None, **changes):
   base = models.replace(base, likelihood=dict(batch_size=20, examples=40) | changes)
   params = build(UNIFORM)[1] if params is None else params
-  return scoring.Scoring(base, epath.Path(folder), params, step=3)
+  return scoring.Scoring(base, epath.Path(folder), params, 3, mesh.LocalDevices())
 
 
 def report_of(scorer, source):

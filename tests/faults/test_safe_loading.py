@@ -14,6 +14,7 @@ import pytest
 from farmer_jax import config as config_lib
 from farmer_jax import errors, sampling, teacher
 from farmer_jax.data import sources
+from farmer_jax.distributed import mesh
 from farmer_jax.evaluation import feature_networks, image_sets
 from farmer_jax.sampling import to_disk
 from farmer_jax.workdir import layout, results
@@ -142,7 +143,8 @@ def test_malformed_teacher_record_is_refused(text, tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(config_lib.to_dict(config_lib.Config())))
   (tmp_path / 'teacher.json').write_text(text)
   with refused('teacher.json'):
-    teacher.restore_teacher(config_lib.Config(teacher=str(tmp_path)), tmp_path)
+    built = config_lib.Config(teacher=str(tmp_path))
+    teacher.restore_teacher(built, tmp_path, mesh.LocalDevices())
 
 
 @pytest.mark.parametrize('text', ['../' * 200, '/etc/passwd', 'a\0b', 'a\nb', CODE])

@@ -127,7 +127,8 @@ def test_parallel_inverse_draws_the_same_images_and_is_measured_once(run, expect
   trained_run = api.Run(run, CONFIG)
   for tolerance, count in ((1e-5, 0), (1e-3, 1), (1e-3, 1), (1e-5, 1)):
     built = with_sampling(seed=5, inverse='parallel', tolerance=tolerance)
-    sampling.cached_measurement(built, run, trained_run.model, trained_run.params, 3, [0])
+    of_run = trained_run.model, trained_run.params, 3, [0], trained_run.mesh
+    sampling.cached_measurement(built, run, *of_run)
     assert measure.call_count == count
 
 

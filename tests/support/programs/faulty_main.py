@@ -15,7 +15,7 @@ import time
 import jax
 from orbax.checkpoint import path as ocp_path
 
-from farmer_jax import checkpoints, main
+from farmer_jax import checkpoints, jobs, main
 from farmer_jax.checkpoints import orbax_internals
 from farmer_jax.data import base
 from farmer_jax.distributed import preemption
@@ -118,6 +118,18 @@ def kill_before_features():
 def images_in_files():
   """Images are read from files instead of being cached in memory."""
   base.IN_MEMORY_BYTES = 0
+
+
+def little_memory(gibibytes):
+  """This process can map no more than this number of GiB more than it has mapped already."""
+
+  @replace(jobs, 'run')
+  def run_with_limit(run, *args):
+    jax.devices()
+    mapped = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+    limit = mapped + int(float(gibibytes) * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    run(*args)
 
 
 def no_tensorboard():
