@@ -74,7 +74,13 @@ def main(argv: list[str]) -> None:
   config = config_lib.from_config_dict(values)
   config_lib.check(config)
   # JAX is imported after the checks, so that errors in flags are reported without delay.
-  import jax
+  try:
+    import jax
+  except ValueError as error:  # JAX reads its options from the environment.
+    options = ', '.join(f'{name}={os.environ[name]}' for name in os.environ if 'JAX_' in name)
+    raise errors.ConfigError(
+      f'JAX refuses an environment variable ({error}); correct or unset it: {options}'
+    ) from error
 
   from farmer_jax import jobs
   from farmer_jax.distributed import preemption, processes

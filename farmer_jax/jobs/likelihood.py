@@ -39,6 +39,9 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
     tables['-ood'] = ood_rows
     pictures['ood'] = likelihood_summary.draw_detections(detections, names)
   prefix = f'{source_name}-{settings.split}'
+  path = config.data.path
+  if settings.source is settings.path is None and path != model_run.trained_config.data.path:
+    prefix += f'-data.path={path}'
   name = settings.name or layout.results_name(prefix, settings, _NOT_IN_NAME)
   folder = workdir / 'likelihood'
   for suffix, table in tables.items():

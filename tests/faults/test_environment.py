@@ -62,6 +62,14 @@ def test_environment_does_not_change_results(uninterrupted, workdir, monkeypatch
   processes.assert_equal(uninterrupted, workdir)
 
 
+@pytest.mark.parametrize('name', ['JAX_ENABLE_X64', 'JAX_TRACEBACK_FILTERING'])
+def test_wrong_option_of_jax_is_one_line(tmp_path, name):
+  done = main('--config=configs/quickstart.py', f'--workdir={tmp_path}', **{name: 'maybe'})
+  lines = done.stderr.decode().splitlines()
+  assert done.returncode == 1 and len(lines) == 1
+  assert lines[0].startswith('error: ') and f'{name}=maybe' in lines[0]
+
+
 def test_platform_without_devices_is_one_line(tmp_path):
   done = main('--config=configs/quickstart.py', f'--workdir={tmp_path}', JAX_PLATFORMS='cuda')
   lines = done.stderr.decode().splitlines()

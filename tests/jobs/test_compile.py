@@ -12,7 +12,7 @@ import pytest
 from farmer_jax import config, errors
 from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.jobs import compile as compile_job
-from farmer_jax.xla import ahead_of_time
+from farmer_jax.xla import ahead_of_time, memory
 from tests.support import processes
 
 # A mixture prior takes long to compile. tests/distributed/test_mesh.py compiles one.
@@ -116,7 +116,11 @@ def test_batch_that_does_not_fit_the_mesh(tmp_path):
 def test_program_that_does_not_fit_into_memory():
   text = 'RESOURCE_EXHAUSTED: Ran out of memory,\n 24G of 16G'
   lowered = mock.Mock(**{'compile.side_effect': jax.errors.JaxRuntimeError(text)})
-  with pytest.raises(errors.ConfigError, match='config.train.batch_size') as caught:
+  built = config.Config(job='compile')
+  with (
+    pytest.raises(errors.OutOfMemoryError, match='config.train.batch_size') as caught,
+    memory.explained(built),
+  ):
     ahead_of_time.compile_and_measure('inverse', lowered, jax.devices())
   assert 'inverse' in str(caught.value) and '24G of 16G' in str(caught.value)
   assert '\n' not in str(caught.value)

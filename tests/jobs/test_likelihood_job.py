@@ -65,6 +65,17 @@ def test_job_writes_report_table_and_figures(run, capsys):
   assert f'{bits.mean():.4f}' in out and f'{report["accuracy"]:.4f}' in out
 
 
+def test_other_data_have_other_names(run):
+  """The name of the results of the run's own data does not contain a path."""
+  job = dict(name=None, examples=20)
+  other = dataclasses.replace(runs.CONFIG.data, path='/other/data')
+  for built in with_likelihood(**job), dataclasses.replace(with_likelihood(**job), data=other):
+    likelihood.run(built, run)
+  names = sorted(file.stem for file in (run / 'likelihood').glob('*.json'))
+  assert len(names) == 2 and names[1] == 'digits-valid-examples=20', names
+  assert names[0].startswith('digits-valid-data.path=_other_data-examples=20')
+
+
 @pytest.mark.faults
 def test_scores_do_not_depend_on_devices_processes_or_batch_size(run, tmp_path):
   """One process has 1 or 8 devices. Two processes have 4 devices each."""
