@@ -42,8 +42,9 @@ def test_sampling(run):
 
 
 def test_likelihood_with_a_traceback(run):
-  flags = '--debug', '--job=likelihood', '--config.likelihood.batch_size=10000000'
-  job = processes.Job(run, *flags, f'--config=configs/from_run.py:{run}', devices=1, fault=FAULT)
+  flags = f'--config=configs/from_run.py:{run}', '--job=likelihood', '--debug'
+  batch = '--config.likelihood.batch_size=10000000'
+  job = processes.Job(run, *flags, batch, devices=1, fault=FAULT)
   assert job.codes() == [1]
   lines = job.log().splitlines()
   assert any(line.startswith('Traceback') for line in lines)

@@ -105,7 +105,8 @@ class Distill:
 class Mesh:
   """The device mesh, and the sharding rules of the parameters.
 
-  Batches are sharded over the axes data and fsdp. The mesh changes results only by rounding.
+  Batches are sharded over the axes data and fsdp. The mesh changes results only by rounding. In
+  sampling and evaluation, each process has its own mesh, whose axis data has the remaining devices.
   """
 
   data: NonNegativeInt = 0
