@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, PyTree
+from jaxtyping import Array, DTypeLike, Float, PyTree, Shaped
 
 from farmer_jax.nn import scaling
 
@@ -82,7 +82,7 @@ def logical_axes(
   return nn.with_logical_partitioning(initializer, axes)
 
 
-def shard_batch(x: Float[Array, 'B ...']) -> Float[Array, 'B ...']:
+def shard_batch(x: Shaped[Array, 'B ...']) -> Shaped[Array, 'B ...']:
   """Constrains `x` to be sharded along its batch axis only.
 
   Without the constraint XLA may gather batches where it should gather parameters.

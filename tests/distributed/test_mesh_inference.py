@@ -73,14 +73,14 @@ def test_no_device_holds_all_parameters(mesh):
   assert 1 / (fsdp * tensor) <= found['share'] < 1.1 / (fsdp * tensor)
 
 
-def test_decoding_gathers_parameters_once_or_moves_activations(mesh):
-  """Communication per token would exceed the size of the parameters many times."""
-  (_, fsdp, _), found = mesh
+def test_decoding_gathers_parameters_once(mesh):
+  """The axis `fsdp` causes no communication per token, and the axis `tensor` moves activations."""
+  (_, fsdp, tensor), found = mesh
   size = 4 * found['num_parameters']
   for program in found['collectives'].values():
     gathered = program.get('all-gather', [0, 0])[1]
-    assert fsdp == 1 or 0 < gathered < size
-    assert program.get('all-reduce', [0, 0])[1] == 0 or found['mesh'][2] > 1
+    assert fsdp == 1 or size / 10 < gathered < size
+    assert ('all-reduce' in program) == (tensor > 1)
 
 
 def devices(monkeypatch, count):

@@ -78,7 +78,6 @@ def main():
       },
       'scale': {key: float(abs(value).max()) for key, value in expected.items()},
       'collectives': collectives(run),
-      'mesh': [data, fsdp, tensor],
       'num_parameters': sum(a.size for a in jax.tree.leaves(run.params)),
     }
   print(json.dumps(results))
