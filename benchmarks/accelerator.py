@@ -24,14 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import timing
+from benchmarks import timing, training_speed
 from configs import in256
 from farmer_jax import config as config_lib
 from farmer_jax import losses, sampling
-from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.nn import attention, farmer, student
-from farmer_jax.training import optimizer as optimizer_lib
-from farmer_jax.training import step as step_lib
 from farmer_jax.xla import flops
 
 _OUT = flags.DEFINE_string('out', 'accelerator.json', 'File of all rows.')
@@ -113,55 +110,19 @@ def attention_rows() -> Iterator[Row]:
 # Training.
 
 
-class TrainingStep:
-  """The training step of a model on one device. Compiles it for any batch size."""
+def largest_batch(step: training_speed.TrainingStep, multiple: int) -> int:
+  """Returns the largest batch size that fits, from the memory of the programs for two sizes."""
+  stats = jax.devices()[0].memory_stats() or {}
+  limit = _MEMORY_SHARE * stats.get('bytes_limit', 2**30)
+  small, large = (_total_bytes(step.compile(size)) for size in (multiple, 2 * multiple))
+  sizes = 1 + (limit - small) / max(large - small, 1)
+  return multiple * max(1, min(int(sizes), 2 if _TINY.value else 64))
 
-  def __init__(self, config: config_lib.Config):
-    self.config = config
-    model, self._optimizer = farmer.build(config), optimizer_lib.create(config)
-    self._mesh = mesh_lib.Mesh(config.mesh, jax.devices()[:1])
-    init_params = functools.partial(farmer.init_boxed_params, model=model)
-    self._init = step_lib.initializer(init_params, self._optimizer, config.train.ema_decay)
-    self._loss = functools.partial(losses.nll_loss, model=model, config=config)
 
-  def compile(self, batch_size: int) -> Any:
-    """Returns the compiled step for a batch size."""
-    train = dataclasses.replace(self.config.train, batch_size=batch_size)
-    step = step_lib.make_train_step(self._loss, self._optimizer, train)
-    state = self._mesh.abstract(jax.eval_shape(self._init, jax.random.key(0)))
-    batch = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._mesh.sharded),
-      self._batch(batch_size),
-    )
-    lowered = step_lib.lower(step, self._mesh, state, batch)
-    return lowered.compile(step_lib.COMPILER_OPTIONS.get(jax.default_backend()))
-
-  def largest_batch(self, multiple: int) -> int:
-    """Returns the largest batch size that fits, from the memory of the programs for two sizes."""
-    stats = jax.devices()[0].memory_stats() or {}
-    limit = _MEMORY_SHARE * stats.get('bytes_limit', 2**30)
-    small, large = (_total_bytes(self.compile(size)) for size in (multiple, 2 * multiple))
-    sizes = 1 + (limit - small) / max(large - small, 1)
-    return multiple * max(1, min(int(sizes), 2 if _TINY.value else 64))
-
-  def seconds(self, compiled: Any, batch_size: int) -> float:
-    """Returns the median time of a step."""
-    with self._mesh.activate():
-      state = jax.jit(lambda: mesh_lib.unboxed(self._init(jax.random.key(0))))()
-    batch = jax.device_put(self._batch(batch_size), self._mesh.sharded)
-    times = []
-    for _ in range(_REPEATS.value + 2):
-      start = time.perf_counter()
-      state, metrics = compiled(state, batch)
-      jax.block_until_ready(metrics)
-      times.append(time.perf_counter() - start)
-    return float(np.median(times[2:]))
-
-  def _batch(self, batch_size: int) -> dict[str, np.ndarray]:
-    data, rng = self.config.data, np.random.default_rng(0)
-    shape = batch_size, data.image_size, data.image_size, data.channels
-    labels = rng.integers(0, data.num_classes, batch_size).astype(np.int32)
-    return {'image': rng.integers(0, 256, shape, np.uint8), 'label': labels}
+def step_seconds(step: training_speed.TrainingStep, compiled: Any, batch_size: int) -> float:
+  """Returns the median time of a step."""
+  call = training_speed.stepper(compiled, step.state(), step.batch(batch_size))
+  return timing.medians({'': call}, _REPEATS.value)['']
 
 
 def _total_bytes(compiled: Any) -> int:
@@ -172,12 +133,12 @@ def _total_bytes(compiled: Any) -> int:
 
 def training_rows(variant: str, setting: str, remat: str) -> Iterator[Row]:
   """Yields the speed of training with the largest batch that fits."""
-  step = TrainingStep(model_config(variant, attention=setting, remat=remat))
-  batch_size = step.largest_batch(multiple=2 if _TINY.value else 16)
+  step = training_speed.TrainingStep(model_config(variant, attention=setting, remat=remat))
+  batch_size = largest_batch(step, multiple=2 if _TINY.value else 16)
   while True:
     try:
       compiled = step.compile(batch_size)
-      seconds = step.seconds(compiled, batch_size)
+      seconds = step_seconds(step, compiled, batch_size)
       break
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error) or batch_size == 1:
