@@ -28,6 +28,7 @@ _TPU = 'custom_call_target="tpu_custom_call"'
 _NAME = re.compile(r'/([\w.\-]+)/pallas_call"')
 _SPLASH = re.compile(r'splash_m[hq]a_(fwd|dq|dkv)')
 _CUDNN_SCORES = re.compile(r'"intermediate_tensor_shape".*?"dimensions":\s*\[([^\]]*)\]')
+_SEQ_MINOR = re.compile(r'q_layout\\*": 2')  # The layouts of q, k and v are equal here.
 _LANES = 128
 # Products and elementwise operations for each score, with one exponential in addition. Elementwise:
 # mask (3), maximum, difference, factor of the exponential, sum, conversion; in the backward pass
@@ -131,10 +132,14 @@ def _splash(
   operands: list[hlo.Instruction],
 ) -> Attention:
   """Returns the work of a kernel of JAX's splash attention."""
-  # The first floating-point operands are the queries [..., h, n, D], the keys and the values.
+  # The first floating-point operands are the queries [..., h, n, D], the keys and the values. With
+  # the layout SEQ_MINOR they are [..., h, D, n].
   arrays = [operand.results[0] for operand in operands]
   q, k = [array for array in arrays if array.dtype.startswith(('bf', 'f'))][:2]
   (*lead, queries, width), keys = q.dims, k.dims[-2]
+  minor_tokens = _SEQ_MINOR.search(instruction.text) is not None
+  if minor_tokens:
+    queries, width, keys = width, queries, k.dims[-1]
   heads = hlo.Array('pred', tuple(lead)).elements
   results = [a for a in instruction.results if a.dtype == q.dtype and len(a.dims) >= len(q.dims)]
   # The fused backward kernel also returns the gradient of the queries.
@@ -143,7 +148,7 @@ def _splash(
   block_q, block_kv = _blocks(instruction.text, suffix, min(512, queries), min(512, keys))
   blocks = heads * _visible_blocks(computation, instruction, queries // block_q, keys // block_kv)
   scores = blocks * block_q * block_kv
-  padded = -(-width // _LANES) * _LANES * q.item_bytes
+  padded = (width if minor_tokens else -(-width // _LANES) * _LANES) * q.item_bytes
   streamed = block_kv, keys
   if phase == 'dkv':
     streamed = block_q, queries

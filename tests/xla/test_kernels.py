@@ -56,6 +56,14 @@ def test_forward_kernel_counts_the_blocks_that_run():
   assert kernel.bytes == 4 * whole + 2 * heads * 512 * 128 * 2 + small
 
 
+def test_tokens_as_the_last_axis_are_the_same_work_without_padding():
+  text = SPLASH.replace('N,D', '64,1024').replace('MARKS', CAUSAL).replace('PHASE', 'fwd')
+  program = hlo.Program(text.replace('SUFFIX', '').replace('q_layout\\": 1', 'q_layout\\": 2'))
+  turned, kernel = kernels.attention(program.entry, program.entry['call']), splash()[1]
+  assert turned._replace(bytes=0) == kernel._replace(bytes=0)
+  assert kernel.bytes / 2.1 < turned.bytes < kernel.bytes / 1.9
+
+
 @pytest.mark.parametrize(('marks', 'blocks'), [('{ { { 2, 2 }, { 2, 2 } } }', 4), ('{...}', 3)])
 def test_marks_of_the_blocks_count_and_omitted_marks_are_causal(marks, blocks):
   assert splash(marks=marks)[1].scores == 8 * blocks * 512 * 512
