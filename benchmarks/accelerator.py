@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import timing, training_speed
+from benchmarks import timing, training_step
 from configs import in256
 from farmer_jax import config as config_lib
 from farmer_jax import losses, sampling
@@ -110,7 +110,7 @@ def attention_rows() -> Iterator[Row]:
 # Training.
 
 
-def largest_batch(step: training_speed.TrainingStep, multiple: int) -> int:
+def largest_batch(step: training_step.TrainingStep, multiple: int) -> int:
   """Returns the largest batch size that fits, from the memory of the programs for two sizes."""
   stats = jax.devices()[0].memory_stats() or {}
   limit = _MEMORY_SHARE * stats.get('bytes_limit', 2**30)
@@ -119,9 +119,9 @@ def largest_batch(step: training_speed.TrainingStep, multiple: int) -> int:
   return multiple * max(1, min(int(sizes), 2 if _TINY.value else 64))
 
 
-def step_seconds(step: training_speed.TrainingStep, compiled: Any, batch_size: int) -> float:
+def step_seconds(step: training_step.TrainingStep, compiled: Any, batch_size: int) -> float:
   """Returns the median time of a step."""
-  call = training_speed.stepper(compiled, step.state(), step.batch(batch_size))
+  call = training_step.stepper(compiled, step.state(), step.batch(batch_size))
   return timing.medians({'': call}, _REPEATS.value)['']
 
 
@@ -133,7 +133,7 @@ def _total_bytes(compiled: Any) -> int:
 
 def training_rows(variant: str, setting: str, remat: str) -> Iterator[Row]:
   """Yields the speed of training with the largest batch that fits."""
-  step = training_speed.TrainingStep(model_config(variant, attention=setting, remat=remat))
+  step = training_step.TrainingStep(model_config(variant, attention=setting, remat=remat))
   batch_size = largest_batch(step, multiple=2 if _TINY.value else 16)
   while True:
     try:

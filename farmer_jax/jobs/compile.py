@@ -46,7 +46,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   }
   for name, lowered in programs.items():
     logging.info(f'Compiling the {name} for {len(devices)} x {kind} ...')
-    options = step_lib.COMPILER_OPTIONS.get(devices[0].platform) if name == STEP else None
+    options = step_lib.compiler_options(devices[0].platform) if name == STEP else None
     program = ahead_of_time.compile_and_measure(name, lowered, devices, options)
     report['programs'][name] = program
     if name == STEP:

@@ -122,7 +122,7 @@ class Trainer:
     self.iterator.set_state(iterator_state)
     step_fn = step_lib.make_train_step(self.loss_fn, self._optimizer, self.config.train)
     lowered = step_lib.lower(step_fn, self.mesh, state, batch, self.frozen)
-    compiled = lowered.compile(step_lib.COMPILER_OPTIONS.get(jax.default_backend()))
+    compiled = lowered.compile(step_lib.compiler_options(jax.default_backend()))
     logging.info(f'Compiled in {time.monotonic() - start:.1f} s.')
     return compiled
 

@@ -1,5 +1,6 @@
 """The training state and one training step: gradients, optimizer update and moving average."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +19,18 @@ Metrics = dict[str, Float[Array, '']]
 LossFn = Callable[..., tuple[Float[Array, ''], Metrics]]
 
 # Compiler options for each platform. On CPUs, higher optimization levels of LLVM cost more compile
-# time than they save at run time.
-COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
-  'cpu': {'xla_backend_optimization_level': '1'}
+# time than they save at run time. On GPUs, the scheduler lets collectives run during arithmetic.
+_COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
+  'cpu': {'xla_backend_optimization_level': '1'},
+  'gpu': {'xla_gpu_enable_latency_hiding_scheduler': True},
 }
+
+
+def compiler_options(platform: str) -> dict[str, str | bool]:
+  """Returns the compiler options of a training step. XLA_FLAGS takes precedence."""
+  given = os.environ.get('XLA_FLAGS', '')
+  options = _COMPILER_OPTIONS.get(platform, {})
+  return {name: value for name, value in options.items() if f'--{name}' not in given}
 
 
 @flax.struct.dataclass

@@ -176,3 +176,10 @@ def test_norm_is_not_checked_without_a_ratio_nor_before_100_updates(ratio, steps
   for _ in range(steps):
     state, _ = step(state, jnp.ones(3))
   assert int(step(state, 1e6 * jnp.ones(3))[1]['skipped_updates']) == 0
+
+
+def test_xla_flags_of_the_user_take_precedence(monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '')
+  assert step_lib.compiler_options('gpu') == {'xla_gpu_enable_latency_hiding_scheduler': True}
+  monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_enable_latency_hiding_scheduler=false')
+  assert step_lib.compiler_options('gpu') == {}
