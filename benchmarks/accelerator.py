@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,13 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
+from etils import epath
 
 from benchmarks import timing, training_step
 from configs import in256
 from farmer_jax import config as config_lib
 from farmer_jax import losses, sampling
 from farmer_jax.nn import attention, farmer, student
-from farmer_jax.xla import flops
+from farmer_jax.xla import cycles, flops, hlo, host, roofline
 
 _OUT = flags.DEFINE_string('out', 'accelerator.json', 'File of all rows.')
 _MINUTES = flags.DEFINE_float('minutes', 25, 'Measurements that begin later are skipped.')
@@ -151,6 +153,7 @@ def training_rows(variant: str, setting: str, remat: str) -> Iterator[Row]:
     'measurement': f'training step, {variant}, batch {batch_size}',
     'variant': f'attention {setting}, remat {remat}',
     'seconds': seconds,
+    'bound, s': _bound(compiled),
     'images/s': batch_size / seconds,
     'TFLOP/s': needed / seconds / 1e12,
     'MFU': needed / seconds / peak if peak else None,
@@ -175,26 +178,39 @@ def sampling_rows(dtype: str, batch_size: int) -> Iterator[Row]:
   encode = jax.jit(functools.partial(model.apply, method='encode'))
   plain = config.with_sampling(guidance=config_lib.Guidance(method='none'))
 
-  def inverse(chunk_size: int | None, **settings: Any) -> Callable[[], Any]:
+  def inverse(chunk_size: int | None, **settings: Any) -> sampling.Sampler:
     chunk_sizes = plan['chunk_sizes'] if chunk_size is None else [chunk_size] * blocks
-    sampler = _sampler(model, config.with_sampling(**settings), chunk_sizes)
-    return functools.partial(sampler.images, params, z, labels)
+    return _sampler(model, config.with_sampling(**settings), chunk_sizes)
 
-  calls: dict[str, Callable[[], Any]] = {
-    'forward': functools.partial(encode, {'params': params}, images.values, labels),
+  inverses = {
     'sequential inverse': inverse(1),
     'parallel inverse': inverse(all_tokens),
     f'automatic inverse, chunks {plan["chunk_sizes"]}': inverse(None),
-    'prior': functools.partial(_sampler(model, plain).latents, params, labels, labels),
-    'guided prior': latents,
     'student': inverse(1, inverse='student'),
   }
-  for name, call in calls.items():
-    seconds = timing.medians({name: call}, _REPEATS.value)[name]
+  priors = {'prior': _sampler(model, plain), 'guided prior': _sampler(model, config)}
+  forward = functools.partial(encode, {'params': params}, images.values, labels)
+  calls: dict[str, tuple[Callable[[], Any], Any]] = {
+    'forward': (forward, encode.lower({'params': params}, images.values, labels)),
+    **{
+      name: (functools.partial(s.images, params, z, labels), _lower(s, params, labels, 'inverse'))
+      for name, s in inverses.items()
+    },
+    **{
+      name: (
+        functools.partial(s.latents, params, *[labels] * 2),
+        _lower(s, params, labels, 'prior'),
+      )
+      for name, s in priors.items()
+    },
+  }
+  for name, (call, lowered) in calls.items():
+    seconds, bound = timing.medians({name: call}, _REPEATS.value)[name], _bound(lowered.compile())
     row = {
       'measurement': f'{name}, batch {batch_size}',
       'variant': dtype,
       'seconds': seconds,
+      'bound, s': bound,
       's/image': seconds / batch_size,
       'published s/image': _PUBLISHED.get(name),
     }
@@ -202,6 +218,19 @@ def sampling_rows(dtype: str, batch_size: int) -> Iterator[Row]:
       difference = abs(call().values - images.values) / (1 + abs(images.values))
       row['largest difference'] = float(difference.max())
     yield row
+
+
+def _lower(sampler: sampling.Sampler, params: Any, labels: Any, program: str) -> Any:
+  return sampler.lower(params, jax.device_put(labels))[program]
+
+
+def _bound(compiled: Any) -> float | None:
+  """Returns the lower bound of the time of a program by its roofline, if the chip is known.
+
+  Loops whose length depends on the data, such as Jacobi iteration, count one round.
+  """
+  program, chip = hlo.Program(compiled.as_text()), flops.chip(jax.devices()[0].device_kind)
+  return roofline.bound(program, cycles.cost(program), chip).get('bound_seconds')
 
 
 def _sampler(model: Any, config: config_lib.Config, chunk_sizes: Any = None) -> sampling.Sampler:
@@ -251,7 +280,17 @@ def main(argv: list[str]) -> None:
   """Measures, prints and writes the rows."""
   del argv
   started, device = time.monotonic(), jax.devices()[0].device_kind
-  columns = ('s/image', 'published s/image', 'images/s', 'TFLOP/s', 'MFU', 'memory, GiB')
+  columns = (
+    'bound, s',
+    's/image',
+    'published s/image',
+    'images/s',
+    'TFLOP/s',
+    'MFU',
+    'memory, GiB',
+  )
+  # Programs are compiled twice: for their call, and for their text.
+  host.enable_compilation_cache(epath.Path(tempfile.mkdtemp(prefix='farmer-accelerator-')))
   report: dict[str, Any] = {'device': device, 'jax': jax.__version__, 'rows': []}
   print(f'{device}, JAX {jax.__version__}\n', flush=True)
 

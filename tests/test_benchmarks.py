@@ -1,4 +1,4 @@
-"""The benchmark of accelerators runs completely with tiny models, so that no device time is lost."""
+"""The benchmark of accelerators runs with tiny models, so that no device time is lost."""
 
 import json
 import subprocess
