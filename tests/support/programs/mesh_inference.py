@@ -15,7 +15,7 @@ import numpy as np
 
 import farmer_jax
 from farmer_jax.data import sources
-from farmer_jax.xla import hlo
+from farmer_jax.xla import cycles, hlo
 
 BATCH = 16
 
@@ -53,7 +53,8 @@ def collectives(run):
   labels = jax.ShapeDtypeStruct((BATCH,), np.int32, sharding=run.mesh.sharded)
   with run.mesh.activate():
     programs = run._sampler().lower(run.params, labels)
-  costs = {name: hlo.cost(program.compile().as_text()) for name, program in programs.items()}
+  texts = {name: program.compile().as_text() for name, program in programs.items()}
+  costs = {name: cycles.cost(hlo.Program(text), 8) for name, text in texts.items()}
   return {
     name: {kind: [cost.count[kind], cost.bytes[kind]] for kind in cost.count}
     for name, cost in costs.items()
