@@ -130,7 +130,7 @@ class FlowBlock(nn.Module):
       return function(x, *block._shift_and_log_scale(hidden))
 
     if self.stack_config.remat != 'none':
-      finish = nn.remat(finish, prevent_cse=False)
+      finish = nn.remat(finish, prevent_cse=not self.stack_config.in_loop)
     hidden = self._hidden(x, condition)
     return finish(self, hidden, x), hidden[:, : self.num_tokens - 1]
 
@@ -196,9 +196,10 @@ class Flow(nn.Module):
     # With remat=full, only the inputs of the blocks are stored, and the backward pass holds the
     # activations of one block at a time. For one block, memory suffices for the policy `dots`.
     block_remat = 'dots' if stack.remat == 'full' else stack.remat
+    in_loop = self._unroll < self.flow.blocks
     fields: dict[str, Any] = dict(
       flow=self.flow,
-      stack_config=dataclasses.replace(stack, remat=block_remat),
+      stack_config=dataclasses.replace(stack, remat=block_remat, in_loop=in_loop),
       num_tokens=self.num_tokens,
       channels=self.channels,
     )

@@ -203,16 +203,26 @@ def norm(dtype: DTypeLike, name: str | None = None) -> nn.RMSNorm:
 
 
 def scan_stack(
-  module: type[nn.Module], length: int, unroll: int, remat: str, in_axes: Any, name: str
+  module: type[nn.Module],
+  length: int,
+  unroll: int,
+  remat: str,
+  in_axes: Any,
+  name: str,
+  in_loop: bool = False,
 ) -> Callable[..., nn.Module]:
   """Returns a class for a stack of `length` modules, which one scan applies in sequence.
 
   Compile time does not grow with `length`. `__call__` of the module returns (carry, output).
   `in_axes` is passed to `nn.scan`. `remat` is `none` or a key of `REMAT_POLICIES`. The parameters
-  of the stack have a leading axis whose logical name is `name`.
+  of the stack have a leading axis whose logical name is `name`. `in_loop` says that
+  another compiled loop contains the stack.
   """
   if remat != 'none':
-    module = nn.remat(module, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    # A loop separates the forward from the backward pass. Without a loop, XLA would merge equal
+    # operations of both, and so store what the backward pass should compute again.
+    prevent_cse = unroll >= length and not in_loop
+    module = nn.remat(module, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
   return nn.scan(
     module,
     variable_axes={'params': 0},

@@ -32,6 +32,7 @@ class StackConfig:
   remat: str = 'none'  # `none` or a key of `layers.REMAT_POLICIES`
   unroll: int = 1  # layers per iteration of the compiled loop
   attention: attention_kernels.Setting = 'xla'
+  in_loop: bool = False  # whether a compiled loop applies the stack
 
   @classmethod
   def create(
@@ -39,19 +40,20 @@ class StackConfig:
   ) -> 'StackConfig':
     """Returns the settings for `section`, the flow or the prior of a model."""
     sizes = section.layers, section.width, section.head_dim, section.mlp_ratio
-    unroll = model.scan_unroll or default_unroll(section.layers)
+    unroll = model.scan_unroll or default_unroll(section.layers, model.remat)
     return cls(*sizes, jnp.dtype(model.dtype), model.remat, unroll, model.attention)
 
 
-def default_unroll(num_layers: int) -> int:
+def default_unroll(num_layers: int, remat: str) -> int:
   """Returns `config.model.scan_unroll` for a stack of layers, by the platform.
 
   XLA's CPU backend copies the stacked arrays of a loop in each iteration, which takes up to a third
   of a step. The TPU compiler reads slices of the parameters in place, and unrolling the layers of a
-  block saves 2 % of a step, but compilation takes longer (docs/scaling.md).
+  block saves 2 % of a step, but compilation takes longer (docs/scaling.md). The CPU backend keeps
+  rematerialization in loops only, see `layers.scan_stack`.
   """
   if layers.target_platform() == 'cpu':
-    return 16
+    return 16 if remat == 'none' else 1
   return num_layers if num_layers <= 8 else 4
 
 
@@ -120,7 +122,13 @@ class Transformer(nn.Module):
     stack = self.stack_config
     fields: dict[str, Any] = dict(stack_config=stack, causal=self.causal)
     scanned = layers.scan_stack(
-      TransformerLayer, stack.layers, stack.unroll, stack.remat, in_axes=(), name='layers'
+      TransformerLayer,
+      stack.layers,
+      stack.unroll,
+      stack.remat,
+      in_axes=(),
+      name='layers',
+      in_loop=stack.in_loop,
     )
     self.stack = scanned(**fields)
     self.one_layer = TransformerLayer(**fields, parent=None)

@@ -127,10 +127,19 @@ def test_unrolling_and_rematerialization_change_nothing(assert_unchanged):
   assert_unchanged(tiny.make_transformer(layers=3, unroll=8, remat='dots'), atol=1e-11)
 
 
+@pytest.mark.parametrize('unroll, in_loop, expected', [(1, False, 0), (3, True, 0), (3, False, 1)])
+def test_compiler_cannot_undo_rematerialization_without_a_loop(unroll, in_loop, expected):
+  module = tiny.make_transformer(layers=3, unroll=unroll, remat='layers', in_loop=in_loop)
+  x = tiny.normals(2, 4, module.stack_config.width)
+  text = str(jax.make_jaxpr(lambda x: module.init_with_output(jax.random.key(0), x)[0])(x))
+  assert f'prevent_cse={bool(expected)}' in text and f'prevent_cse={not expected}' not in text
+
+
 def test_default_unrolling_depends_on_the_platform(monkeypatch):
-  assert transformer.default_unroll(2) == 16
+  assert transformer.default_unroll(2, 'none') == 16
+  assert transformer.default_unroll(2, 'layers') == 1
   monkeypatch.setattr(layers, 'target_platform', lambda: 'tpu')
-  assert [transformer.default_unroll(n) for n in (4, 8, 24)] == [4, 8, 4]
+  assert [transformer.default_unroll(n, 'layers') for n in (4, 8, 24)] == [4, 8, 4]
 
 
 def test_scan_with_growing_cache(monkeypatch):

@@ -165,7 +165,8 @@ class Model:
   the input of each flow block."""
   scan_unroll: Changeable[NonNegativeInt] = 0
   """Transformer layers unrolled per iteration of the scan over layers. They can span several flow
-  blocks. 0: up to 16 layers on CPUs; on other devices the layers of a flow block if there are at
+  blocks. 0: up to 16 layers on CPUs (1 with rematerialization, which has no effect there if all
+  layers are unrolled); on other devices all layers of a flow block or of the prior if there are at
   most 8, and 4 otherwise. Larger values can run faster and compile more slowly."""
   flow: Flow = Flow()
   prior: Prior = Prior()
