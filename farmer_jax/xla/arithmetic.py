@@ -7,6 +7,8 @@ from farmer_jax.xla import flops, hlo, kernels, traffic
 
 _CUBLAS_DIMENSIONS = re.compile(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]')
 _LABELS = re.compile(r'dim_labels=(\w+)_(\w+)->(\w+)')
+# As attributes of a product, and in the settings of cuBLAS.
+_EXACT = re.compile(r'operand_precision(?:=\{highest|":\s*\["HIGHEST")')
 _WINDOW = re.compile(r'window=\{([^}]*)\}')
 
 
@@ -63,8 +65,7 @@ def _rate(instruction: hlo.Instruction, operands: list[hlo.Instruction]) -> str:
   """Returns the rate of a product, by the dtype of its operands and its precision."""
   if all(operand.results[0].item_bytes < 4 for operand in operands[:2]):
     return flops.DENSE
-  exact = 'operand_precision={highest' in instruction.text
-  return flops.EXACT_FLOAT32 if exact else flops.FLOAT32
+  return flops.EXACT_FLOAT32 if _EXACT.search(instruction.text) else flops.FLOAT32
 
 
 def _convolution(instruction: hlo.Instruction, operands: list[hlo.Instruction]) -> int:

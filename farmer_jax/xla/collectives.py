@@ -48,7 +48,9 @@ def parse(instruction: hlo.Instruction, num_devices: int, per_host: int) -> Coll
     return None
   found = instruction.results
   # The start of an asynchronous collective returns its operands before its results.
-  if kind != instruction.opcode and kind != 'all-reduce':
+  if kind == 'collective-permute' and kind != instruction.opcode:
+    found = found[1:2]  # Two flags follow on TPUs.
+  elif kind != instruction.opcode and kind != 'all-reduce':
     found = found[len(found) // 2 :]
   size = sum(array.bytes for array in found)
   if kind == 'collective-permute':

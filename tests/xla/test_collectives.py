@@ -55,6 +55,12 @@ def test_permutation_uses_the_network_if_a_pair_crosses_hosts():
   assert parse(line.replace('PAIR', '1,2'), '', per_host=2)[1:] == (32, 32, 32)
 
 
+def test_asynchronous_permutation_sends_its_result_and_no_flags():
+  result = '(f32[8]{0}, f32[8]{0:S(1)}, u32[]{:S(2)}, u32[]{:S(2)})'
+  line = f'%r = {result} collective-permute-start(%p), source_target_pairs={{{{0,1}},{{1,0}}}}'
+  assert parse(line, '', per_host=8)[1:] == (32, 32, 0)
+
+
 def test_no_groups_means_all_devices_and_other_instructions_are_none():
   assert parse('%r = f32[8]{0} all-reduce(%p), replica_groups={}', '', 8).local == 2 * 32 * 7 / 8
   assert parse('%r = f32[8]{0} add(%p, %p)', '', 8) is None

@@ -122,6 +122,18 @@ def test_cublas_call_and_convolution_have_the_flops_of_their_product():
   assert bound(text)['flops'] == 2 * (2 * 64 * 256 * 32)
 
 
+def test_cublas_call_of_exact_products_uses_no_matrix_units():
+  n = 8192
+  dims = '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]'
+  precision = '"precision_config":{"operand_precision":["HIGHEST","HIGHEST"]}'
+  text = entry(
+    f'%a = f32[{n},{n}]{{1,0}} parameter(0)',
+    f'ROOT %c = f32[{n},{n}]{{1,0}} custom-call(%a, %a), custom_call_target="__cublas$gemm",'
+    f' backend_config={{{dims},{precision}}}',
+  )
+  assert bound(text)['bound_seconds'] == pytest.approx(2 * n**3 / 67e12, rel=0.01)
+
+
 def test_batch_of_products_as_a_convolution_counts_no_padding():
   """XLA for TPUs: 8 products [16, 32] x [32, 64]. The window covers one element of the input."""
   text = entry(
