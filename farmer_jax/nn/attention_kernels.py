@@ -42,7 +42,8 @@ def choose(setting: Setting, q: Heads) -> Kernel:
   reason = _reason_for_xla(setting, kernel, kind, q)
   # CPUs have no kernel, which nobody needs to know unless a kernel was asked for.
   if reason and (setting != 'auto' or kind != 'cpu'):
-    _log_once(f'Attention is computed by XLA instead of {kernel}: {reason}.')
+    wanted = kernel if setting == 'auto' else setting
+    _log_once(f'Attention is computed by XLA instead of {wanted}: {reason}.')
   return 'xla' if reason else kernel
 
 

@@ -149,6 +149,8 @@ def test_choice_by_devices_and_length(kind, setting, tokens, expected, on, caplo
     assert {attention_kernels.choose(setting, q) for _ in range(2)} == {expected}
   is_silent = expected != 'xla' or setting == 'xla' or (kind, setting) == ('cpu', 'auto')
   assert len(caplog.records) == (0 if is_silent else 1)
+  if not is_silent and setting != 'auto':
+    assert f'instead of {setting}:' in caplog.records[0].getMessage()
 
 
 def test_arrays_that_kernels_do_not_accept(on, monkeypatch, caplog):
