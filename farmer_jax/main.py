@@ -78,6 +78,8 @@ def main(argv: list[str]) -> None:
     import jax
   except ValueError as error:  # JAX reads its options from the environment.
     options = ', '.join(f'{name}={os.environ[name]}' for name in os.environ if 'JAX_' in name)
+    if not options:
+      raise
     raise errors.ConfigError(
       f'JAX refuses an environment variable ({error}); correct or unset it: {options}'
     ) from error

@@ -171,7 +171,7 @@ class Trainer:
       ]
     if self._train_step:
       parts.append(memory.of_program('training step', self._train_step))
-    return ', '.join(['per device', *parts])
+    return f'per device: {", ".join(parts) or "unknown"}'
 
   def _roll_back(self, abstract_state: step_lib.TrainState) -> tuple[step_lib.TrainState, int]:
     """Restores the newest valid checkpoint or the initial state. Changes the order of the data."""
