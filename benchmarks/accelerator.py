@@ -6,8 +6,8 @@
 Prints one row of a Markdown table per measurement, and writes all rows to OUT after each of them,
 so that an interrupted benchmark keeps what it has measured. Weights are random, with noise on the
 initial values, so that the flow is not the identity. Jacobi iteration therefore takes another
-number of rounds than with a trained model. Rows with a published time name it: one image of the
-model 1.1b-p16 (arXiv 2510.23588).
+number of rounds than with a trained model. Some rows name a published time per image (arXiv
+2510.23588). The paper states neither the size of its model nor the device.
 """
 
 import dataclasses
