@@ -162,7 +162,7 @@ class Model:
   """Rematerialization: what the backward pass recomputes to save memory. none: nothing. dots:
   everything except attention and matrix products with parameters. attention: everything except
   attention. layers: everything except the input of each transformer layer. full: everything except
-  the input of each flow block."""
+  the input of each flow block. cuDNN's attention is always computed again."""
   scan_unroll: Changeable[NonNegativeInt] = 0
   """Transformer layers unrolled per iteration of the scan over layers. They can span several flow
   blocks. 0: up to 16 layers on CPUs (1 with rematerialization, which has no effect there if all
