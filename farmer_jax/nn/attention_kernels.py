@@ -53,6 +53,11 @@ def _device_kind() -> str:
   return device.device_kind if device else jax.devices()[0].device_kind
 
 
+def _compute_capability() -> float:
+  """Returns that of the attached GPU. GPUs that are not attached are recent."""
+  return float(getattr(jax.devices()[0], 'compute_capability', 'inf'))
+
+
 def _reason_for_xla(setting: Setting, kernel: Kernel, kind: str, q: Heads) -> str | None:
   """Returns why `kernel`, the kernel of devices of this kind, does not apply, or None."""
   batch, heads, tokens, head_dim = q.shape
@@ -62,6 +67,8 @@ def _reason_for_xla(setting: Setting, kernel: Kernel, kind: str, q: Heads) -> st
     return f'the data type is {q.dtype}, and the kernel rounds products to bfloat16'
   if setting == 'auto' and tokens < _MIN_TOKENS[kernel]:
     return f'sequences of {tokens} tokens are short'
+  if kernel == 'cudnn' and _compute_capability() < 8:
+    return 'the GPU is older than Ampere'
   if kernel == 'cudnn' and (head_dim % 8 or head_dim > _MAX_CUDNN_HEAD_DIM):
     return f'the head dimension {head_dim} is not a multiple of 8 up to {_MAX_CUDNN_HEAD_DIM}'
   mesh = jax.sharding.get_abstract_mesh()

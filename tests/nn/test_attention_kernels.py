@@ -168,6 +168,12 @@ def test_arrays_that_kernels_do_not_accept(on, monkeypatch, caplog):
     assert reason in caplog.records[-1].getMessage()
 
 
+def test_old_gpus_use_no_kernel(on, monkeypatch):
+  on('NVIDIA GeForce RTX 2080')
+  monkeypatch.setattr(attention_kernels, '_compute_capability', lambda: 7.5)
+  assert attention_kernels.choose('auto', jnp.zeros((1, 1, 1024, 64), jnp.bfloat16)) == 'xla'
+
+
 def test_decoding_against_a_cache_uses_no_kernel(on):
   on('TPU v5 lite')
   k, v, *_ = random_heads(512, jnp.bfloat16)
