@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 
 # Most programs run once, on small arrays, so that compilation takes most of the time. Processes
@@ -13,6 +14,15 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='farmer-tests-')
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+
+# A shell starts background processes with these signals ignored. Processes that tests start would
+# ignore them, too.
+for _number, _handler in (
+  (signal.SIGINT, signal.default_int_handler),
+  (signal.SIGHUP, signal.SIG_DFL),
+):
+  if signal.getsignal(_number) is signal.SIG_IGN:
+    signal.signal(_number, _handler)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
