@@ -31,7 +31,7 @@ from configs import in256
 from farmer_jax import config as config_lib
 from farmer_jax import losses, sampling
 from farmer_jax.nn import attention, farmer, student
-from farmer_jax.xla import cycles, flops, hlo, host, roofline
+from farmer_jax.xla import cycles, flops, hlo, host, memory, roofline
 
 _OUT = flags.DEFINE_string('out', 'accelerator.json', 'File of all rows.')
 _MINUTES = flags.DEFINE_float('minutes', 25, 'Measurements that begin later are skipped.')
@@ -99,7 +99,8 @@ def attention_rows() -> Iterator[Row]:
 
       calls[setting] = functools.partial(jax.jit(jax.grad(loss)), x)
     for setting, seconds in timing.medians(calls, _REPEATS.value).items():
-      # Two products forward and five backward, of which the causal mask removes half.
+      # The forward pass has two products and the backward pass has five. A product takes two FLOPs
+      # per pair of factors, and the causal mask removes half of the pairs.
       needed = 7 * batch * tokens * tokens * width
       yield {
         'measurement': f'attention, {batch} x {tokens} tokens, forward and backward',
@@ -116,7 +117,7 @@ def largest_batch(step: training_step.TrainingStep, multiple: int) -> int:
   """Returns the largest batch size that fits, from the memory of the programs for two sizes."""
   stats = jax.devices()[0].memory_stats() or {}
   limit = _MEMORY_SHARE * stats.get('bytes_limit', 2**30)
-  small, large = (_total_bytes(step.compile(size)) for size in (multiple, 2 * multiple))
+  small, large = (memory.of_program(step.compile(size)).total for size in (multiple, 2 * multiple))
   sizes = 1 + (limit - small) / max(large - small, 1)
   return multiple * max(1, min(int(sizes), 2 if _TINY.value else 64))
 
@@ -125,12 +126,6 @@ def step_seconds(step: training_step.TrainingStep, compiled: Any, batch_size: in
   """Returns the median time of a step."""
   call = training_step.stepper(compiled, step.state(), step.batch(batch_size))
   return timing.medians({'': call}, _REPEATS.value)['']
-
-
-def _total_bytes(compiled: Any) -> int:
-  memory = compiled.memory_analysis()
-  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  return memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
 
 
 def training_rows(variant: str, setting: str, remat: str) -> Iterator[Row]:
@@ -157,7 +152,7 @@ def training_rows(variant: str, setting: str, remat: str) -> Iterator[Row]:
     'images/s': batch_size / seconds,
     'TFLOP/s': needed / seconds / 1e12,
     'MFU': needed / seconds / peak if peak else None,
-    'memory, GiB': _total_bytes(compiled) / 2**30,
+    'memory, GiB': memory.of_program(compiled).total / 2**30,
   }
 
 

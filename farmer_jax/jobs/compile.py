@@ -40,6 +40,8 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
     'mesh': dict(mesh.mesh.shape),
     'batch_size': config.train.batch_size,
     'remat': config.model.remat,
+    'attention': config.model.attention,
+    'scan_unroll': config.model.scan_unroll,
     'programs': {},
     'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     'flops_per_step': flops.training_step(config),
@@ -55,7 +57,9 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
       _add_decoding(program, config.num_tokens, mesh.round_up(config.sampling.batch_size))
   where = re.sub(r'\W+', '-', config.compile.topology or f'{len(devices)}-local')
   shape = 'x'.join(map(str, mesh.mesh.shape.values()))
-  settings = f'{config.train.batch_size}-{config.model.remat}-{config.model.dtype}'
+  # The hash separates the reports of all settings that a workdir accepts.
+  key = layout.short_hash((config.model, config.mesh, config.compile, config.sampling))
+  settings = f'{config.train.batch_size}-{config.model.remat}-{config.model.dtype}-{key}'
   file = workdir / 'compile' / f'{where}-{shape}-{settings}.json'
   layout.write_json(file, report)
   terminal.print_result(
@@ -81,10 +85,10 @@ def _add_mfu(program: dict[str, Any], model_flops: float, chip: flops.Chip) -> N
 
 
 def _add_decoding(program: dict[str, Any], tokens: int, images: int) -> None:
-  """Adds the memory traffic of a sampler program per token step, and the bound of its time.
+  """Adds the memory traffic of a sampler program per token, and the bound of its time.
 
-  The programs draw or invert one token of all images of a batch after the other, and read the
-  parameters and the cache of keys and values for each token.
+  The programs draw or invert one token of all images of a batch after the other. They read the
+  parameters and the cache of keys and values for each token, the inverse in each flow block.
   """
   limits = program['roofline']
   seconds = limits['bound_seconds']

@@ -26,7 +26,7 @@ _MIN_TOKENS = {'cudnn': 128, 'splash': 512}
 _DTYPES = (jnp.bfloat16,)
 _MAX_CUDNN_HEAD_DIM = 128  # on all GPUs since A100
 
-_LANES = 128  # Blocks of splash attention are multiples of the rows of a TPU's registers.
+_LANES = 128  # Lanes of a TPU's registers. Blocks of splash attention are multiples of them.
 _MAX_BLOCK = 512
 
 # Runs Pallas kernels in Python, for tests on CPUs.
@@ -54,7 +54,7 @@ def _device_kind() -> str:
 
 
 def _compute_capability() -> float:
-  """Returns that of the attached GPU. GPUs that are not attached are recent."""
+  """Returns the compute capability of the attached GPU. GPUs that are not attached are recent."""
   return float(getattr(jax.devices()[0], 'compute_capability', 'inf'))
 
 

@@ -215,8 +215,8 @@ def scan_stack(
 
   Compile time does not grow with `length`. `__call__` of the module returns (carry, output).
   `in_axes` is passed to `nn.scan`. `remat` is `none` or a key of `REMAT_POLICIES`. The parameters
-  of the stack have a leading axis whose logical name is `name`. `in_loop` says that
-  another compiled loop contains the stack.
+  of the stack have a leading axis whose logical name is `name`. `in_loop` says
+  that another compiled loop contains the stack.
   """
   if remat != 'none':
     # A loop separates the forward from the backward pass. Without a loop, XLA would merge equal

@@ -170,7 +170,7 @@ class Trainer:
         memory.of_arrays('optimizer state', shapes.opt_state),
       ]
     if self._train_step:
-      parts.append(memory.of_program('training step', self._train_step))
+      parts.append(memory.describe_program('training step', self._train_step))
     return f'per device: {", ".join(parts) or "unknown"}'
 
   def _roll_back(self, abstract_state: step_lib.TrainState) -> tuple[step_lib.TrainState, int]:

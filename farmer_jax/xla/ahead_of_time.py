@@ -31,19 +31,16 @@ def compile_and_measure(
   with memory_lib.attributed(lambda: f'the {name} does not fit into the memory of a device'):
     compiled = lowered.compile(compiler_options)
   seconds = round(time.monotonic() - start, 1)
-  memory: Any = compiled.memory_analysis()
+  memory = memory_lib.of_program(compiled)
   program = hlo.Program(str(compiled.as_text()))
   cost = cycles.cost(program, len(devices), targets.per_host(devices))
-  # Donated results reuse the memory of the arguments.
-  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
   return {
     'compile_seconds': seconds,
-    'argument_bytes': memory.argument_size_in_bytes,
-    'temporary_bytes': memory.temp_size_in_bytes,
-    'result_bytes': results,
-    'total_bytes': total,
-    'fits': total < chip.memory if chip.memory else None,
+    'argument_bytes': memory.arguments,
+    'temporary_bytes': memory.temporaries,
+    'result_bytes': memory.results,
+    'total_bytes': memory.total,
+    'fits': memory.total < chip.memory if chip.memory else None,
     'collectives': {
       kind: {'count': count, 'bytes': cost.bytes[kind]} for kind, count in cost.count.items()
     },
@@ -124,7 +121,7 @@ def _describe_times(program: dict[str, Any]) -> list[str]:
     seconds = decoding['bound_seconds_per_image']
     bound = '' if seconds is None else f'; at least {seconds * 1e3:.2f} ms per image'
     read = decoding['bytes_read_per_token'] / 2**20
-    lines.append(f'  memory read on each device per token step: {read:.1f} MiB{bound}')
+    lines.append(f'  memory read on each device per token: {read:.1f} MiB{bound}')
   return lines
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import PyTree
@@ -83,15 +83,29 @@ def of_arrays(name: str, tree: PyTree) -> str:
   return f'{name} {_format(size)}'
 
 
-def of_program(name: str, compiled: jax.stages.Compiled) -> str:
-  """Describes the memory that a compiled program takes on each device."""
+class ProgramMemory(NamedTuple):
+  """Bytes that a compiled program takes on each device."""
+
+  arguments: int
+  temporaries: int
+  results: int  # without donated results, which reuse the memory of the arguments
+
+  @property
+  def total(self) -> int:
+    return sum(self)
+
+
+def of_program(compiled: jax.stages.Compiled) -> ProgramMemory:
+  """Returns the memory that a compiled program takes on each device."""
   memory: Any = compiled.memory_analysis()
-  # Donated results reuse the memory of the arguments.
   results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  return (
-    f'{name}: arguments {_format(memory.argument_size_in_bytes)}, temporaries'
-    f' {_format(memory.temp_size_in_bytes)}, results {_format(results)}'
-  )
+  return ProgramMemory(memory.argument_size_in_bytes, memory.temp_size_in_bytes, results)
+
+
+def describe_program(name: str, compiled: jax.stages.Compiled) -> str:
+  """Describes the memory that a compiled program takes on each device."""
+  parts = of_program(compiled)._asdict().items()
+  return f'{name}: {", ".join(f"{part} {_format(size)}" for part, size in parts)}'
 
 
 def _describe(error: Exception, config: config_lib.Config, activity: str) -> str:
