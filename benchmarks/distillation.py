@@ -88,7 +88,7 @@ def compare_inverses(run, evaluate, reconstruct, labels):
       **times[name],
       'passes, by block': rounds,
       'PSNR of held-out images, dB': f'{psnr:.1f}',
-      'Fréchet distance': f'{evaluate(images, labels)[1]:.2f}',
+      'Fréchet distance': f'{evaluate(images, labels).distance:.2f}',
     }
 
 
@@ -111,7 +111,7 @@ def student_row(number, run, evaluate, reconstruct, labels):
     'steps': run.config.train.steps,
     'PSNR of held-out images, dB': f'{held_out:.2f}',
     'PSNR of samples, dB': f'{drawn:.2f}',
-    'Fréchet distance': f'{evaluate(images, labels)[1]:.2f}',
+    'Fréchet distance': f'{evaluate(images, labels).distance:.2f}',
   }
 
 
@@ -122,7 +122,7 @@ def main(argv):
   host.configure_malloc()
   print(f'{jax.devices()[0].device_kind}, JAX {jax.__version__}\n')
   runs = [api.load(path) for path in _RUNS.value]
-  evaluate = sample_quality.SampleEvaluator(runs[0].config, runs[0].workdir)
+  evaluate = sample_quality.SampleEvaluator(runs[0].config.data, runs[0].workdir / 'fidelity')
   reconstruct = Reconstruction(runs[0], evaluate.images)
   labels = np.arange(_COUNT.value) % runs[0].config.data.num_classes
   timing.print_table(compare_inverses(runs[0], evaluate, reconstruct, labels))

@@ -46,20 +46,24 @@ def main(argv: list[str]) -> None:
   config = run.config
   if _DENOISE.value is not None:
     config = config.with_sampling(denoise=_DENOISE.value)
-  evaluate = sample_quality.SampleEvaluator(config, run.workdir)
+  evaluate = sample_quality.SampleEvaluator(config.data, run.workdir / 'fidelity')
+  training_images = evaluate.training_images(len(evaluate.images['label']))
+  distance = evaluate(training_images['image'], training_images['label']).distance
   print(f'Held-out images: accuracy {evaluate.accuracy:.3f}. The same number of training images:')
-  print(f'Fréchet distance {evaluate.training_distance:.2f}.\n')
+  print(f'Fréchet distance {distance:.2f}.\n')
   labels = np.arange(_COUNT.value) % config.data.num_classes
 
   def row(name: str, guidance: config_lib.Guidance) -> dict[str, object]:
     sampler = sampling.Sampler(run.model, config.with_sampling(guidance=guidance))
     images, nonfinite = sample_quality.draw(sampler, run.params, labels, _BATCH_SIZE.value)
-    accuracy, distance = evaluate(images, labels)
+    quality = evaluate(images, labels)
     return {
       'guidance': name,
       'scale': f'{guidance.scale:g}',
-      'accuracy': f'{accuracy:.3f}',
-      'Fréchet distance': f'{distance:.2f}',
+      'accuracy': f'{quality.accuracy:.3f}',
+      'Fréchet distance': f'{quality.distance:.2f}',
+      'precision': f'{quality.precision:.3f}',
+      'recall': f'{quality.recall:.3f}',
       'not finite': nonfinite,
     }
 

@@ -14,6 +14,8 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
+from benchmarks import shared_flags
+
 # Photographs in Debian's packages. The packages also contain drawings and patterns.
 _FOLDER = pathlib.Path('/usr/share/backgrounds')
 _DEBIAN_PHOTOS = (
@@ -32,7 +34,6 @@ _DEBIAN_PHOTOS = (
   'sunset_by_*.jpg',
 )
 
-_OUT = flags.DEFINE_string('out', None, 'Folder to create.')
 _PHOTOS = flags.DEFINE_list('photos', None, 'Image files. Default: photos of the Debian packages.')
 _SIDE = flags.DEFINE_integer('side', 320, 'Shorter side of the resized photographs, pixels.')
 _SIZE = flags.DEFINE_integer('size', 32, 'Height and width of a crop, pixels.')
@@ -62,11 +63,7 @@ def main(argv: list[str]) -> None:
   """Writes the crops."""
   del argv
   paths = [pathlib.Path(path) for path in _PHOTOS.value or debian_photos()]
-  if not _OUT.value:
-    raise app.UsageError('set --out')
-  rng, out = np.random.default_rng(0), pathlib.Path(_OUT.value)
-  if out.exists():
-    raise app.UsageError(f'--out={out} exists; choose a new folder')
+  rng, out = np.random.default_rng(0), shared_flags.new_folder()
   if missing := [str(path) for path in paths if not path.is_file()]:
     raise app.UsageError(f'--photos: no file {missing[0]}')
   if len(paths) < 5:

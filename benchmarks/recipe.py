@@ -1,8 +1,8 @@
 """Searches for training settings that reach a lower loss, by successive halving.
 
-    python -m benchmarks.recipe --data=fashion_mnist --data_path=DATA --search=FOLDER
-    python -m benchmarks.recipe --data=photos --data_path=CROPS --search=FOLDER   # photo_crops.py
-    python -m benchmarks.recipe --data=digits --search=FOLDER --variants=default,adamw,rate×2
+    python -m benchmarks.recipe --data=fashion_mnist --data_path=DATA --folder=FOLDER
+    python -m benchmarks.recipe --data=photos --data_path=CROPS --folder=FOLDER   # photo_crops.py
+    python -m benchmarks.recipe --data=digits --folder=FOLDER --variants=default,adamw,rate×2
 
 A variant changes some settings of the default recipe. All variants train for a few steps. The
 better half trains again with twice as many steps, from the start and with its own schedule, and so
@@ -10,32 +10,33 @@ on. The last round trains for all steps with several seeds. For each seed, all v
 images in the same order.
 
 Prints a Markdown table of held-out bits/dim. The command can be interrupted: the next call with the
-same --search reuses the runs that have finished, and resumes the others.
+same --folder reuses the runs that have finished, and resumes the others.
 """
 
 import dataclasses
-import functools
 import math
-import operator
 import pathlib
 import statistics
 import sys
 from typing import Any
 
 import ml_collections
-from absl import app, flags, logging
+from absl import app, flags
 
-from benchmarks import timing
+from benchmarks import shared_flags, timing, variants
 from configs import fashion_mnist, photo_crops, quickstart
 from farmer_jax import config as config_lib
 from farmer_jax import terminal
-from farmer_jax.errors import DivergenceError, UserError
-from farmer_jax.jobs import pretrain
-from farmer_jax.workdir import metrics
+from farmer_jax.errors import UserError
 
 _DATA = {'digits': quickstart, 'fashion_mnist': fashion_mnist, 'photos': photo_crops}
 
-# Changes of the configuration of the dataset. A string such as '×2' multiplies, '+1' adds.
+
+def _half_of_channels(values: ml_collections.ConfigDict) -> int:
+  return values.model.patch_size**2 * values.data.channels // 2
+
+
+# Changes of the configuration of the dataset, see `variants.set_keys`.
 VARIANTS: dict[str, dict[str, Any]] = {
   'default': {},
   'adamw': {'train.optimizer.kind': 'adamw'},
@@ -62,20 +63,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'model.flow.blocks': '+-1',
     'model.prior.layers': '+2',
   },
-  'half of the channels': {'model.prior.informative_channels': 'half'},
+  'half of the channels': {'model.prior.informative_channels': _half_of_channels},
   '4×components': {'model.prior.components': '×4'},
   'one condition copy': {'model.prior.condition_copies': 1},
   'no final permutation': {'model.flow.final_permutation': False},
 }
 
-_DATA_NAME = flags.DEFINE_enum('data', None, list(_DATA), 'Dataset.')
-_DATA_PATH = flags.DEFINE_string('data_path', None, 'Value of config.data.path.')
-_FOLDER = flags.DEFINE_string('search', None, 'Folder of the runs of the search.')
-_VARIANTS = flags.DEFINE_list('variants', list(VARIANTS), 'Names of variants.')
-_STEPS = flags.DEFINE_integer('steps', None, 'Steps of the last round. Default: those of --data.')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Rounds. Each has twice the steps of the one before.')
 _FINALISTS = flags.DEFINE_integer('finalists', 3, 'Smallest number of variants in the last round.')
-_SEEDS = flags.DEFINE_integer('seeds', 2, 'Seeds of each variant in the last round.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,80 +91,50 @@ class Search:
     values.seed, values.train.steps, values.data.path = seed, steps, self.data_path
     values.train.validate_every, values.train.sample_every = steps, 0
     values.train.checkpoint_every = max(1, steps // 2)
-    for key, change in VARIANTS[variant].items():
-      *sections, name = key.split('.')
-      section = functools.reduce(operator.getitem, sections, values)
-      section[name] = _changed(section[name], change, values)
-    config = config_lib.from_config_dict(values)
-    config_lib.check(config)
-    return config
+    variants.set_keys(values, VARIANTS[variant])
+    return config_lib.from_config_dict(values)
 
   def bits_per_dim(self, variant: str, steps: int, seed: int) -> float:
-    """Trains a variant, and returns held-out bits/dim, or inf if training diverged.
-
-    A run that has finished only validates again.
-    """
+    """Trains a variant, and returns held-out bits/dim, or inf if training diverged."""
     workdir = self.folder / self.data / f'{variant}-{steps}-{seed}'.replace('/', ':')
-    logging.info(f'{variant}: {steps} steps, seed {seed}')
-    try:
-      pretrain.run(self.configuration(variant, steps, seed), workdir)
-    except DivergenceError as error:
-      logging.info(f'{variant}: {error}')
-      return math.inf
-    value = [r['bits_per_dim'] for r in metrics.read(workdir) if r['split'] == 'valid'][-1]
+    metrics = variants.validate(self.configuration(variant, steps, seed), workdir)
+    value = metrics.get('bits_per_dim', math.inf)
     return value if math.isfinite(value) else math.inf
 
   def rows(
-    self, variants: list[str], steps: int, rounds: int, finalists: int, seeds: int
+    self, names: list[str], steps: int, rounds: int, finalists: int, seeds: int
   ) -> list[dict[str, str]]:
     """Runs the search. Returns the rows of a table, with the best variant first."""
-    cells: dict[str, dict[str, str]] = {name: {'variant': name} for name in variants}
-    order = variants
+    cells: dict[str, dict[str, str]] = {name: {'variant': name} for name in names}
+    order = names
     for halvings in reversed(range(1, rounds)):
       short = steps // 2**halvings
-      results = {name: self.bits_per_dim(name, short, seed=0) for name in variants}
+      results = {name: self.bits_per_dim(name, short, seed=0) for name in names}
       for name in cells:
         cells[name][f'{short} steps'] = f'{results[name]:.3f}' if name in results else '–'
-      ranked = sorted(variants, key=results.__getitem__)
+      ranked = sorted(names, key=results.__getitem__)
       order = ranked + order[len(ranked) :]
-      variants = ranked[: max(finalists, math.ceil(len(ranked) / 2))]
-    finals = {n: [self.bits_per_dim(n, steps, seed) for seed in range(seeds)] for n in variants}
+      names = ranked[: max(finalists, math.ceil(len(ranked) / 2))]
+    finals = {n: [self.bits_per_dim(n, steps, seed) for seed in range(seeds)] for n in names}
     for name in cells:
       values = finals.get(name)
-      cells[name][f'{steps} steps, seeds: {seeds}'] = _mean_and_error(values) if values else '–'
-    ranked = sorted(variants, key=lambda name: statistics.mean(finals[name]))
+      cells[name][f'{steps} steps, seeds: {seeds}'] = (
+        variants.mean_and_error(values) if values else '–'
+      )
+    ranked = sorted(names, key=lambda name: statistics.mean(finals[name]))
     return [cells[name] for name in ranked + order[len(ranked) :]]
-
-
-def _mean_and_error(values: list[float]) -> str:
-  """Returns the mean and, of several values, its standard error."""
-  text = f'{statistics.mean(values):.3f}'
-  if len(values) > 1 and all(map(math.isfinite, values)):
-    text += f' ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}'
-  return text
-
-
-def _changed(value: Any, change: Any, values: ml_collections.ConfigDict) -> Any:
-  if change == 'half':
-    return values.model.patch_size**2 * values.data.channels // 2
-  if not isinstance(change, str) or change[0] not in '×+':
-    return change
-  number = float(change[1:])
-  return type(value)(value * number if change[0] == '×' else value + number)
 
 
 def main(argv: list[str]) -> None:
   """Runs the search and prints the table."""
   del argv
-  if not _DATA_NAME.value or not _FOLDER.value:
-    raise app.UsageError('set --data and --search')
-  if unknown := sorted(set(_VARIANTS.value) - set(VARIANTS)):
-    raise app.UsageError(f'--variants has {", ".join(unknown)}; known: {", ".join(VARIANTS)}')
-  search = Search(_DATA_NAME.value, _DATA_PATH.value, pathlib.Path(_FOLDER.value))
-  steps = _STEPS.value or search.values().train.steps
-  numbers = _ROUNDS.value, _FINALISTS.value, _SEEDS.value
+  names = shared_flags.parse(_DATA, VARIANTS)
+  folder = pathlib.Path(shared_flags.FOLDER.value)
+  search = Search(shared_flags.DATA.value, shared_flags.DATA_PATH.value, folder)
+  steps = shared_flags.STEPS.value or search.values().train.steps
+  numbers = _ROUNDS.value, _FINALISTS.value, shared_flags.SEEDS.value
   try:
-    timing.print_table(search.rows(list(_VARIANTS.value), steps, *numbers))
+    timing.print_table(search.rows(names, steps, *numbers))
   except UserError as error:
     terminal.print_error(error)
     sys.exit(1)

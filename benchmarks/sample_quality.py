@@ -1,6 +1,6 @@
 """Measures sample quality with the features of a classifier, for several benchmarks."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,38 +10,56 @@ from jaxtyping import Int, UInt8
 from farmer_jax import config as config_lib
 from farmer_jax import sampling
 from farmer_jax.data import sources
-from farmer_jax.evaluation import feature_networks, image_sets
+from farmer_jax.evaluation import feature_networks, feature_statistics, image_sets
 from farmer_jax.ops import sample_quality
 
 _BATCH_SIZE = 1000  # of the classifier
+_MAX_FEATURES = 10_000  # images for precision and recall
 
 Images = UInt8[np.ndarray, 'n H W C']
 Labels = Int[np.ndarray, 'n']
 
 
+class Quality(NamedTuple):
+  """Quality of samples by the features of a classifier."""
+
+  accuracy: float  # fraction of samples that the classifier recognizes
+  distance: float  # Fréchet distance
+  precision: float
+  recall: float
+
+
 class SampleEvaluator:
-  """Compares samples with the held-out images of a run.
+  """Compares samples with images of a data set, by default with the held-out images.
 
   `images` is a batch of all held-out images. `accuracy` is the accuracy of the classifier on these
-  images. `training_distance` is the Fréchet distance of the same number of training images.
+  images.
   """
 
-  def __init__(self, config: config_lib.Config, workdir: epath.Path) -> None:
-    """Trains the classifier of the run, or loads it from WORKDIR/fidelity."""
-    self._network = feature_networks.load_classifier(config.data, workdir / 'fidelity', _BATCH_SIZE)
-    train, valid = (sources.load(config.data, split) for split in ('train', 'valid'))
+  def __init__(self, data: config_lib.Data, folder: epath.Path, reference: str = 'valid') -> None:
+    """Trains the classifier of the data, or loads it from `folder`. `reference` is the split."""
+    self._network = feature_networks.load_classifier(data, folder, _BATCH_SIZE)
+    self._train, valid = (sources.load(data, split) for split in ('train', 'valid'))
     self.images = valid.gather(np.arange(len(valid)))
-    self._reference = self._network.statistics(image_sets.from_source(valid, 'valid'), 'images')
+    source = valid if reference == 'valid' else self._train
+    self._reference = self._statistics(image_sets.from_source(source, reference))
     self.accuracy = self._network.accuracy
-    training_images = train.gather(np.arange(len(valid)))
-    _, self.training_distance = self(training_images['image'], training_images['label'])
 
-  def __call__(self, images: Images, labels: Labels) -> tuple[float, float]:
-    """Returns the accuracy of the classifier on samples, and the Fréchet distance."""
+  def training_images(self, count: int) -> dict[str, np.ndarray]:
+    """Returns a batch of `count` training images, evenly spread over the training split."""
+    return self._train.gather(np.linspace(0, len(self._train) - 1, count).astype(int))
+
+  def __call__(self, images: Images, labels: Labels) -> Quality:
+    """Compares samples of the given classes with the reference."""
     samples = image_sets.ImageSet('samples', None, images.__getitem__, len(images))
-    statistics = self._network.statistics(samples, 'samples')
+    statistics = self._statistics(samples)
     distance = sample_quality.frechet_distance(statistics.pool, self._reference.pool)
-    return feature_networks.accuracy(statistics, labels), distance
+    features = self._reference.features, statistics.features
+    accuracy = feature_networks.accuracy(statistics, labels)
+    return Quality(accuracy, distance, *sample_quality.precision_recall(*features))
+
+  def _statistics(self, images: image_sets.ImageSet) -> feature_statistics.Statistics:
+    return self._network.statistics(images, images.name, _MAX_FEATURES)
 
 
 def draw(
