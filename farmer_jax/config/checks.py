@@ -19,6 +19,8 @@ _SMALLEST_FLOAT, _FLOAT_LIMIT = 1e-30, 1e6
 # Field of `Range` -> comparison that a value and this bound must satisfy.
 _COMPARISONS = dict(at_least=operator.ge, above=operator.gt, at_most=operator.le, below=operator.lt)
 
+_COUPLING = 'the inverse of config.model.flow.kind=coupling already takes one pass per block'
+
 
 def check(config: Config) -> None:
   """Raises `ConfigError` if a value is out of range or if values contradict each other."""
@@ -90,7 +92,12 @@ def _model(config: Config) -> Iterator[str]:
       f'config.model.{prior.informative_channels=} must be less than {config.token_channels}, the'
       ' number of channels of a token; 0 makes all of them informative'
     )
-  if config.num_tokens == 1 and flow.blocks:
+  if flow.kind == 'coupling' and flow.blocks and config.token_channels == 1:
+    yield (
+      f'config.model.{flow.kind=} splits the channels of a token, but'
+      f' config.{model.patch_size=} makes tokens of one channel; increase the patch size'
+    )
+  if config.num_tokens == 1 and flow.kind == 'autoregressive' and flow.blocks:
     yield f'config.{model.patch_size=} makes one token per image; reduce it, or set {no_flow}'
   if flow.class_conditional and not data.num_classes:
     yield f'config.model.{flow.class_conditional=} needs classes, but config.{data.num_classes=}'
@@ -126,6 +133,8 @@ def _guidance(config: Config) -> Iterator[str]:
 def _sampling(config: Config) -> Iterator[str]:
   sampling = config.sampling
   if sampling.inverse == 'student':
+    if config.model.flow.kind == 'coupling':
+      yield f'config.{sampling.inverse=} needs an autoregressive flow; {_COUPLING}'
     if config.teacher is None and config.job != 'distill':
       yield 'config.sampling.inverse=student needs a student; use the workdir of --job=distill'
     if sampling.refinement_rounds and config.distill.objective != 'outputs':
@@ -138,6 +147,8 @@ def _sampling(config: Config) -> Iterator[str]:
 def _distillation(config: Config) -> Iterator[str]:
   if config.teacher is None:
     yield '--job=distill needs a teacher; set --config.teacher to the workdir of a trained run'
+  if config.model.flow.kind == 'coupling':
+    yield f'--job=distill needs an autoregressive flow; {_COUPLING}'
   if not config.model.flow.blocks:
     yield '--job=distill needs a model with a flow, but config.model.flow.blocks=0'
 

@@ -81,10 +81,8 @@ class SamplingFigures:
     tokens = model.final_flow_output(self._latents(sampling.Sampler(model, self.config)))
     columns = {}
     for block in range(self.config.model.flow.blocks, 0, -1):  # number of blocks left to invert
-      # Each block reverses the order of the tokens.
-      columns[f'z^{block}'] = _rescale(
-        model.tokens_to_images(tokens[:, ::-1] if block % 2 else tokens)
-      )
+      in_order = model.flow_output_in_order(tokens, block)
+      columns[f'z^{block}'] = _rescale(model.tokens_to_images(in_order))
       tokens = invert_block(self.params, tokens, block - 1)
     columns['z^0'] = self._quantize(model.tokens_to_images(tokens))
     return self._grid(columns)

@@ -53,7 +53,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
     report['programs'][name] = program
     if name == STEP:
       _add_mfu(program, report['flops_per_step'] / len(devices), flops.chip(kind))
-    else:
+    elif name == 'prior' or config.model.flow.kind == 'autoregressive':  # token by token
       _add_decoding(program, config.num_tokens, mesh.round_up(config.sampling.batch_size))
   where = re.sub(r'\W+', '-', config.compile.topology or f'{len(devices)}-local')
   shape = 'x'.join(map(str, mesh.mesh.shape.values()))

@@ -5,7 +5,6 @@ from jaxtyping import Array, Float, PyTree
 
 from farmer_jax.nn import farmer
 from farmer_jax.nn import flow as flow_lib
-from farmer_jax.ops import affine
 from farmer_jax.ops.arrays import Labels, Values
 
 
@@ -35,9 +34,9 @@ def _flow_ranges(flow: flow_lib.Flow, x: Array, labels: Array) -> Array:
   condition = flow.condition(labels)
 
   def step(x: Array, params: PyTree) -> tuple[Array, Array]:
-    shift, log_scale, _ = flow.bind_block(params).affine_parameters(x, condition)
-    z, _ = affine.affine_forward(x, shift, log_scale)
-    return z[:, ::-1], _range(log_scale)
+    block = flow.bind_block(params)
+    _, log_scale, _ = block.affine_parameters(x, condition)
+    return block(x, condition)[0], _range(log_scale)
 
   return flow.scan_blocks(step, x)[1]
 

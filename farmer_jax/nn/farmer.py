@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from farmer_jax import config as config_lib
-from farmer_jax.nn import flow, layers, prior, transformer
+from farmer_jax.nn import coupling, flow, layers, prior, transformer
 from farmer_jax.ops import guidance, patches
 from farmer_jax.ops.arrays import Index, Labels, PerBlock, PerImage, PerToken, Tokens, Values
+
+_FLOW_CLASSES = {'autoregressive': flow.Flow, 'coupling': coupling.CouplingFlow}
 
 
 @flax.struct.dataclass
@@ -49,13 +52,14 @@ class Farmer(nn.Module):
 
   def setup(self) -> None:
     if self.config.flow.blocks:
-      self.flow = self._make_flow(flow.Flow)
+      self.flow = self._make_flow(_FLOW_CLASSES[self.config.flow.kind])
     self.prior = self._make_prior()
 
-  def _make_flow(self, flow_class: type[flow.Flow]) -> flow.Flow:
+  def _make_flow(self, flow_class: type[flow.Flow], **fields: Any) -> flow.Flow:
     section = self.config.flow
     stack = transformer.StackConfig.create(section, self.config)
-    return flow_class(section, stack, self.num_tokens, self.token_channels, self.num_classes)
+    sizes = self.num_tokens, self.token_channels, self.num_classes
+    return flow_class(section, stack, *sizes, **fields)
 
   def _make_prior(self) -> prior.Prior | prior.NormalPrior:
     section = self.config.prior
@@ -102,10 +106,8 @@ class Farmer(nn.Module):
   def log_density(self, z: Tokens, log_dets: PerBlock, labels: Labels) -> LogDensity:
     """Computes the log-density of images from the outputs of `encode`."""
     tokens, redundant = self.prior(z, labels)
-    # Each block reverses the token order. Without the final permutation, one reversal is undone.
-    section = self.config.flow
-    reversals = section.blocks - (section.blocks > 0 and not section.final_permutation)
-    return LogDensity(tokens[:, ::-1] if reversals % 2 else tokens, redundant, log_dets)
+    is_reversed = self.config.flow.blocks > 0 and self.flow.reversals % 2 == 1
+    return LogDensity(tokens[:, ::-1] if is_reversed else tokens, redundant, log_dets)
 
   def sample(self, labels: Int[Array, 'S B'], draws: guidance.GuidedDraws) -> Tokens:
     """Draws latents from the prior. See `prior.Prior.sample`."""
@@ -130,8 +132,17 @@ class Farmer(nn.Module):
     return self.flow.invert_block(z, params, condition, chunk_size, tolerance)
 
   def final_flow_output(self, z: Tokens) -> Tokens:
-    """Returns the output of the last flow block for latents z. The token order may be reversed."""
-    return z if self.config.flow.final_permutation else z[:, ::-1]
+    """Returns the output of the last flow block for latents z. See `flow.Flow.final_output`."""
+    return self._unbound_flow.final_output(z)
+
+  def flow_output_in_order(self, z: Tokens, blocks: int) -> Tokens:
+    """Returns the output of the first `blocks` flow blocks in the order of image tokens."""
+    return self._unbound_flow.in_order(z, blocks)
+
+  @property
+  def _unbound_flow(self) -> flow.Flow:
+    """A flow without parameters, for methods that only reorder."""
+    return self._make_flow(_FLOW_CLASSES[self.config.flow.kind], parent=None)
 
   @property
   def _basis(self) -> Float[Array, 'd d']:

@@ -1,9 +1,12 @@
-"""The autoregressive flow: an invertible map between patch tokens and latent tokens."""
+"""The autoregressive flow: an invertible map between patch tokens and latent tokens.
+
+`nn/coupling.py` has the flow of affine couplings.
+"""
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
@@ -19,6 +22,8 @@ from farmer_jax.ops.arrays import Condition, Labels, PerBlock, PerImage, Tokens
 # In longer sequences, causal blocks keep the last token, see `FlowBlock._hidden`.
 _MAX_CUT_TOKENS = 128
 
+Maps = Float[Array, 'B N outputs']  # shifts or log-scales of the affine maps of a block
+
 
 @flax.struct.dataclass
 class Convergence:
@@ -28,12 +33,10 @@ class Convergence:
   passes: Float[Array, '*T B']  # passes over all tokens
 
 
-class FlowBlock(nn.Module):
-  """One autoregressive affine map (arXiv 2412.06329, 2510.23588).
+class AffineBlock(nn.Module):
+  """What all flow blocks share: a transformer computes shifts and log-scales of an affine map.
 
-  A causal transformer computes shift and log-scale of token i from the tokens before token i. The
-  first token does not change. The block reverses the token order, so that the next block reads the
-  tokens in the other direction. Output projections start at zero: a new block only reverses.
+  Output projections start at zero: the map of a new block is the identity.
   """
 
   flow: config.Flow
@@ -42,20 +45,74 @@ class FlowBlock(nn.Module):
   channels: int
   causal: bool = True
 
-  def setup(self) -> None:
+  def _make_layers(self, num_positions: int, num_outputs: int) -> None:
+    """Makes the layers, for `num_positions` tokens and maps of `num_outputs` channels."""
     stack = self.stack_config
     self.in_proj = layers.dense(stack.width, stack.dtype, (None, 'embed'), scaling.MATRIX_INIT)
     self.positions = self.param(
       'positions',
       layers.logical_axes(scaling.EMBEDDING_INIT, None, 'embed'),
-      (self.num_tokens - 1, stack.width),
+      (num_positions, stack.width),
       layers.param_dtype(stack.dtype),
     )
     self.transformer = transformer.Transformer(stack, self.causal)
     zeros = nn.initializers.zeros
-    self.shift_proj = layers.OutputProjection(self.channels, stack.dtype, zeros)
+    self.shift_proj = layers.OutputProjection(num_outputs, stack.dtype, zeros)
     self.norm = layers.norm(stack.dtype)
-    self.log_scale_proj = layers.OutputProjection(self.channels, stack.dtype, zeros)
+    self.log_scale_proj = layers.OutputProjection(num_outputs, stack.dtype, zeros)
+
+  def affine_parameters(
+    self, x: Tokens, condition: Condition
+  ) -> tuple[Maps, Maps, Float[Array, 'B n width']]:
+    """Returns shift, log-scale, and the outputs of the transformer."""
+    hidden = self._hidden(x, condition)
+    return *self._shift_and_log_scale(hidden), hidden
+
+  def _hidden(self, x: Tokens, condition: Condition) -> Float[Array, 'B n width']:
+    """Returns the outputs of the transformer."""
+    return self.transformer(self._embed(x, condition, self.positions))
+
+  def _transform(
+    self, function: Callable[[Tokens, Tokens, Tokens], Any], hidden: Array, values: Array
+  ) -> Any:
+    """Returns `function(values, shift, log_scale)` for outputs of the transformer.
+
+    With rematerialization, the backward pass recomputes everything that follows the transformer.
+    """
+
+    def finish(block: 'AffineBlock', hidden: Array, values: Array) -> Any:
+      return function(values, *block._shift_and_log_scale(hidden))
+
+    if self.stack_config.remat != 'none':
+      finish = nn.remat(finish, prevent_cse=not self.stack_config.in_loop)
+    return finish(self, hidden, values)
+
+  def _embed(self, x: Array, condition: Array | None, positions: Array) -> Array:
+    """Returns the inputs [B, n, width] of the transformer for tokens [B, n, d]."""
+    hidden = self.in_proj(x) + positions.astype(self.stack_config.dtype)
+    return hidden if condition is None else hidden + condition[:, None]
+
+  def _shift_and_log_scale(self, hidden: Array) -> tuple[Maps, Maps]:
+    """Returns shift and log-scale of the map, for outputs of the transformer."""
+    return self._project(hidden)
+
+  def _project(self, hidden: Array) -> tuple[Array, Array]:
+    """Returns shift and log-scale, [B, n, outputs] each."""
+    # Without the norm, a large token could make the scale of another token exponentially large.
+    log_scale = self.log_scale_proj(self.norm(hidden))
+    return self.shift_proj(hidden), affine.bound_log_scale(log_scale, self.flow.max_log_scale)
+
+
+class FlowBlock(AffineBlock):
+  """One autoregressive affine map (arXiv 2412.06329, 2510.23588).
+
+  A causal transformer computes shift and log-scale of token i from the tokens before token i. The
+  first token does not change. The block reverses the token order, so that the next block reads the
+  tokens in the other direction.
+  """
+
+  def setup(self) -> None:
+    self._make_layers(self.num_tokens - 1, self.channels)
 
   def __call__(self, x: Tokens, condition: Condition) -> tuple[Tokens, PerImage]:
     """Returns z_i = (x_i - shift_i) / scale_i in reversed order, and log|det dz/dx| in nats."""
@@ -111,28 +168,15 @@ class FlowBlock(nn.Module):
     passes = rounds.astype(x.dtype).mean(0)
     return jnp.concatenate([z[:, :1], x], axis=1), Convergence(residual.max(0), passes)
 
-  def affine_parameters(
-    self, x: Tokens, condition: Condition
-  ) -> tuple[Tokens, Tokens, Float[Array, 'B N-1 width']]:
-    """Returns shift, log-scale and hidden states. Hidden state i affects token i + 1 of x."""
-    hidden = self._hidden(x, condition)
-    return *self._shift_and_log_scale(hidden), hidden[:, : self.num_tokens - 1]
-
   def map_tokens(
     self, function: Callable[[Tokens, Tokens, Tokens], Any], x: Tokens, condition: Condition
   ) -> tuple[Any, Float[Array, 'B N-1 width']]:
-    """Returns `function(x, shift, log_scale)` and the hidden states of `affine_parameters`.
+    """Returns `function(x, shift, log_scale)` and the outputs of the transformer.
 
-    With rematerialization, the backward pass recomputes everything that follows the transformer.
+    Output i affects token i + 1 of x.
     """
-
-    def finish(block: 'FlowBlock', hidden: Array, x: Array) -> Any:
-      return function(x, *block._shift_and_log_scale(hidden))
-
-    if self.stack_config.remat != 'none':
-      finish = nn.remat(finish, prevent_cse=not self.stack_config.in_loop)
     hidden = self._hidden(x, condition)
-    return finish(self, hidden, x), hidden[:, : self.num_tokens - 1]
+    return self._transform(function, hidden, x), hidden[:, : self.num_tokens - 1]
 
   def _hidden(self, x: Tokens, condition: Condition) -> Float[Array, 'B n width']:
     """Returns the outputs of the transformer, of all tokens or of all tokens except the last."""
@@ -154,17 +198,6 @@ class FlowBlock(nn.Module):
       jnp.pad(a[:, :unknown], ((0, 0), (1, 0), (0, 0))) for a in self._project(hidden)
     )
     return shift, log_scale
-
-  def _embed(self, x: Array, condition: Array | None, positions: Array) -> Array:
-    """Returns the inputs [B, n, width] of the transformer for tokens [B, n, d]."""
-    hidden = self.in_proj(x) + positions.astype(self.stack_config.dtype)
-    return hidden if condition is None else hidden + condition[:, None]
-
-  def _project(self, hidden: Array) -> tuple[Array, Array]:
-    """Returns shift and log-scale, [B, n, d] each."""
-    # Without the norm, a large token could make the scale of the next token exponentially large.
-    log_scale = self.log_scale_proj(self.norm(hidden))
-    return self.shift_proj(hidden), affine.bound_log_scale(log_scale, self.flow.max_log_scale)
 
 
 def _split_chunks(a: Array, chunk_size: int) -> Array:
@@ -189,7 +222,7 @@ class Flow(nn.Module):
   channels: int
   num_classes: int  # label num_classes means "no class"
 
-  block_class = FlowBlock
+  block_class: ClassVar[type[AffineBlock]] = FlowBlock
 
   def setup(self) -> None:
     stack = self.stack_config
@@ -219,7 +252,7 @@ class Flow(nn.Module):
   def __call__(self, x: Tokens, labels: Labels) -> tuple[Tokens, PerBlock]:
     """Maps tokens to latents z. Also returns log|det| of each block in nats."""
     z, log_dets = self.stack(x, self.condition(labels))
-    return (z if self.flow.final_permutation else z[:, ::-1]), log_dets
+    return self.latents(z), log_dets
 
   def inverse(
     self,
@@ -234,7 +267,7 @@ class Flow(nn.Module):
     """
     chunk_sizes = tuple(chunk_sizes or (1,) * self.flow.blocks)
     condition = self.condition(labels)
-    z = z if self.flow.final_permutation else z[:, ::-1]
+    z = self.final_output(z)
     results: list[Convergence] = []
     # Consecutive blocks with the same chunk size share a scan, so that compile time grows with the
     # number of changes of the chunk size instead of the number of blocks.
@@ -250,6 +283,23 @@ class Flow(nn.Module):
     return z, jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
 
   @property
+  def reversals(self) -> int:
+    """Number of reversals of the token order between x and the latents z."""
+    return self.flow.blocks - (not self.flow.final_permutation)
+
+  def in_order(self, z: Tokens, blocks: int) -> Tokens:
+    """Returns the output of the first `blocks` blocks, reordered like x."""
+    return z[:, ::-1] if blocks % 2 else z
+
+  def latents(self, z: Tokens) -> Tokens:
+    """Returns the latents for the output of the last block."""
+    return z if self.flow.final_permutation else z[:, ::-1]
+
+  def final_output(self, z: Tokens) -> Tokens:
+    """Returns the output of the last block for latents z."""
+    return self.latents(z)
+
+  @property
   def block_params(self) -> PyTree:
     """Parameters of the blocks, stacked along a leading axis T."""
     return self.stack.variables['params']
@@ -261,7 +311,7 @@ class Flow(nn.Module):
     block = layers.bind_for_decoding(self.one_block, params, z, condition)
     return block.inverse(z, condition, *args, **kwargs)
 
-  def bind_block(self, params: PyTree) -> FlowBlock:
+  def bind_block(self, params: PyTree) -> Any:
     """Returns a flow block that is bound to `params`."""
     return self.one_block.bind({'params': params})
 

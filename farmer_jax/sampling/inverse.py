@@ -116,11 +116,11 @@ def cached_measurement(
   batch sizes, device kinds and shardings of the parameters need a new measurement. Process 0
   measures on its active `devices`, and all processes get the result. `model` is in its sampling
   dtype, `step` is the step of `params`, and `labels` are repeated to fill a batch. With
-  inverse=sequential, nothing is measured.
+  inverse=sequential, and for coupling flows, which have one inverse, nothing is measured.
   """
-  sampling, blocks = config.sampling, config.model.flow.blocks
-  if sampling.inverse == 'sequential' or not blocks:
-    return {'chunk_sizes': [1] * blocks, 'difference': 0.0}
+  sampling, flow = config.sampling, config.model.flow
+  if sampling.inverse == 'sequential' or flow.kind == 'coupling' or not flow.blocks:
+    return {'chunk_sizes': [1] * flow.blocks, 'difference': 0.0}
   key = _plan_key(sampling, step, devices)
   file = workdir / 'inverse_plan.json'
   plans = layout.read_json(file, _are_plans) if file.exists() else {}

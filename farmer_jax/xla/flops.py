@@ -70,8 +70,12 @@ def chip(device_kind: str) -> Chip:
 def forward(config: config_lib.Config) -> int:
   """Returns the FLOPs of the log-density of one image."""
   tokens, channels, flow = config.num_tokens, config.token_channels, config.model.flow
-  block = _transformer(flow, tokens - 1) + _product(tokens - 1, channels, flow.width)
-  block += _product(tokens - 1, flow.width, 2 * channels)
+  # The tokens and the channels that the transformer of a block reads, and those that it transforms.
+  inputs, read, changed = tokens - 1, channels, channels
+  if flow.kind == 'coupling':
+    inputs, read, changed = tokens, channels - channels // 2, channels // 2
+  block = _transformer(flow, inputs) + _product(inputs, read, flow.width)
+  block += _product(inputs, flow.width, 2 * changed)
   return flow.blocks * block + _prior(config.model.prior, tokens, channels)
 
 

@@ -29,6 +29,7 @@ VARIANTS = {
   'TARFlow': (dict(blocks=3), dict(kind='normal'), {}),
   'JetFormer': (dict(final_permutation=False), dict(redundant_kind='normal'), {}),
   'class-conditional flow': (dict(class_conditional=True), {}, {}),
+  'coupling flow': (dict(kind='coupling', blocks=3, final_permutation=False), {}, {}),
   'no redundant channels': ({}, dict(informative_channels=0), {}),
   'one component': ({}, dict(components=1, redundant_components=1, condition_copies=1), {}),
 }
@@ -151,7 +152,8 @@ def test_scale_ranges(variant):
   assert set(ranges) == {name for name in has if has[name]}
   assert all((leaf[..., 0] <= leaf[..., 1]).all() for leaf in ranges.values())
   if variant.flow.blocks:
-    low, high = np.asarray(ranges['flow_log_scale']).T[..., None] * N * D
+    channels = D // 2 if variant.flow.kind == 'coupling' else D
+    low, high = np.asarray(ranges['flow_log_scale']).T[..., None] * N * channels
     assert ((low <= -variant.log_dets) & (-variant.log_dets <= high)).all()
 
 
@@ -229,19 +231,21 @@ def test_parameters_do_not_depend_on_dtype_remat_and_unroll():
 
 
 @pytest.mark.parametrize('blocks, final', [(0, True), (1, True), (1, False), (2, True), (3, False)])
-def test_token_densities_are_in_raster_order(blocks, final):
+@pytest.mark.parametrize('kind', ['autoregressive', 'coupling'])
+def test_token_densities_are_in_raster_order(blocks, final, kind):
   """With an identity flow, a change of the last token that the prior reads changes one density.
 
   The token is the first or the last of the raster, depending on the number of reversals.
   """
-  model = make(dict(blocks=blocks, final_permutation=final), dict(informative_channels=0))
+  flow_changes = dict(blocks=blocks, final_permutation=final, kind=kind)
+  model = make(flow_changes, dict(informative_channels=0))
   images, label = tiny.normals(1, SIZE, SIZE, CHANNELS), jnp.zeros(1, jnp.int32)
   model = tiny.Compiled(model, images, label)
   if blocks:
     stack = model.params['flow']['stack']
     for name in ('shift_proj', 'log_scale_proj'):
       stack[name] = jax.tree.map(jnp.zeros_like, stack[name])
-  is_reversed = (blocks - (blocks > 0 and not final)) % 2 == 1
+  is_reversed = kind == 'autoregressive' and (blocks - (blocks > 0 and not final)) % 2 == 1
   last = 0 if is_reversed else N - 1
   pixel = 0 if is_reversed else -1
   changed, before = (model()(x, label) for x in (images.at[:, pixel, pixel].add(1.0), images))

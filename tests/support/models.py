@@ -43,10 +43,10 @@ def make_block(num_tokens=4, channels=2, block_class=flow.FlowBlock, **changes):
   return block_class(*_split(config.Flow, changes), num_tokens, channels)
 
 
-def make_flow(num_tokens=4, channels=2, num_classes=0, **changes):
+def make_flow(num_tokens=4, channels=2, num_classes=0, flow_class=flow.Flow, **changes):
   """Returns a flow, which is class-conditional if there are classes."""
   changes = dict(blocks=3, class_conditional=num_classes > 0) | changes
-  return flow.Flow(*_split(config.Flow, changes), num_tokens, channels, num_classes)
+  return flow_class(*_split(config.Flow, changes), num_tokens, channels, num_classes)
 
 
 def make_prior(num_tokens=4, channels=3, num_classes=3, **changes):

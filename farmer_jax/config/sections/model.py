@@ -81,8 +81,12 @@ class Noise:
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-  """The autoregressive flow."""
+  """The flow."""
 
+  kind: Literal['autoregressive', 'coupling'] = 'autoregressive'
+  """autoregressive: each block transforms each token given the tokens before it. coupling: each
+  block transforms half of the channels of all tokens given the other half, as in Jet. Its exact
+  inverse takes one pass per block."""
   blocks: NonNegativeInt = 4
   """Number of flow blocks T. 0 removes the flow."""
   layers: int = 2
@@ -94,7 +98,8 @@ class Flow:
   mlp_ratio: float = 4.0
   """Width of the MLP divided by the width of the transformer."""
   final_permutation: bool = True
-  """Reverse the token order between the last flow block and the prior."""
+  """Reverse the token order between the last flow block and the prior. No effect in coupling flows,
+  which keep the order."""
   class_conditional: bool = False
   """Condition the flow on the class, in addition to the prior."""
   max_log_scale: NonNegativeFloat = 0.0
