@@ -14,30 +14,29 @@ from farmer_jax.ops import affine
 from farmer_jax.ops.arrays import Condition, PerImage, Tokens
 
 
-def channel_permutation(channels: int, blocks: int = 1) -> Int[np.ndarray, 'd']:
-  """Returns the input channel of each output channel of `blocks` blocks.
+def channel_permutation(channels: int, blocks: int) -> Int[np.ndarray, 'd']:
+  """Returns the permutation of the blocks of a flow: the input channel of each output channel.
 
-  Each block reads the first half of its input and transforms the second half. The permutation after
-  each block is random, except that a third of each half stays in its half, at positions from which
-  the next permutation moves it to the other half. Three blocks in sequence therefore read and
-  transform each channel at least once, and nearly all pairs of channels are in different halves in
-  some block. If all channels changed halves, the halves would always have the same channels. If the
-  permutation were uniform, some channels would stay in one half for many blocks.
+  Each block reads the first half of its input and transforms the second half. The permutation is
+  random, except that a third of each half stays in its half, at positions from which the next
+  permutation moves it to the other half. Three blocks in sequence therefore read and transform each
+  channel at least once, and nearly all pairs of channels are in different halves in some block. If
+  all channels changed halves, the halves would always have the same channels, so this is done only
+  in flows of at most two blocks. If the permutation were uniform, some channels would stay in one
+  half for many blocks.
   """
   # Trained parameters depend on the permutation. NumPy guarantees the stream of RandomState.
-  rng, num_read = np.random.RandomState(0), channels - channels // 2
-  first = rng.permutation(num_read)
-  second = num_read + rng.permutation(channels // 2)
-  a = (num_read + 1) // 3  # channels that stay in the first half
-  b = a + channels // 2 - num_read  # channels that stay in the second half
+  rng, num_changed = np.random.RandomState(0), channels // 2
+  num_read = channels - num_changed
+  first, second = rng.permutation(num_read), num_read + rng.permutation(num_changed)
+  # The numbers of channels that stay in the first half and in the second half.
+  a = (num_read + 1) // 3 if blocks > 2 else channels % 2
+  b = a - channels % 2
   permutation = np.empty(channels, int)
   permutation[first[a : 2 * a]], permutation[second[b : 2 * b]] = first[:a], second[:b]
   permutation[np.delete(second, np.s_[b : 2 * b])] = rng.permutation(first[a:])
   permutation[np.delete(first, np.s_[a : 2 * a])] = rng.permutation(second[b:])
-  composed = np.arange(channels)
-  for _ in range(blocks):
-    composed = composed[permutation]
-  return composed
+  return permutation
 
 
 class CouplingBlock(flow.AffineBlock):
@@ -56,16 +55,20 @@ class CouplingBlock(flow.AffineBlock):
     """Returns [x1, (x2 - shift) / scale] with permuted channels, and log|det dz/dx| in nats."""
     x1, x2 = self._split(x)
     z2, log_det = self._transform(affine.affine_forward, self._hidden(x, condition), x2)
-    z = jnp.concatenate([x1, z2], axis=-1)[..., channel_permutation(self.channels)]
+    z = jnp.concatenate([x1, z2], axis=-1)[..., self._permutation]
     return layers.shard_batch(z), log_det
 
   def inverse(self, z: Tokens, condition: Condition, *_: Any) -> tuple[Tokens, flow.Convergence]:
     """Inverts `__call__` in one pass, which is exact. Chunk size and tolerance have no effect."""
-    z = z[..., np.argsort(channel_permutation(self.channels))]
+    z = z[..., np.argsort(self._permutation)]
     z1, z2 = self._split(z)
     x2 = self._transform(affine.affine_inverse, self._hidden(z, condition), z2)
     exact = jnp.zeros(len(z), z.dtype)
     return jnp.concatenate([z1, x2], axis=-1), flow.Convergence(exact, exact + 1)
+
+  @property
+  def _permutation(self) -> Int[np.ndarray, 'd']:
+    return channel_permutation(self.channels, self.flow.blocks)
 
   def _hidden(self, x: Tokens, condition: Condition) -> Float[Array, 'B N width']:
     return super()._hidden(self._split(x)[0], condition)
@@ -87,10 +90,17 @@ class CouplingFlow(flow.Flow):
     return 0
 
   def in_order(self, z: Tokens, blocks: int) -> Tokens:
-    return z[..., np.argsort(channel_permutation(self.channels, blocks))]
+    return z[..., np.argsort(self._order(blocks))]
 
   def latents(self, z: Tokens) -> Tokens:
     return self.in_order(z, self.flow.blocks)
 
   def final_output(self, z: Tokens) -> Tokens:
-    return z[..., channel_permutation(self.channels, self.flow.blocks)]
+    return z[..., self._order(self.flow.blocks)]
+
+  def _order(self, blocks: int) -> Int[np.ndarray, 'd']:
+    """Returns the channel of x that each output channel of the first `blocks` blocks belongs to."""
+    order = np.arange(self.channels)
+    for _ in range(blocks):
+      order = order[channel_permutation(self.channels, self.flow.blocks)]
+    return order

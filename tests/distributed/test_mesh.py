@@ -17,9 +17,14 @@ MESHES = [
 
 
 @functools.cache
-def compare(names):
+def compare(names, kind='autoregressive'):
   """Returns the results for several meshes, computed in one process."""
-  return json.loads(processes.run_program('mesh_comparison', *names, devices=8))
+  return json.loads(processes.run_program('mesh_comparison', kind, *names, devices=8))
+
+
+def assert_small(differences):
+  for quantity, difference in differences.items():
+    assert difference < 1e-5, quantity
 
 
 @pytest.fixture(scope='module', params=MESHES, name='mesh')
@@ -31,8 +36,12 @@ def _mesh(request):
 
 def test_metrics_and_gradients_equal_those_of_one_device(mesh):
   _, found = mesh
-  for quantity, difference in found['differences'].items():
-    assert difference < 1e-5, quantity
+  assert_small(found['differences'])
+
+
+@pytest.mark.faults
+def test_coupling_flow_on_a_mesh_equals_that_on_one_device():
+  assert_small(compare(FAST, 'coupling')[FAST[0]]['differences'])
 
 
 def test_parameters_optimizer_state_and_batches_are_sharded(mesh):

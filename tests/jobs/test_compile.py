@@ -53,6 +53,14 @@ def test_attached_devices(tmp_path):
 
 
 @pytest.mark.slow
+def test_inverse_of_a_coupling_flow_has_no_figures_per_token(tmp_path):
+  report, *_ = compile_for(tmp_path, 'compile.sampler=True', 'model.flow.kind=coupling')
+  programs = report['programs']
+  assert 'decoding' in programs['prior'] and 'decoding' not in programs['inverse']
+  assert programs['inverse']['loops_of_unknown_length'] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='needs libtpu')
 def test_tpu_slice_that_is_not_attached(tmp_path):
   settings = 'compile.topology=v5e:2x4', 'model.dtype=bfloat16', 'model.prior.kind=mixture'

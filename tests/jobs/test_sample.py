@@ -6,6 +6,7 @@ import shutil
 import signal
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,9 +14,10 @@ from PIL import Image
 from farmer_jax import api, config, errors, sampling
 from farmer_jax.evaluation import sampling_figures
 from farmer_jax.jobs import sample
+from farmer_jax.nn import farmer
 from farmer_jax.sampling import inverse, to_disk
 from farmer_jax.workdir import results
-from tests.support import processes
+from tests.support import models, processes, runs
 from tests.support.runs import CONFIG, read_samples, with_sampling
 
 FOLDER = '3-seed=5-inverse=sequential'
@@ -132,6 +134,23 @@ def test_parallel_inverse_draws_the_same_images_and_is_measured_once(run, expect
     assert measure.call_count == count
 
 
+def test_coupling_flow_has_one_inverse_which_is_not_measured(tmp_path):
+  built = models.replace(CONFIG, model=dict(flow=dict(kind='coupling')))
+  run, drawn = runs.save_run(tmp_path / 'run', built), []
+  for inverse_kind in ('parallel', 'chunked'):
+    settings = built.with_sampling(count=8, batch_size=8, inverse=inverse_kind)
+    folder = sample.run(settings, run)
+    drawn.append(read_samples(folder)['arr_0'])
+    report = json.loads((folder / 'samples.json').read_text())
+    assert report['largest_residual'] == report['nonfinite_samples'] == 0
+  assert len(np.unique(drawn[0], axis=0)) == 8
+  np.testing.assert_array_equal(*drawn)
+  assert not (run / 'inverse_plan.json').exists()
+  loaded, labels = api.load(run, overrides={'sampling.batch_size': 8}), np.arange(8)
+  np.testing.assert_array_equal(loaded.sample(labels), drawn[0])
+  assert (loaded.sample(labels, guidance=3.0) != drawn[0]).any()
+
+
 def test_missing_checkpoint_and_missing_run(run, tmp_path):
   shutil.rmtree(run / 'checkpoints')
   with pytest.raises(errors.CheckpointError, match=str(run)):
@@ -139,6 +158,22 @@ def test_missing_checkpoint_and_missing_run(run, tmp_path):
   with pytest.raises(errors.WorkdirError, match='elsewhere'):
     sample.run(with_sampling(), tmp_path / 'elsewhere')
   assert not (tmp_path / 'elsewhere').exists()
+
+
+@pytest.mark.parametrize('kind', ['autoregressive', 'coupling'])
+def test_intermediate_tokens_of_a_new_flow_are_drawn_in_the_order_of_the_image(monkeypatch, kind):
+  """A new flow only reorders, so that all columns of the path show the same tokens."""
+  monkeypatch.setattr(sampling_figures.SamplingFigures, '_quantize', lambda self, x: np.asarray(x))
+  monkeypatch.setattr(sampling_figures, '_rescale', np.asarray)
+  sample_grid = mock.Mock()
+  monkeypatch.setattr(sampling_figures.figures, 'sample_grid', sample_grid)
+  built = models.replace(CONFIG, model=dict(flow=dict(kind=kind, blocks=3)))
+  model = farmer.build(built)
+  params = farmer.init_params(jax.random.key(0), model)
+  sampling_figures.SamplingFigures(model, built, params, [0, 1], ['0', '1']).inversion_path()
+  images = sample_grid.call_args.args[0]
+  assert images.shape[1] == 4 and images.std() > 0.1
+  np.testing.assert_allclose(images, images[:, -1:].repeat(4, 1), atol=1e-6)
 
 
 def test_denoising_path_ends_in_the_sample(trained, expected, monkeypatch):

@@ -73,10 +73,10 @@ def test_log_det_and_reverse_mode_equal_the_jacobian(flow):
 def test_block_transforms_one_half_given_the_other_half(channels):
   """Derivatives by values of the transformed half are 0, except those of a value by itself."""
   x, read = tiny.normals(2, N, channels), channels - channels // 2
-  block = tiny.Compiled(tiny.make_block(N, channels, coupling.CouplingBlock), x, None)
+  block = tiny.Compiled(tiny.make_block(N, channels, coupling.CouplingBlock, blocks=3), x, None)
   z, _ = block()(x, None)
   jacobian = jacobian_of(lambda x, _: block.apply(x, None))(x, LABELS[:2])
-  order = np.argsort(coupling.channel_permutation(channels))
+  order = np.argsort(coupling.channel_permutation(channels, 3))
   z, jacobian = np.asarray(z)[..., order], np.asarray(jacobian)[:, :, order]
   np.testing.assert_array_equal(z[..., :read], x[..., :read])
   identity = np.eye(N * channels).reshape(N, channels, N, channels)
@@ -98,7 +98,7 @@ def test_new_flow_is_the_identity():
 def halves(channels, blocks):
   """Returns whether each block transforms each channel of x, [blocks, d]."""
   position, found = np.arange(channels), []
-  target = np.argsort(coupling.channel_permutation(channels))  # position -> next position
+  target = np.argsort(coupling.channel_permutation(channels, blocks))  # position -> next position
   for _ in range(blocks):
     found.append(position >= channels - channels // 2)
     position = target[position]
@@ -111,10 +111,8 @@ def test_three_successive_blocks_transform_and_read_every_channel(channels):
   for block in range(22):
     count = transformed[block : block + 3].sum(0)
     assert ((count >= 1) & (count <= 2)).all()
-  permutation = coupling.channel_permutation(channels)
-  thrice = np.arange(channels)[permutation][permutation][permutation]
-  np.testing.assert_array_equal(coupling.channel_permutation(channels, 3), thrice)
-  np.testing.assert_array_equal(coupling.channel_permutation(channels, 0), np.arange(channels))
+  # In flows of two blocks, each channel is transformed once. An odd number leaves one channel.
+  assert (halves(channels, 2).sum(0) == 1).sum() == channels - channels % 2
 
 
 @pytest.mark.parametrize('channels', [16, 48, 192])
@@ -126,9 +124,24 @@ def test_blocks_have_different_splits(channels):
     assert separated.sum() / (channels * (channels - 1)) > expected
 
 
+@pytest.mark.parametrize('channels, blocks', [(7, 3), (4, 2), (16, 5)])
+def test_latents_and_outputs_of_blocks_have_the_order_of_x(channels, blocks):
+  """New blocks only permute channels."""
+  module = tiny.make_flow(N, channels, flow_class=coupling.CouplingFlow, blocks=blocks)
+  block = tiny.make_block(N, channels, coupling.CouplingBlock, blocks=blocks)
+  x = z = tiny.normals(1, N, channels)
+  for t in range(blocks):
+    z = block.init_with_output(jax.random.key(0), z, None)[0][0]
+    assert (z != x).any()
+    np.testing.assert_array_equal(module.in_order(z, t + 1), x)
+  np.testing.assert_array_equal(module.latents(z), x)
+  np.testing.assert_array_equal(module.final_output(x), z)
+
+
 def test_permutation_never_changes():
   """Checkpoints depend on it."""
-  assert coupling.channel_permutation(12).tolist() == [8, 5, 11, 2, 6, 10, 9, 3, 4, 0, 7, 1]
+  assert coupling.channel_permutation(12, 3).tolist() == [8, 5, 11, 2, 6, 10, 9, 3, 4, 0, 7, 1]
+  assert coupling.channel_permutation(5, 2).tolist() == [4, 2, 3, 0, 1]
 
 
 def reference_block(p, x, read):
@@ -168,7 +181,7 @@ def test_density_equals_a_reference():
   for t in range(2):
     x, log_det = reference_block(jax.tree.map(lambda p, t=t: p[t], stack), x, 2)
     np.testing.assert_allclose(found.log_dets[t], log_det, rtol=1e-9)
-    x = x[..., coupling.channel_permutation(4)]
+    x = x[..., coupling.channel_permutation(4, 2)]
   expected = stats.norm.logpdf(x).sum((1, 2)) + found.log_dets.sum(0)
   np.testing.assert_allclose(found.total, expected, rtol=1e-9)
 

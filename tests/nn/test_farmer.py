@@ -29,7 +29,11 @@ VARIANTS = {
   'TARFlow': (dict(blocks=3), dict(kind='normal'), {}),
   'JetFormer': (dict(final_permutation=False), dict(redundant_kind='normal'), {}),
   'class-conditional flow': (dict(class_conditional=True), {}, {}),
-  'coupling flow': (dict(kind='coupling', blocks=3, final_permutation=False), {}, {}),
+  'coupling flow': (
+    dict(kind='coupling', blocks=3, final_permutation=False, class_conditional=True),
+    {},
+    {},
+  ),
   'no redundant channels': ({}, dict(informative_channels=0), {}),
   'one component': ({}, dict(components=1, redundant_components=1, condition_copies=1), {}),
 }

@@ -62,6 +62,13 @@ def programs(dtype):
     loss = functools.partial(losses.distillation_loss, **both)
     return jax.grad(loss, has_aux=True)(trained, batch, 0, 0, params)
 
+  coupling = farmer.build(tiny.replace(config, model=dict(flow=dict(kind='coupling'))))
+  of_coupling = jax.eval_shape(functools.partial(farmer.init_params, model=coupling), key)
+
+  def encode_and_decode(params, images, labels):
+    z, log_dets = coupling.apply({'params': params}, images, labels, method='encode')
+    return coupling.apply({'params': params}, z, labels, method='decode')[0].sum() + log_dets.sum()
+
   with_student = params | {'student': trained['student']}
   refined = call('decode_with_student', refinement_rounds=1)
   ranges = functools.partial(diagnostics.scale_ranges, model)
@@ -70,6 +77,7 @@ def programs(dtype):
     # One block is inverted sequentially, the other block in chunks.
     'inverse': (call('decode', chunk_sizes=(1, 2), tolerance=1e-3), params, z, labels),
     'sampling': (draw, params, labels),
+    'coupling flow': (jax.grad(encode_and_decode), of_coupling, images, labels),
     'inverse by the student': (refined, with_student, z, labels),
     'distillation': (distill, trained, batch, params),
     'diagnostics': (ranges, params, images, labels),

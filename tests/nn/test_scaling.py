@@ -125,6 +125,16 @@ def test_factors_of_all_kinds():
   assert layer['mlp_norm']['scale'] == 1.0
 
 
+def test_coupling_flows_have_the_parameters_and_factors_of_autoregressive_flows():
+  factors = []
+  for kind in ('autoregressive', 'coupling'):
+    config = models.replace(make_config(256, 'adamw'), model=dict(flow=dict(kind=kind)))
+    params = jax.eval_shape(lambda key, c=config: farmer.init_params(key, farmer.build(c)), KEY)
+    factors.append(scaling.learning_rate_factors(params, config))
+  assert factors[0] == factors[1]
+  assert params['flow']['stack']['log_scale_proj']['kernel'].shape == (2, 256, 2)
+
+
 @pytest.fixture(scope='module')
 def params():
   model = farmer.build(make_config(scaling.BASE_WIDTH, 'adamw'))

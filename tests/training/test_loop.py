@@ -45,6 +45,14 @@ def test_run_writes_its_results(uninterrupted):
     assert r['images_per_second'] > 0 and r['learning_rate'] > 0
 
 
+def test_coupling_flow_trains(tmp_path):
+  pretrain.run(
+    models.replace(tiny(validate_every=0), model=dict(flow=dict(kind='coupling'))), tmp_path / 'run'
+  )
+  losses = [record['loss'] for record in processes.records(tmp_path / 'run')]
+  assert len(losses) == STEPS and losses[-1] < losses[0] - 0.01
+
+
 def test_interrupted_run_resumes_bit_exactly(uninterrupted, tmp_path, monkeypatch):
   """The run ends after step 5 and resumes from step 4. Step 5 runs twice and is logged once.
 

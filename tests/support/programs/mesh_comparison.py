@@ -1,9 +1,9 @@
 """Compares a training step on meshes of eight devices with a step on one device. Prints JSON.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 \
-      python -m tests.support.programs.mesh_comparison 2x2x2 1x8x1
+      python -m tests.support.programs.mesh_comparison autoregressive 2x2x2 1x8x1
 
-The arguments are the sizes of the axes data, fsdp and tensor.
+The arguments are the kind of the flow, and the sizes of the axes data, fsdp and tensor.
 """
 
 import functools
@@ -25,7 +25,7 @@ from tests.support import models
 CONFIG = config.Config(
   data=config.Data(image_size=8, num_classes=3, flip=True),
   model=models.model_config(
-    dict(blocks=3, layers=2, width=16, head_dim=8),
+    dict(kind=sys.argv[1], blocks=3, layers=2, width=16, head_dim=8),
     dict(layers=2, width=16, head_dim=8, components=8, redundant_components=16),
     dtype='float32',
     remat='dots',
@@ -97,7 +97,7 @@ def largest_share(state):
 def main():
   expected, *_ = take_step(mesh_lib.Mesh(config.Mesh(), jax.devices()[:1]))
   results = {}
-  for name in sys.argv[1:]:
+  for name in sys.argv[2:]:
     data, fsdp, tensor = map(int, name.split('x'))
     mesh = mesh_lib.Mesh(config.Mesh(data=data, fsdp=fsdp, tensor=tensor))
     values, state, batch, text = take_step(mesh)
