@@ -14,12 +14,17 @@ from farmer_jax.config import renames
 from tests.support.config_values import LEAVES, NUMBERS, nested, parse, set_path
 
 ROOT = pathlib.Path(__file__).parents[2]
-VARIANTS = ('1.1b-p16', '1.1b-p8', '1.9b-p16', '1.9b-p8')
+PAPER_VARIANTS = ('1.1b-p16', '1.1b-p8', '1.9b-p16', '1.9b-p8')
+VARIANTS = {
+  'in256': PAPER_VARIANTS,
+  'in256_distill': PAPER_VARIANTS,
+  'emoji': ('32-p8', '32-p4', '64-p8', '64-p4-gpu'),
+}
 CONFIGS = [
   (file.stem, *variant)
   for file in sorted((ROOT / 'configs').glob('*.py'))
   if file.stem not in ('__init__', 'from_run')
-  for variant in (zip(VARIANTS) if file.stem.startswith('in256') else [()])
+  for variant in (zip(VARIANTS[file.stem]) if file.stem in VARIANTS else [()])
 ]
 
 
