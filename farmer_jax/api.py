@@ -46,8 +46,10 @@ class LogProb:
   """Log-densities of images."""
 
   nats: Float[np.ndarray, 'B']
-  # Estimates an upper bound on the length of a lossless code. None with Gaussian noise.
+  # Estimates an upper bound on the length of a lossless code. None with Gaussian noise and for
+  # samples, whose real values are not dequantized images.
   bits_per_dim: Float[np.ndarray, 'B'] | None
+  log_det: Float[np.ndarray, 'B']  # log|det dz/dx| of the flow, in nats
 
 
 def load(
@@ -140,10 +142,10 @@ class Run:
     _require_x64('config.likelihood.dtype', self.config.likelihood.dtype)
     config = scoring.scoring_config(self.config)
     score = _loss_function(config, num_draws, seed)
-    loss = self._map_images(score, 'likelihood', images, labels)
+    loss, log_det = self._map_images(score, 'likelihood', images, labels)
     has_bits = noise.build(config.noise).has_bits_per_dim
-    nats = -loss * np.asarray(images[0]).size
-    return LogProb(nats, units.bits_per_dim(loss) if has_bits else None)
+    dims = np.asarray(images[0]).size
+    return LogProb(-loss * dims, units.bits_per_dim(loss) if has_bits else None, -log_det * dims)
 
   def sample(
     self, labels: Labels, *, seed: int = 0, guidance: float | config_lib.Guidance | None = None
@@ -158,6 +160,32 @@ class Run:
     Raises:
       ConfigError: the model does not support guidance.
     """
+    sampler, batch = self._guided(labels, seed, guidance)
+    return self._quantized(sampler, *batch)
+
+  def sample_with_log_prob(
+    self, labels: Labels, *, seed: int = 0, guidance: float | config_lib.Guidance | None = None
+  ) -> tuple[Images, LogProb]:
+    """Draws the images of `sample`. Also computes the log-densities log p(x | c) of the samples.
+
+    x is the real-valued sample, before denoising and rounding to gray levels. Guidance changes the
+    samples, but not the density.
+    """
+    sampler, batch = self._guided(labels, seed, guidance)
+
+    def draw(params: PyTree, labels: jax.Array, indices: jax.Array) -> Any:
+      samples = sampler(params, labels, indices)
+      terms = sampler.densities(params, samples.noisy, labels)
+      return samples.images, samples.finite, terms['loss'], terms['log_det']
+
+    images, finite, loss, log_det = self._in_batches(draw, 'sampling', *batch)
+    _warn_nonfinite(finite)
+    return images, LogProb(-loss * images[0].size, None, -log_det * images[0].size)
+
+  def _guided(
+    self, labels: Labels, seed: int, guidance: float | config_lib.Guidance | None
+  ) -> tuple[sampling.Sampler, tuple[np.ndarray, np.ndarray]]:
+    """Returns the sampler of `sample`, and the labels and indices of the images."""
     configured = self.config.sampling.guidance
     if guidance is None:
       guidance = configured
@@ -168,7 +196,7 @@ class Run:
       )
     sampler = self._sampler(seed=seed, guidance=guidance)
     indices = np.arange(len(labels), dtype=np.int32)
-    return self._quantized(sampler, self._label_numbers(labels, len(labels)), indices)
+    return sampler, (self._label_numbers(labels, len(labels)), indices)
 
   def encode(self, images: Images, labels: Labels | None = None, *, seed: int = 0) -> Latents:
     """Adds noise to images and maps them to latents. Only a class-conditional flow uses the labels.
@@ -209,8 +237,7 @@ class Run:
     """Returns the images that `draw` samples. Warns if samples are not finite."""
     fields = operator.attrgetter('images', 'finite')
     images, finite = self._in_batches(lambda *args: fields(draw(*args)), 'sampling', *arrays)
-    if not finite.all():
-      logging.warning(f'{(~finite).sum()} of {len(finite)} images are not finite.')
+    _warn_nonfinite(finite)
     return images
 
   def _map_images(
@@ -250,6 +277,11 @@ class Run:
     return np.array(numbers, np.int32)
 
 
+def _warn_nonfinite(finite: np.ndarray) -> None:
+  if not finite.all():
+    logging.warning(f'{(~finite).sum()} of {len(finite)} images are not finite.')
+
+
 def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> None:
   """Raises DataError unless the array is a batch of rows with this dtype and shape."""
   if not array.dtype.name.startswith(dtype) or array.shape[1:] != shape or not len(array):
@@ -267,9 +299,9 @@ def _build_sampler(model: farmer.Farmer, config: config_lib.Config) -> sampling.
 
 @functools.lru_cache(maxsize=16)
 def _loss_function(config: config_lib.Config, num_draws: int, seed: int) -> Callable[..., Any]:
-  """Returns a compiled function (params, images, labels, indices) -> loss in nats/dim [B]."""
+  """Returns a compiled function (params, images, labels, indices) -> loss, log_det in nats/dim."""
   scorer = likelihood.Scorer(farmer.build(config), config, num_draws, 'label', seed)
-  return jax.jit(lambda params, *batch: scorer(params, *batch)['loss'])
+  return jax.jit(lambda *args: operator.itemgetter('loss', 'log_det')(scorer(*args)))
 
 
 @functools.lru_cache(maxsize=16)

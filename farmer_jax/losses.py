@@ -12,21 +12,11 @@ from farmer_jax import noise as noise_lib
 from farmer_jax import sampling
 from farmer_jax.nn import diagnostics, farmer, student
 from farmer_jax.ops import random, units
-from farmer_jax.ops.arrays import Images, Index, Labels, PerBlock, PerImage, Scalar, Tokens, Values
+from farmer_jax.ops.arrays import Images, Index, Labels, PerBlock, Scalar, Tokens, Values
 
 Params = dict[str, Any]
 Batch = dict[str, Array]  # image: uint8 [B, H, W, C], label: int32 [B]
 Metrics = dict[str, Float[Array, '']]
-
-
-def nll_terms(log_density: farmer.LogDensity, dims: int) -> dict[str, PerImage]:
-  """Returns a negative log-likelihood and its three terms in nats/dim, where `dims` is H·W·C."""
-  return {
-    'loss': -log_density.total / dims,
-    'nll_informative': -log_density.informative / dims,
-    'nll_redundant': -log_density.redundant / dims,
-    'log_det': -log_density.log_det / dims,
-  }
 
 
 def nll_loss(
@@ -49,7 +39,7 @@ def nll_loss(
   images, labels = _training_inputs(batch, step, part, config)
   log_density: Any = model.apply({'params': params}, images, labels)
   dims = images[0].size
-  metrics = {name: value.mean() for name, value in nll_terms(log_density, dims).items()}
+  metrics = {name: value.mean() for name, value in log_density.nll_terms(dims).items()}
   for block, log_det in enumerate(-log_density.log_dets.mean(1) / dims):
     metrics[f'log_det_block_{block}'] = log_det
   if noise.has_bits_per_dim:
@@ -63,12 +53,12 @@ def nll_loss(
 def nll_diagnostics(
   params: Params, batch: Batch, step: Index, *, model: farmer.Farmer, config: config_lib.Config
 ) -> dict[str, Array]:
-  """Returns `nll_terms` [B], -log|det| of each flow block in nats/dim [T, B], and scale ranges."""
+  """Returns the terms of the loss [B], those of the flow blocks [T, B], and scale ranges."""
   images, labels = _training_inputs(batch, step, 0, config)
   log_density: Any = model.apply({'params': params}, images, labels)
   dims = images[0].size
   return {
-    **nll_terms(log_density, dims),
+    **log_density.nll_terms(dims),
     'log_det_blocks': -log_density.log_dets / dims,
     **diagnostics.scale_ranges(model, params, images, labels),
   }

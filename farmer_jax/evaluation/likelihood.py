@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from farmer_jax import config as config_lib
-from farmer_jax import losses
 from farmer_jax import noise as noise_lib
 from farmer_jax.nn import farmer, layers
 
@@ -49,7 +48,7 @@ class Scorer:
     Returns:
       Means over the draws:
         `loss` [B]: negative log-likelihood in nats/dim.
-        Terms [B] that add up to the loss: the terms of `losses.nll_terms` and, for 'marginal',
+        Terms [B] that add up to the loss: the terms of `LogDensity.nll_terms` and, for 'marginal',
           `nll_class`, which is log C minus the entropy of the posterior of the class. In this case
           the other terms are means over the posterior.
         `log_dets` [B, T]: terms of the flow blocks in `log_det`, in nats/dim.
@@ -88,7 +87,7 @@ class Scorer:
       labels = jnp.full_like(labels, num_classes)
     density: Any = self.model.apply({'params': params}, images, labels)
     tokens, log_dets = -density.tokens, -density.log_dets.T / dims
-    return {**losses.nll_terms(density, dims), 'tokens': tokens, 'log_dets': log_dets}
+    return {**density.nll_terms(dims), 'tokens': tokens, 'log_dets': log_dets}
 
   def _densities_by_class(self, params: Params, images: Values) -> farmer.LogDensity:
     """Returns log-densities given each class, with a leading axis C."""
@@ -112,7 +111,7 @@ def _marginalize(densities: farmer.LogDensity, dims: int) -> Scores:
     # The terms of a class with probability 0 can be infinite.
     return jnp.where(weights > 0, weights * values, 0).sum(0)
 
-  terms = jax.vmap(functools.partial(losses.nll_terms, dims=dims))(densities)
+  terms = jax.vmap(lambda density: density.nll_terms(dims))(densities)
   entropy = jax.scipy.special.entr(posterior).sum(0)
   return {
     **jax.tree.map(average, terms),

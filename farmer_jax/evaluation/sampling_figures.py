@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from farmer_jax import noise as noise_lib
 from farmer_jax import sampling
@@ -119,6 +119,27 @@ class SamplingFigures:
 
   def _quantize(self, values: Float[Array, 'B H W C']) -> UInt8[np.ndarray, 'B H W C']:
     return np.asarray(noise_lib.build(self.config.noise).quantize(values))
+
+
+def by_log_det(
+  log_dets: Float[np.ndarray, 'n'],
+) -> tuple[list[str], Int[np.ndarray, 'rows columns']]:
+  """Selects up to 32 samples each with the lowest, median and highest finite `log_dets`, sorted.
+
+  Returns the names of the rows of a figure, and the indices of the samples of each row. According
+  to the paper (arXiv 2510.23588, Figure 8), samples with abnormal log-determinants are blurred.
+  """
+  finite = np.flatnonzero(np.isfinite(log_dets))
+  order = finite[np.argsort(log_dets[finite], kind='stable')]
+  size = min(32, max(len(order) // 3, min(len(order), 1)))
+  columns = max(1, min(8, size))
+  size, middle = size - size % columns, len(order) // 2
+  starts = {'lowest': 0, 'median': middle - size // 2, 'highest': len(order) - size}
+  rows = np.stack([order[start : start + size] for start in starts.values()]).reshape(-1, columns)
+  values = log_dets[rows]
+  groups = np.repeat(list(starts), size // columns)
+  ranges = zip(groups, values[:, 0], values[:, -1], strict=True)
+  return [f'{name} log_det: {low:.3f} to {high:.3f} nats/dim' for name, low, high in ranges], rows
 
 
 def _rescale(images: Float[Array, 'B H W C']) -> UInt8[np.ndarray, 'B H W C']:

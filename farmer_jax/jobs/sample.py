@@ -5,6 +5,7 @@ from typing import Any
 
 import einops
 import jax
+import numpy as np
 from etils import epath
 
 from farmer_jax import api, sampling, terminal
@@ -53,6 +54,8 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
     )
     with trained.activate():
       pictures = drawn.draw_supported()
+    if config.model.flow.blocks:
+      pictures |= _draw_by_log_det(config.sampling, folder)
     for name, picture in pictures.items():
       file = workdir / 'figures' / f'{name}.png'
       figures.save_png(file, picture)
@@ -68,7 +71,7 @@ def _save_images(
 
   Each row of the grid shows one label if there are several labels and all of them fit.
   """
-  store, num_labels = to_disk.open_results(folder), len(label_names)
+  store, num_labels = to_disk.open_results(folder, settings), len(label_names)
   one_label_a_row = 1 < num_labels <= min(settings.grid_rows, settings.count)
   rows = num_labels if one_label_a_row else min(settings.grid_rows, settings.count)
   columns = min(settings.grid_columns, settings.count // rows)
@@ -85,11 +88,28 @@ def _save_images(
         figures.save_png(folder / 'png' / f'{number:06d}.png', figures.as_rgb(image))
 
 
+def _draw_by_log_det(
+  settings: config_lib.Sampling, folder: epath.Path
+) -> dict[str, figures.Picture]:
+  """Draws the figure `log_det` of the samples, unless no sample has a log-determinant."""
+  store = to_disk.open_results(folder, settings)
+  names, rows = sampling_figures.by_log_det(store.read('log_det', settings.count))
+  if not names:
+    return {}
+  # The images of all files may not fit in memory.
+  images = [[store.read('images', i + 1, i)[0] for i in row] for row in rows]
+  return {'log_det': figures.sample_grid(np.array(images), names)}
+
+
 def _print_report(report: dict[str, Any], folder: epath.Path) -> None:
   terminal.print_result(f'{report["count"]} images: {folder}/*.npz, {folder / "grid.png"}')
   terminal.print_result(f'Images that are not finite: {report["nonfinite_samples"]}')
-  if seconds := report['seconds_per_image']:
+  if report['densities'] and (loss := report['densities'].get('loss')):
     terminal.print_result(
-      f'Time per image: {seconds["prior"] * 1e3:.2f} ms for the prior,'
-      f' {seconds["inverse"] * 1e3:.2f} ms for the inverse of the flow'
+      f'Negative log-likelihood of the samples: {loss["mean"]:.4f} nats/dim, standard deviation'
+      f' {loss["std"]:.4f}'
     )
+  if seconds := report['seconds_per_image']:
+    names = {'prior': 'the prior', 'inverse': 'the inverse of the flow', 'densities': 'densities'}
+    parts = [f'{1e3 * value:.2f} ms for {names[name]}' for name, value in seconds.items()]
+    terminal.print_result(f'Time per image: {", ".join(parts)}')

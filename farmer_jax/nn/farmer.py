@@ -38,6 +38,15 @@ class LogDensity:
   def total(self) -> PerImage:  # log p(x | c)
     return self.informative + self.redundant + self.log_det
 
+  def nll_terms(self, dims: int) -> dict[str, PerImage]:
+    """Returns the negative log-likelihood and its terms in nats/dim, where `dims` is H·W·C."""
+    return {
+      'loss': -self.total / dims,
+      'nll_informative': -self.informative / dims,
+      'nll_redundant': -self.redundant / dims,
+      'log_det': -self.log_det / dims,
+    }
+
 
 class Farmer(nn.Module):
   """The density of square images that are scaled to [-1, 1] and contain added noise.

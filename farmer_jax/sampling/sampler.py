@@ -68,6 +68,7 @@ class Samples:
   """A batch of samples and convergence statistics of the inverse of the flow."""
 
   values: Values  # on the scale of the training data
+  noisy: Values  # `values` before denoising
   images: Images  # gray where `values` are not finite
   finite: Bool[Array, 'B']  # whether all values of an image are finite
   residual: PerImage  # largest residual of the flow blocks, see `flow.Convergence`
@@ -107,6 +108,7 @@ class Sampler:
     self._chunk_sizes = chunk_sizes
     self._latents = jax.jit(self._draw_latents, out_shardings=out_shardings)
     self._images = jax.jit(self._decode, out_shardings=out_shardings)
+    self._densities = jax.jit(self._nll_terms, out_shardings=out_shardings)
 
   def __call__(self, params: PyTree, labels: Labels, indices: Labels) -> Samples:
     """Draws the images with the given indices."""
@@ -130,6 +132,10 @@ class Sampler:
   def images(self, params: PyTree, z: Tokens, labels: Labels) -> Samples:
     """Inverts the flow. Returns the samples with latents z."""
     return self._images(params, z, _int32(labels))
+
+  def densities(self, params: PyTree, noisy: Values, labels: Labels) -> dict[str, PerImage]:
+    """Returns `LogDensity.nll_terms`, given the class, of samples before denoising."""
+    return self._densities(params, noisy, _int32(labels))
 
   def lower(self, params: PyTree, labels: jax.ShapeDtypeStruct) -> dict[str, jax.stages.Lowered]:
     """Traces the programs `prior` and `inverse` for ahead-of-time compilation."""
@@ -156,19 +162,26 @@ class Sampler:
       options = dict(method='decode_with_student', refinement_rounds=sampling.refinement_rounds)
     else:
       options = dict(method='decode', chunk_sizes=self._chunk_sizes)
-    values, convergence = apply(z, labels, tolerance=sampling.tolerance, **options)
+    noisy, convergence = apply(z, labels, tolerance=sampling.tolerance, **options)
+    values = noisy
     if sampling.denoise:
       # Tweedie's formula: the expected noise-free image given the noisy image.
       score = jax.grad(lambda x: apply(x, labels).total.sum())
-      values += noise_config.std_end**2 * score(values)
+      values = noisy + noise_config.std_end**2 * score(noisy)
     finite_values = jnp.nan_to_num(values, posinf=0, neginf=0)
     return Samples(
       values=values,
+      noisy=noisy,
       images=noise.build(noise_config).quantize(finite_values),
       finite=jnp.isfinite(values).all((1, 2, 3)),
       residual=convergence.residual.max(0, initial=0),
       passes=convergence.passes,
     )
+
+  def _nll_terms(self, params: PyTree, noisy: Values, labels: Ints) -> dict[str, PerImage]:
+    params = layers.cast_params(params, self._model.config.dtype)
+    density: Any = self._model.apply({'params': params}, noisy, labels)
+    return density.nll_terms(noisy[0].size)
 
 
 def _int32(values: Labels) -> Ints | np.ndarray:

@@ -19,10 +19,13 @@ from farmer_jax.workdir import layout, results
 Report = dict[str, Any]
 
 # Settings that do not change image i.
-_NOT_IN_NAME = {'count', 'batch_size', 'png', 'figures', 'grid_columns', 'grid_rows'}
+_NOT_IN_NAME = {'count', 'batch_size', 'png', 'figures', 'densities', 'grid_columns', 'grid_rows'}
 
 # Names of the arrays in the npz files. ADM's sample files have arr_0 [n, H, W, C] and arr_1.
 _ARRAYS = {'images': 'arr_0', 'labels': 'arr_1', 'residual': 'residual', 'finite': 'finite'}
+# The names and the unit, nats/dim, of --job=likelihood. Both are terms of the loss: -log p(x | c)
+# and -log|det dz/dx|. If files lack densities that are needed, their images are drawn again.
+DENSITIES = ('loss', 'log_det')
 
 
 def folder_name(sampling: Sampling, step: int) -> str:
@@ -30,9 +33,12 @@ def folder_name(sampling: Sampling, step: int) -> str:
   return layout.results_name(step, sampling, _NOT_IN_NAME)
 
 
-def open_results(folder: epath.Path, first_file: int = 0) -> results.ResultFiles:
-  """Opens the samples in a folder: the arrays `images`, `labels`, `residual` and `finite`."""
-  return results.ResultFiles(folder, _ARRAYS, first_file)
+def open_results(
+  folder: epath.Path, sampling: Sampling, first_file: int = 0
+) -> results.ResultFiles:
+  """Opens the samples in a folder: the arrays in `_ARRAYS` and, if computed, `DENSITIES`."""
+  densities = DENSITIES if sampling.computes_densities else ()
+  return results.ResultFiles(folder, {n: n for n in densities} | _ARRAYS, first_file)
 
 
 def draw_missing(
@@ -49,13 +55,13 @@ def draw_missing(
   Image i has label `labels[i % len(labels)]`.
 
   Returns:
-    Seconds per image of `prior` and `inverse`, without compilation, or None if this process drew
-    fewer than two batches.
+    Seconds per image of `prior`, `inverse` and `densities`, without compilation, or None if this
+    process drew fewer than two batches.
   """
   first_file, start, end = _share_of_process(sampling.count)
   if start >= end:
     return None
-  store = open_results(folder, first_file)
+  store = open_results(folder, sampling, first_file)
   done = min(start + len(store), end)
   logging.info(f'{done - start} of {end - start} images are already in {folder}')
   size, seconds = devices.round_up(sampling.batch_size), []
@@ -66,21 +72,25 @@ def draw_missing(
       indices = np.arange(first, first + size, dtype=np.int32)
       batch_labels = np.asarray(labels, np.int32)[indices % len(labels)]
       on_devices = devices.shard((batch_labels, indices))
-      start_time = time.perf_counter()
+      times = [time.perf_counter()]
       z = jax.block_until_ready(sampler.latents(params, *on_devices))
-      middle_time = time.perf_counter()
+      times.append(time.perf_counter())
       samples = jax.block_until_ready(sampler.images(params, z, on_devices[0]))
-      seconds.append((middle_time - start_time, time.perf_counter() - middle_time))
+      times.append(time.perf_counter())
+      arrays: dict[str, Any] = vars(samples) | {'labels': batch_labels}
+      if sampling.computes_densities:
+        arrays |= jax.block_until_ready(sampler.densities(params, samples.noisy, on_devices[0]))
+        times.append(time.perf_counter())
+      seconds.append(np.diff(times))
       new = (indices >= done) & (indices < end)
-      arrays = {name: getattr(samples, name) for name in _ARRAYS if name != 'labels'}
-      arrays = jax.device_get(arrays) | {'labels': batch_labels}
+      arrays = jax.device_get({name: arrays[name] for name in store.names})
       store.append(**{name: array[new] for name, array in arrays.items()})
       bar.update(int(new.sum()))
     store.flush()
   if len(seconds) < 2:
     return None
-  prior, inverse = np.median(seconds[1:], axis=0) / size
-  return {'prior': float(prior), 'inverse': float(inverse)}
+  per_image = (np.median(seconds[1:], axis=0) / size).tolist()
+  return dict(zip(('prior', 'inverse', 'densities'), per_image, strict=False))
 
 
 def summarize(
@@ -90,7 +100,7 @@ def summarize(
 
   `plan` is the result of `inverse.cached_measurement`, and `seconds` the result of `draw_missing`.
   """
-  store = open_results(folder)
+  store = open_results(folder, sampling)
   nonfinite = np.flatnonzero(~store.read('finite', sampling.count))
   residuals = store.read('residual', sampling.count)
   residuals = residuals[~np.isnan(residuals)]  # A student without refinement has no residuals.
@@ -102,8 +112,24 @@ def summarize(
     'largest_residual': float(residuals.max()) if len(residuals) else None,
     'inverse': plan,
     'seconds_per_image': seconds,
+    'densities': _summarize_densities(store, sampling) if sampling.computes_densities else None,
     'sampling': dataclasses.asdict(sampling),
   }
+
+
+def _summarize_densities(store: results.ResultFiles, sampling: Sampling) -> Report:
+  """Returns the number of samples with finite densities, and means and standard deviations."""
+  values = {name: store.read(name, sampling.count).astype(np.float64) for name in DENSITIES}
+  known = np.isfinite(list(values.values())).all(0)
+  summary: Report = {
+    'count': int(known.sum()),
+    'unit': 'nats/dim',
+    'density_of': f'samples before {"denoising and " if sampling.denoise else ""}quantization',
+  }
+  if known.any():
+    for name, array in values.items():
+      summary[name] = {'mean': float(array[known].mean()), 'std': float(array[known].std())}
+  return summary
 
 
 def _share_of_process(count: int) -> tuple[int, int, int]:

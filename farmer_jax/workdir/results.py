@@ -94,8 +94,9 @@ class ResultFiles:
       arrays = {name: self._load(index, name) for name in self.names}
       is_full = len(arrays[self._counted]) == ROWS_PER_FILE
       return {self._counted: arrays[self._counted]} if is_full else arrays
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+      problem = 'lacks an array' if isinstance(error, KeyError) else 'is corrupt'
       logging.warning(
-        f'{self._file(index)} is corrupt. Its rows and all later rows are computed again.'
+        f'{self._file(index)} {problem}. Its rows and all later rows are computed again.'
       )
       return None

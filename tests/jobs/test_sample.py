@@ -55,6 +55,59 @@ def test_writes_images_a_grid_and_a_report(drawn, expected, trained):
   for name, columns in (('guidance', 7), ('redundant', 9), ('denoising_path', 3)):
     picture = np.asarray(Image.open(drawn / 'figures' / f'{name}.png'))
     assert abs(picture.shape[1] - columns * 60) < 40 and picture.std() > 10
+  assert Image.open(drawn / 'figures' / 'log_det.png').size[1] == 4 + 3 * 60  # 8 of 25 per row
+
+
+def test_densities_of_samples(drawn, expected):
+  """tests/sampling/test_sampler.py compares the densities of a batch with a reference."""
+  report = json.loads((drawn / 'samples' / FOLDER / 'samples.json').read_text())['densities']
+  assert report['count'] == 25 and report['unit'] == 'nats/dim'
+  assert report['density_of'] == 'samples before quantization'
+  for name in ('loss', 'log_det'):
+    values = expected[name].astype(np.float64)
+    assert expected[name].dtype == np.float32 and len(np.unique(values)) == 25
+    found = report[name]['mean'], report[name]['std']
+    np.testing.assert_allclose(found, (values.mean(), values.std()), rtol=1e-6)
+  # The likelihood of the images that the samples are rounded to is similar.
+  scores = api.load(drawn).log_prob(expected['arr_0'], expected['arr_1'])
+  assert abs(-scores.nats / 64 - expected['loss']).max() < 0.5
+  assert np.corrcoef(-scores.log_det, expected['log_det'])[0, 1] > 0.9
+
+
+def test_densities_change_no_image_and_files_without_them_are_drawn_again(
+  drawn, expected, run, monkeypatch, caplog
+):
+  """The first 10 of 12 images are in a full file. Earlier versions wrote the same files."""
+  monkeypatch.setattr(results, 'ROWS_PER_FILE', 10)
+  folder, densities = run / 'samples' / FOLDER, ('loss', 'log_det')
+  sample.run(with_sampling(seed=5, count=12), run)
+  assert sorted(read_samples(folder)) == ['arr_0', 'arr_1', 'finite', 'residual']
+  report = json.loads((folder / 'samples.json').read_text())
+  assert report['densities'] is None and 'densities' not in report['seconds_per_image']
+  sample.run(with_sampling(seed=5, densities=True), run)
+  assert 'lacks an array' in caplog.text
+  samples = read_samples(folder)
+  assert set(samples) == set(expected)
+  for name, values in samples.items():
+    np.testing.assert_array_equal(values, expected[name])
+  # Without densities, complete files stay as they are.
+  sample.run(with_sampling(seed=5, count=27), run)
+  kept = [set(np.load(file)).issuperset(densities) for file in sorted(folder.glob('*.npz'))]
+  assert kept == [True, True, False]
+
+
+def test_rows_of_the_figure_by_log_det():
+  log_dets = np.random.default_rng(0).permutation(np.arange(200.0))
+  log_dets[log_dets == 0] = -np.inf
+  log_dets[log_dets == 199] = np.nan
+  names, rows = sampling_figures.by_log_det(log_dets)
+  np.testing.assert_array_equal(log_dets[rows[:4]].ravel(), np.arange(1, 33))
+  np.testing.assert_array_equal(log_dets[rows[4:8]].ravel(), np.arange(84, 116))
+  np.testing.assert_array_equal(log_dets[rows[8:]].ravel(), np.arange(167, 199))
+  assert len(names) == 12 and names[1].startswith('lowest') and '9.000 to 16.000' in names[1]
+  for count, shape in ((0, (0, 1)), (1, (3, 1)), (2, (3, 1)), (25, (3, 8)), (60, (6, 8))):
+    names, rows = sampling_figures.by_log_det(log_dets[np.isfinite(log_dets)][:count])
+    assert rows.shape == shape and len(names) == shape[0]
 
 
 def test_damaged_shard_is_drawn_again_with_other_counts_batches_and_shards(
@@ -88,6 +141,11 @@ def test_python_api_draws_the_images_of_the_job(drawn, expected):
   named = run.sample([0, '1', 2, '3', *range(4, 9), None], seed=5)
   np.testing.assert_array_equal(named[:9], images[:9])
   assert (named[9] != images[9]).any()
+  scored, log_prob = run.sample_with_log_prob(labels, seed=5)
+  np.testing.assert_array_equal(scored, images)
+  np.testing.assert_allclose(-log_prob.nats / 64, expected['loss'], rtol=1e-6)
+  np.testing.assert_allclose(-log_prob.log_det / 64, expected['log_det'], rtol=1e-6)
+  assert log_prob.bits_per_dim is None
 
 
 @pytest.mark.faults

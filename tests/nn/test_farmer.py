@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from configs import in256
-from farmer_jax import config, losses
+from farmer_jax import config
 from farmer_jax.nn import diagnostics, farmer
 from farmer_jax.ops import patches
 from tests.support import models as tiny
@@ -74,7 +74,7 @@ def test_terms_of_the_log_density(variant):
     assert term.shape == (4,) and np.isfinite(term).all()
   np.testing.assert_array_equal(log_density.log_dets, variant.log_dets)
   assert (log_density.log_dets != 0).all()
-  terms = losses.nll_terms(log_density, SIZE * SIZE * CHANNELS)
+  terms = log_density.nll_terms(SIZE * SIZE * CHANNELS)
   expected = log_density.informative + log_density.redundant + log_density.log_dets.sum(0)
   np.testing.assert_allclose(terms['loss'], -expected / 16, rtol=1e-12)
   parts = terms['nll_informative'] + terms['nll_redundant'] + terms['log_det']

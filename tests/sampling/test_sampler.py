@@ -114,7 +114,9 @@ def test_denoising_adds_the_score(params):
   built = models.replace(CONFIG, sampling=dict(denoise=True), noise=noise)
   z = jax.random.normal(jax.random.key(3), (60, 9, 16))
   before = PLAIN_SAMPLER.images(params, z, LABELS).values
-  after = sampling.Sampler(model, built).images(params, z, LABELS).values
+  samples = sampling.Sampler(model, built).images(params, z, LABELS)
+  after = samples.values
+  np.testing.assert_allclose(samples.noisy, before, atol=1e-6)  # its density is reported
 
   @jax.jit
   def log_prob(x):
@@ -125,6 +127,31 @@ def test_denoising_adds_the_score(params):
   direction = score / np.sqrt((score**2).sum((1, 2, 3), keepdims=True))
   slope = (log_prob(before + 1e-2 * direction) - log_prob(before - 1e-2 * direction)) / 2e-2
   np.testing.assert_allclose(slope, (score * direction).sum((1, 2, 3)), rtol=0.02)
+
+
+def test_densities_of_samples(params, z):
+  """The density of the latents, and the log-determinant of the Jacobian of the inverse."""
+  samples = PLAIN_SAMPLER.images(params, z, LABELS)
+  found = PLAIN_SAMPLER.densities(params, samples.noisy, LABELS)
+
+  @jax.jit
+  @jax.vmap
+  def jacobian(z, label):
+    def decode(z):
+      return MODEL.apply({'params': params}, z[None], label[None], method='decode')[0].ravel()
+
+    return jax.jacfwd(decode)(z).reshape(144, 144)
+
+  jacobians = np.asarray(jacobian(z[:8], jnp.asarray(LABELS[:8])), np.float64)
+  log_det = -np.linalg.slogdet(jacobians)[1]
+  np.testing.assert_allclose(found['log_det'][:8], -log_det / 144, atol=2e-5)
+
+  prior = jax.jit(
+    lambda z, c: MODEL.apply({'params': params}, z, c, method=lambda m, *a: m.prior(*a))
+  )
+  tokens, redundant = prior(z, jnp.asarray(LABELS))
+  total = (tokens.sum(1) + redundant)[:8] + log_det
+  np.testing.assert_allclose(found['loss'][:8], -total / 144, atol=2e-5)
 
 
 # tests/jobs/test_sample.py tests inverse=parallel.

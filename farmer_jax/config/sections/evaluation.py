@@ -81,17 +81,25 @@ class Sampling:
   refinement_rounds: NonNegativeInt = 0
   """student: fixed-point iterations with the teacher's flow after the student's pass through each
   block. With many iterations, the inverse is exact to within the tolerance."""
+  densities: bool = False
+  """Compute the log-density and the log-determinant of each sample, before denoising. This takes
+  one forward pass. They are always computed with figures=True."""
   denoise: bool = False
   """noise.kind=gaussian: denoise each sample x by x + σ² ∇ log p(x), where σ is noise.std_end."""
   png: bool = False
   """Write each image as a PNG file, in addition to the npz files."""
   figures: bool = False
   """Draw figures into WORKDIR/figures: samples for a range of guidance scales, for a range of
-  redundant variances, and at each flow block."""
+  redundant variances, at each flow block, and by log-determinant."""
   grid_columns: int = 8
   """Columns of a sample grid. With classes: images per class."""
   grid_rows: int = 10
   """Largest number of rows of a sample grid. With classes: one class per row."""
+
+  @property
+  def computes_densities(self) -> bool:
+    """Whether --job=sample computes the densities of samples."""
+    return self.densities or self.figures
 
 
 @dataclasses.dataclass(frozen=True)
