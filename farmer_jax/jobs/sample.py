@@ -43,7 +43,10 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
   processes.barrier('samples')
   if jax.process_index():
     return folder
-  report = to_disk.summarize(folder, config.sampling, step, plan, seconds)
+  with trained.activate():
+    pools = sampling.measure_pools(sampler, params, labels, config.sampling, trained.mesh)
+  measured = dict(inverse=plan, seconds_per_image=seconds, guidance_pools=pools)
+  report = to_disk.summarize(folder, config.sampling, checkpoint_step=step, **measured)
   layout.write_json(folder / REPORT_FILE, report)
   label_names = [sampling.label_name(label, num_classes, names) for label in labels]
   _save_images(config.sampling, folder, label_names)

@@ -118,7 +118,9 @@ class Farmer(nn.Module):
     is_reversed = self.config.flow.blocks > 0 and self.flow.reversals % 2 == 1
     return LogDensity(tokens[:, ::-1] if is_reversed else tokens, redundant, log_dets)
 
-  def sample(self, labels: Int[Array, 'S B'], draws: guidance.GuidedDraws) -> Tokens:
+  def sample(
+    self, labels: Int[Array, 'S B'], draws: guidance.GuidedDraws
+  ) -> tuple[Tokens, guidance.EffectiveSizes]:
     """Draws latents from the prior. See `prior.Prior.sample`."""
     if self.config.prior.kind == 'normal':
       return self.prior.sample(labels, draws)

@@ -153,7 +153,9 @@ class Prior(nn.Module):
     _, log_probs = scanned(self.informative_head, None, (split(hidden), split(informative)))
     return log_probs.reshape(len(hidden), tokens)
 
-  def sample(self, labels: Int[Array, 'S B'], draws: guidance.GuidedDraws) -> Tokens:
+  def sample(
+    self, labels: Int[Array, 'S B'], draws: guidance.GuidedDraws
+  ) -> tuple[Tokens, guidance.EffectiveSizes]:
     """Draws latents: the informative channels token by token, then all redundant channels.
 
     All streams of labels read the drawn tokens and run as one batch. The streams of an image are
@@ -171,22 +173,25 @@ class Prior(nn.Module):
       split = jax.tree.map(lambda a: a.reshape(batch, num_streams, *a.shape[1:]), mixtures)
       return jax.tree.map(lambda a: a.swapaxes(0, 1), split)
 
-    def next_token(carry: Any, i: Array) -> tuple[Any, Array]:
+    def next_token(carry: Any, i: Array) -> tuple[Any, tuple[Array, Array | None]]:
       hidden, cache = carry
-      token = draws.token(split_streams(self.informative_head(hidden)), i)
+      token, fraction = draws.token(split_streams(self.informative_head(hidden)), i)
       embedded = jnp.repeat(self.in_proj(token), num_streams, axis=0) + positions[copies + i]
       hidden, cache = self.transformer.extend(embedded[:, None], layer_params, cache, copies + i)
-      return (hidden[:, 0], cache), token
+      return (hidden[:, 0], cache), (token, fraction)
 
-    hidden, informative = attention.scan_with_cache(
+    hidden, drawn = attention.scan_with_cache(
       next_token, hidden[:, -1], cache, jnp.arange(self.num_tokens)
     )
-    informative = informative.swapaxes(0, 1)
+    informative, fractions = jax.tree.map(lambda a: a.swapaxes(0, 1), drawn)
+    shared_fraction = None
     if self._has_redundant_mixture:
-      redundant = draws.shared(split_streams(self.redundant_head(hidden)), self.num_tokens)
+      shared = split_streams(self.redundant_head(hidden))
+      redundant, shared_fraction = draws.shared(shared, self.num_tokens)
     else:
       redundant = draws.normal(self.num_tokens, self.channels - self.informative_channels)
-    return jnp.concatenate([informative, redundant.astype(informative.dtype)], axis=-1)
+    z = jnp.concatenate([informative, redundant.astype(informative.dtype)], axis=-1)
+    return z, guidance.EffectiveSizes(fractions, shared_fraction)
 
 
 class NormalPrior(nn.Module):
@@ -202,8 +207,10 @@ class NormalPrior(nn.Module):
     log_prob = mixture.standard_normal_log_prob(z)
     return log_prob, jnp.zeros_like(log_prob[:, 0])
 
-  def sample(self, labels: Int[Array, 'S B'], draws: guidance.GuidedDraws) -> Tokens:
+  def sample(
+    self, labels: Int[Array, 'S B'], draws: guidance.GuidedDraws
+  ) -> tuple[Tokens, guidance.EffectiveSizes]:
     """Draws latents."""
     del labels
     z = draws.normal(self.num_tokens, self.channels)
-    return z.astype(layers.param_dtype(self.dtype))
+    return z.astype(layers.param_dtype(self.dtype)), guidance.EffectiveSizes()

@@ -6,18 +6,30 @@ have no closed form.
 
 The functions draw for one image. `mixtures` has a leading axis of S streams: p_c alone (S = 1, no
 guidance), or p_c and p_u. `scale` is w. `std` and `variance` multiply the standard deviation and
-the variance of the proposal.
+the variance of the proposal. Draws come with the effective size of their pool, see `resample`, or
+None if they do not choose from a pool.
 """
 
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from farmer_jax import config
 from farmer_jax.ops import mixture, random
-from farmer_jax.ops.arrays import Scalar, Tokens
+from farmer_jax.ops.arrays import PerImage, PerToken, Scalar, Tokens
+
+Fraction = Float[Array, ''] | None
+
+
+@flax.struct.dataclass
+class EffectiveSizes:
+  """Effective sizes of the pools of resampling, as fractions of the pool sizes. See `resample`."""
+
+  informative: PerToken | None = None  # in the token order of the prior
+  redundant: PerImage | None = None
 
 
 class GuidedDraws:
@@ -32,21 +44,29 @@ class GuidedDraws:
     self._informative_keys, self._redundant_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     self._scales, self._variance, self._guidance = scales, variance, guidance
 
-  def token(self, mixtures: mixture.Mixture, i: Int[Array, '']) -> Float[Array, 'B d_I']:
+  def token(
+    self, mixtures: mixture.Mixture, i: Int[Array, '']
+  ) -> tuple[Float[Array, 'B d_I'], PerImage | None]:
     """Draws the informative channels of token i from mixtures [S, B, ...]."""
 
-    def draw_one(key: PRNGKeyArray, mixtures: mixture.Mixture) -> Float[Array, 'd_I']:
+    def draw_one(
+      key: PRNGKeyArray, mixtures: mixture.Mixture
+    ) -> tuple[Float[Array, 'd_I'], Fraction]:
       return draw_token(jax.random.fold_in(key, i), mixtures, self._scales[i], self._guidance)
 
     return jax.vmap(draw_one, (0, 1))(self._informative_keys, mixtures)
 
-  def shared(self, mixtures: mixture.Mixture, num_tokens: int) -> Float[Array, 'B N d_R']:
+  def shared(
+    self, mixtures: mixture.Mixture, num_tokens: int
+  ) -> tuple[Float[Array, 'B N d_R'], PerImage | None]:
     """Draws the redundant channels of all tokens from one shared mixture per image, [S, B, ...].
 
     The guidance scale is the scale of the last token.
     """
 
-    def draw_one(key: PRNGKeyArray, mixtures: mixture.Mixture) -> Float[Array, 'N d_R']:
+    def draw_one(
+      key: PRNGKeyArray, mixtures: mixture.Mixture
+    ) -> tuple[Float[Array, 'N d_R'], Fraction]:
       return draw_shared(
         key, mixtures, self._scales[-1], self._guidance, num_tokens, self._variance
       )
@@ -61,14 +81,15 @@ class GuidedDraws:
 
 def draw_token(
   key: PRNGKeyArray, mixtures: mixture.Mixture, scale: Scalar, guidance: config.Guidance
-) -> Float[Array, 'd']:
+) -> tuple[Float[Array, 'd'], Fraction]:
   """Draws one token from mixtures [S, K, d]."""
   if len(mixtures.logits) == 1:
-    return mixture.sample(key, _proposal(mixtures, guidance))[0]
+    return mixture.sample(key, _proposal(mixtures, guidance))[0], None
   if guidance.method == 'component':
-    return draw_component_product(key, _proposal(mixtures, guidance), scale)
+    return draw_component_product(key, _proposal(mixtures, guidance), scale), None
   sizes = guidance.conditional_candidates, guidance.unconditional_candidates
-  return resample(key, mixtures, scale, guidance, sizes)[0]
+  draws, fraction = resample(key, mixtures, scale, guidance, sizes)
+  return draws[0], fraction
 
 
 def draw_shared(
@@ -78,18 +99,18 @@ def draw_shared(
   guidance: config.Guidance,
   num_tokens: int,
   variance: Scalar = 1.0,
-) -> Float[Array, 'N d']:
+) -> tuple[Float[Array, 'N d'], Fraction]:
   """Draws the redundant channels of all tokens of an image from its shared mixtures [S, K, d].
 
   With resampling, all tokens choose independently from one pool. A variance of 0 draws the means.
   """
   std = variance**0.5
   if len(mixtures.logits) == 1:
-    return mixture.sample(key, _proposal(mixtures, guidance, std), (num_tokens,))[0]
+    return mixture.sample(key, _proposal(mixtures, guidance, std), (num_tokens,))[0], None
   if guidance.method == 'component':
     keys = jax.random.split(key, num_tokens)
     draw = jax.vmap(draw_component_product, (0, None, None, None))
-    return draw(keys, _proposal(mixtures, guidance), scale, std)
+    return draw(keys, _proposal(mixtures, guidance), scale, std), None
   sizes = (guidance.redundant_candidates,) * 2
   return resample(key, mixtures, scale, guidance, sizes, num_tokens, std)
 
@@ -102,13 +123,16 @@ def resample(
   sizes: tuple[int, int],
   num_draws: int = 1,
   std: Scalar = 1.0,
-) -> Float[Array, 'draws d']:
+) -> tuple[Float[Array, 'draws d'], Float[Array, '']]:
   """Draws candidates from p_c and p_u, and chooses among them by their importance weights for p'.
 
   The weight of a candidate is p' divided by the density that it was drawn from. Its logarithm is
   w (log p_c - log p_u) for p_c and (w + 1) (log p_c - log p_u) for p_u. As the pools grow, the
   distribution of the chosen candidates approaches p'. `sizes` are the numbers of candidates from
   p_c and from p_u. The `num_draws` choices from the pool are independent.
+
+  Also returns the effective sample size (Σw)²/Σw² of the weights w, divided by the pool size. It is
+  1 if all weights are equal. If one weight dominates, all draws are copies of one candidate.
   """
   key_candidates, key_choice = jax.random.split(key)
   proposal = _proposal(mixtures, guidance, std)
@@ -122,7 +146,8 @@ def resample(
   log_c, log_u = mixture.shared_log_prob(weighing, points)
   powers = scale + (jnp.arange(sum(sizes)) >= sizes[0])
   log_weights = guidance.sharpening * powers * (log_c - log_u)
-  return candidates[random.categorical(key_choice, log_weights, (num_draws,))]
+  draws = candidates[random.categorical(key_choice, log_weights, (num_draws,))]
+  return draws, 1 / (sum(sizes) * (jax.nn.softmax(log_weights) ** 2).sum())
 
 
 def draw_component_product(

@@ -8,6 +8,7 @@ from farmer_jax.sampling.labels import (
   label_name,
   parse_labels,
 )
+from farmer_jax.sampling.pools import measure_pools
 from farmer_jax.sampling.sampler import (
   Sampler,
   Samples,

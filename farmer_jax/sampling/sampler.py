@@ -35,8 +35,10 @@ def draw_latents(
   *,
   model: Farmer,
   config: Config,
-) -> Tokens:
+) -> tuple[Tokens, guidance_lib.EffectiveSizes]:
   """Draws latents z from the prior, with one random key per image. `Sampler.latents` compiles it.
+
+  Also returns the effective sizes of the pools of candidates, for guidance by resampling.
 
   `scales` are the guidance scales at the first and at the last token, interpolated linearly in
   between. They have no effect unless `config.sampling.guidance` has a scale above 0. `variance` is
@@ -48,8 +50,8 @@ def draw_latents(
     streams.append(jnp.full_like(labels, config.data.num_classes))
   token_scales = jnp.linspace(scales[0], scales[1], model.num_tokens)
   draws = guidance_lib.GuidedDraws(keys, token_scales, variance, guidance)
-  z: Any = model.apply({'params': params}, jnp.stack(streams), draws, method='sample')
-  return z
+  drawn: Any = model.apply({'params': params}, jnp.stack(streams), draws, method='sample')
+  return drawn
 
 
 def draw_values(
@@ -57,7 +59,7 @@ def draw_values(
 ) -> Values:
   """Draws real-valued images with the exact inverse. See `draw_latents` for the arguments."""
   scales = jnp.asarray(config.sampling.guidance.scales)
-  z = draw_latents(
+  z, _ = draw_latents(
     params, labels, keys, scales, config.sampling.redundant_variance, model=model, config=config
   )
   return model.apply({'params': params}, z, labels, method='decode')[0]
@@ -106,7 +108,8 @@ class Sampler:
   ):
     self._model, self._config = in_sampling_dtype(model, config.sampling), config
     self._chunk_sizes = chunk_sizes
-    self._latents = jax.jit(self._draw_latents, out_shardings=out_shardings)
+    self._latents = jax.jit(lambda *args: self._draw(*args)[0], out_shardings=out_shardings)
+    self._effective_sizes = jax.jit(lambda *args: self._draw(*args)[1])
     self._images = jax.jit(self._decode, out_shardings=out_shardings)
     self._densities = jax.jit(self._nll_terms, out_shardings=out_shardings)
 
@@ -123,11 +126,13 @@ class Sampler:
     variance: float | None = None,
   ) -> Tokens:
     """Draws latents z. `scales` and `variance`, see `draw_latents`, replace configured values."""
-    sampling = self._config.sampling
-    scales = sampling.guidance.scales if scales is None else scales
-    variance = sampling.redundant_variance if variance is None else variance
-    factors = np.asarray(scales, np.float32), np.float32(variance)
-    return self._latents(params, _int32(labels), _int32(indices), *factors)
+    return self._latents(params, *self._arguments(labels, indices, scales, variance))
+
+  def effective_sizes(
+    self, params: PyTree, labels: Labels, indices: Labels
+  ) -> guidance_lib.EffectiveSizes:
+    """Returns the effective sizes of the pools from which `latents` chooses, with guidance."""
+    return self._effective_sizes(params, *self._arguments(labels, indices))
 
   def images(self, params: PyTree, z: Tokens, labels: Labels) -> Samples:
     """Inverts the flow. Returns the samples with latents z."""
@@ -147,12 +152,27 @@ class Sampler:
       'inverse': self._images.lower(params, z, labels),
     }
 
-  def _draw_latents(self, params: PyTree, labels: Ints, indices: Ints, *factors: Array) -> Tokens:
+  def _arguments(
+    self,
+    labels: Labels,
+    indices: Labels,
+    scales: tuple[float, float] | None = None,
+    variance: float | None = None,
+  ) -> tuple[Any, ...]:
+    """Returns the arguments of `_draw` after the parameters."""
+    sampling = self._config.sampling
+    scales = sampling.guidance.scales if scales is None else scales
+    variance = sampling.redundant_variance if variance is None else variance
+    return _int32(labels), _int32(indices), np.asarray(scales, np.float32), np.float32(variance)
+
+  def _draw(
+    self, params: PyTree, labels: Ints, indices: Ints, *factors: Array
+  ) -> tuple[Tokens, guidance_lib.EffectiveSizes]:
     named_key = functools.partial(random.named_key, self._config.sampling.seed, 'sample')
     keys = jax.vmap(named_key)(indices)
     params = layers.cast_params(params, self._model.config.dtype)
-    z = draw_latents(params, labels, keys, *factors, model=self._model, config=self._config)
-    return layers.shard_batch(z)
+    z, sizes = draw_latents(params, labels, keys, *factors, model=self._model, config=self._config)
+    return layers.shard_batch(z), sizes
 
   def _decode(self, params: PyTree, z: Tokens, labels: Ints) -> Samples:
     sampling, noise_config = self._config.sampling, self._config.noise

@@ -93,25 +93,18 @@ def draw_missing(
   return dict(zip(('prior', 'inverse', 'densities'), per_image, strict=False))
 
 
-def summarize(
-  folder: epath.Path, sampling: Sampling, step: int, plan: Report, seconds: Report | None
-) -> Report:
-  """Describes the samples in a folder, as a JSON-serializable dict.
-
-  `plan` is the result of `inverse.cached_measurement`, and `seconds` the result of `draw_missing`.
-  """
+def summarize(folder: epath.Path, sampling: Sampling, **measured: Any) -> Report:
+  """Describes the samples in a folder, as a JSON-serializable dict with the values `measured`."""
   store = open_results(folder, sampling)
   nonfinite = np.flatnonzero(~store.read('finite', sampling.count))
   residuals = store.read('residual', sampling.count)
   residuals = residuals[~np.isnan(residuals)]  # A student without refinement has no residuals.
   return {
     'count': sampling.count,
-    'checkpoint_step': step,
     'nonfinite_samples': len(nonfinite),
     'nonfinite_indices': nonfinite[:100].tolist(),
     'largest_residual': float(residuals.max()) if len(residuals) else None,
-    'inverse': plan,
-    'seconds_per_image': seconds,
+    **measured,
     'densities': _summarize_densities(store, sampling) if sampling.computes_densities else None,
     'sampling': dataclasses.asdict(sampling),
   }

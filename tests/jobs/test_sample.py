@@ -96,6 +96,26 @@ def test_densities_change_no_image_and_files_without_them_are_drawn_again(
   assert kept == [True, True, False]
 
 
+def test_collapsed_pools_of_guidance_are_reported(drawn, run, caplog):
+  guidance = config.Guidance(scale=1.0, sharpening=1e3, redundant_candidates=16)
+  folder = sample.run(with_sampling(count=8, guidance=guidance), run)
+  report = json.loads((folder / 'samples.json').read_text())['guidance_pools']
+  assert report['images'] == 8
+  for name, candidates in (('informative', 10), ('redundant', 32)):
+    pool = report[name]
+    assert pool['candidates'] == candidates
+    assert 1 / candidates <= pool['quantile_5'] <= pool['mean'] < 2 / candidates
+  assert len(report['informative']['by_token']) == 16
+  np.testing.assert_allclose(
+    np.mean(report['informative']['by_token']), report['informative']['mean']
+  )
+  warnings = [r.message for r in caplog.records if r.levelname == 'WARNING']
+  for key in ('conditional_candidates', 'redundant_candidates'):
+    assert sum(f'config.sampling.guidance.{key}' in message for message in warnings) == 1
+  plain = json.loads((drawn / 'samples' / FOLDER / 'samples.json').read_text())
+  assert plain['guidance_pools'] is None
+
+
 def test_rows_of_the_figure_by_log_det():
   log_dets = np.random.default_rng(0).permutation(np.arange(200.0))
   log_dets[log_dets == 0] = -np.inf

@@ -130,7 +130,7 @@ def test_samples_are_finite_and_distinct(variant):
   @jax.jit
   def sample():
     return compiled.apply(
-      compiled.apply(labels[None], draws, method='sample'), labels, method='decode'
+      compiled.apply(labels[None], draws, method='sample')[0], labels, method='decode'
     )
 
   images, _ = sample()
@@ -170,7 +170,7 @@ def shapes_of(model, dtype):
 
   def everything(model, images, z, labels):
     draws = tiny.make_draws(0, 4, N)
-    latents = model.sample(jnp.zeros((1, 4), int), draws)
+    latents, _ = model.sample(jnp.zeros((1, 4), int), draws)
     return model(images, labels), model.encode(images, labels), model.decode(z, labels), latents
 
   run = functools.partial(model.apply, method=everything)

@@ -146,10 +146,10 @@ def test_sampling_uses_the_mixtures_of_the_full_pass(name, z):
       super().__init__(keys, jnp.zeros(N), 1.0, config.Guidance())
 
     def token(self, mixtures, i):
-      return of_mixture(mixtures)[0] + 0.1 * i
+      return of_mixture(mixtures)[0] + 0.1 * i, None
 
     def shared(self, mixtures, num_tokens):
-      return of_mixture(mixtures)[0, :, None] + jnp.arange(num_tokens)[:, None]
+      return of_mixture(mixtures)[0, :, None] + jnp.arange(num_tokens)[:, None], None
 
   def of_mixture(parameters):
     z = parameters.means[..., 0, :] + jnp.exp(parameters.log_scales[..., -1, :])
@@ -157,7 +157,7 @@ def test_sampling_uses_the_mixtures_of_the_full_pass(name, z):
 
   @jax.jit
   def sample(labels):
-    return model.apply(labels, FixedDraws(), method='sample')
+    return model.apply(labels, FixedDraws(), method='sample')[0]
 
   z = sample(jnp.stack([LABELS, LABELS[::-1]]))  # the second stream must not affect the first
   np.testing.assert_allclose(z, sample(LABELS[None]), atol=1e-11)
@@ -182,11 +182,11 @@ def test_all_streams_read_the_same_tokens(model):
 
     def token(self, mixtures, i):
       jax.debug.callback(lambda means: seen.append(means), mixtures.means[1], ordered=True)
-      return mixtures.means[0, :, 0] + mixtures.means[1, :, 1]
+      return mixtures.means[0, :, 0] + mixtures.means[1, :, 1], None
 
   keys = jax.random.split(jax.random.key(0), 3)
   draws = RecordedDraws(keys, jnp.zeros(N), 1.0, config.Guidance())
-  z = jax.jit(lambda: model.apply(labels, draws, method='sample'))()
+  z, _ = jax.jit(lambda: model.apply(labels, draws, method='sample'))()
   jax.effects_barrier()
   expected, _ = model('mixtures')(z[..., :INFORMATIVE], labels[1])
   np.testing.assert_allclose(np.stack(seen, 1), expected.means, atol=1e-11)
@@ -202,7 +202,7 @@ def test_samples_follow_the_density(redundant_kind):
 
   @jax.jit
   def draw():
-    z = model.apply(labels[None], tiny.make_draws(0, count, tokens), method='sample')
+    z, _ = model.apply(labels[None], tiny.make_draws(0, count, tokens), method='sample')
     return z, model('mixtures')(z[..., :1], labels)
 
   z, (token, shared) = jax.tree.map(np.asarray, draw())

@@ -61,7 +61,7 @@ def resampled(scale, settings=PLAIN, sizes=(256, 256)):
   """DRAWS tokens, each from its own candidates, in parts that fit in memory."""
 
   def draw(key):
-    return guidance.resample(key, MIXTURES, scale, settings, sizes)[0, 0]
+    return guidance.resample(key, MIXTURES, scale, settings, sizes)[0][0, 0]
 
   keys = jax.random.split(jax.random.key(3), (DRAWS // 2000, 2000))
   return jax.lax.map(jax.vmap(draw), keys).reshape(-1)
@@ -124,7 +124,7 @@ def test_draws_without_guidance_follow_the_mixture():
   settings = config.Guidance(proposal_logit_factor=0.5, proposal_scale_factor=0.8)
   conditional = make_mixtures(CONDITIONAL)
   keys = jax.random.split(jax.random.key(1), 2 * DRAWS)
-  draw = jax.vmap(lambda key: guidance.draw_token(key, conditional, 2.0, settings)[0])
+  draw = jax.vmap(lambda key: guidance.draw_token(key, conditional, 2.0, settings)[0][0])
   expected = functools.partial(log_density, CONDITIONAL, logit_factor=0.5, scale_factor=0.8)
   assert total_variation(jax.jit(draw)(keys), expected) < 0.01
 
@@ -135,7 +135,7 @@ def test_shared_draws_follow_the_guided_density(method):
   settings = config.Guidance(method=method, redundant_candidates=256)
   images, tokens, scale = 1000, 20, 1.0
   keys = jax.random.split(jax.random.key(2), images)
-  draw = jax.vmap(lambda k: guidance.draw_shared(k, MIXTURES, scale, settings, tokens)[:, 0])
+  draw = jax.vmap(lambda k: guidance.draw_shared(k, MIXTURES, scale, settings, tokens)[0][:, 0])
   draws = np.asarray(jax.jit(draw)(keys))
   assert draws.shape == (images, tokens)
   if method == 'resample':
@@ -152,7 +152,7 @@ def test_variance_of_shared_draws(method):
   # One component, so that draws are Gaussian.
   one = jax.tree.map(lambda a: a[: 1 if method == 'none' else 2, :1], MIXTURES)
   key = jax.random.key(0)
-  draw = jax.jit(lambda v: guidance.draw_shared(key, one, 0.0, settings, 4000, v)[:, 0])
+  draw = jax.jit(lambda v: guidance.draw_shared(key, one, 0.0, settings, 4000, v)[0][:, 0])
   if method == 'resample':  # chooses between the components of p_c and p_u
     assert len(np.unique(draw(0.0))) <= 2
   else:
@@ -168,8 +168,75 @@ def test_draws_are_finite_where_densities_vanish(method):
   )
   settings = config.Guidance(method=method)
   keys = jax.random.split(jax.random.key(0), 20)
-  draw = jax.vmap(lambda key: guidance.draw_token(key, narrow, 10.0, settings))
+  draw = jax.vmap(lambda key: guidance.draw_token(key, narrow, 10.0, settings)[0])
   draws = np.asarray(jax.jit(draw)(keys))
   assert np.isfinite(draws).all()
   if method == 'resample':  # p' is concentrated where p_c is
     assert (draws < 2).all()
+
+
+FACTORS = dict(weighing_logit_factor=0.5, weighing_scale_factor=0.9)
+
+
+@pytest.mark.parametrize('scale', [0.0, 1.5, 5.0])
+def test_effective_size_of_a_pool(scale):
+  """The same candidates, with weights in float64 from densities of SciPy."""
+  settings = config.Guidance(proposal_scale_factor=1.3, sharpening=1.2, **FACTORS)
+  sizes = 7, 4
+  keys = jax.random.split(jax.random.key(4), 50)
+
+  def candidates(key):
+    proposal = mixture.sharpen(MIXTURES, 1.0, 1.3)
+    pools = mixture.sample(jax.random.split(key)[0], proposal, (max(sizes),))
+    return jnp.concatenate([pools[0, : sizes[0]], pools[1, : sizes[1]]])[:, 0]
+
+  x = np.asarray(jax.vmap(candidates)(keys), np.float64)
+  log_c, log_u = (log_density(d, x, 0.5, 0.9) for d in (CONDITIONAL, UNCONDITIONAL))
+  powers = np.repeat([scale, scale + 1], sizes)
+  weights = np.exp(1.2 * powers * (log_c - log_u))
+  expected = weights.sum(1) ** 2 / (weights**2).sum(1) / 11
+
+  draw = jax.vmap(lambda key: guidance.resample(key, MIXTURES, scale, settings, sizes, 3))
+  draws, found = jax.jit(draw)(keys)
+  assert draws.shape == (50, 3, 1) and found.shape == (50,)
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
+  assert 1 / 11 < found.min() < 0.8 and found.max() < 1
+
+
+def test_effective_size_is_the_pool_size_for_equal_weights():
+  """Without guidance and candidates from p_u, or if p_c = p_u; but not if one weight dominates."""
+  key = jax.random.key(0)
+  same = make_mixtures(CONDITIONAL, CONDITIONAL)
+  far = make_mixtures(([1.0], [0.0], [1e-3]), ([1.0], [5.0], [1e-3]))
+  for mixtures, scale, sizes, expected in (
+    (MIXTURES, 0.0, (9, 0), 1),
+    (same, 4.0, (5, 3), 1),
+    (far, 0.0, (1, 8), 1 / 9),
+  ):
+    _, found = guidance.resample(key, mixtures, scale, PLAIN, sizes)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_draws_of_a_batch_have_the_effective_sizes_of_their_pools():
+  """`scales` has the guidance scale of each token. The redundant channels use the last."""
+  settings = config.Guidance(conditional_candidates=3, redundant_candidates=6)
+  keys = jax.random.split(jax.random.key(5), 4)
+  draws = guidance.GuidedDraws(keys, jnp.asarray([0.5, 2.0]), 1.0, settings)
+  mixtures = jax.tree.map(lambda a: jnp.repeat(a[:, None], 4, axis=1), MIXTURES)
+  informative, redundant = jax.vmap(jax.random.split)(keys).swapaxes(0, 1)
+  for i, scale in enumerate((0.5, 2.0)):
+    token, fractions = draws.token(mixtures, jnp.int32(i))
+    for b in range(4):
+      key = jax.random.fold_in(informative[b], i)
+      expected = guidance.resample(key, MIXTURES, scale, settings, (3, 5))
+      np.testing.assert_allclose(fractions[b], expected[1], rtol=1e-5)
+      np.testing.assert_allclose(token[b], expected[0][0], rtol=1e-5)
+  _, fractions = draws.shared(mixtures, 2)
+  for b in range(4):
+    _, expected = guidance.resample(redundant[b], MIXTURES, 2.0, settings, (6, 6), 2)
+    np.testing.assert_allclose(fractions[b], expected, rtol=1e-5)
+  for other in (config.Guidance(method='component'), PLAIN):
+    num_streams = 2 if other.method == 'component' else 1
+    streams = jax.tree.map(lambda a, s=num_streams: a[:s], mixtures)
+    plain = guidance.GuidedDraws(keys, jnp.ones(2), 1.0, other)
+    assert plain.token(streams, jnp.int32(0))[1] is None and plain.shared(streams, 2)[1] is None

@@ -96,6 +96,17 @@ def test_guidance_scale_changes_along_the_tokens(params):
   np.testing.assert_array_equal(GUIDED_SAMPLER.latents(params, LABELS, NUMBERS), ramp)
 
 
+def test_effective_sizes_of_the_pools(params):
+  """For the label "no class", p_c = p_u, and all candidates have the same weight."""
+  sizes = GUIDED_SAMPLER.effective_sizes(params, LABELS, NUMBERS)
+  assert sizes.informative.shape == (60, 9) and sizes.redundant.shape == (60,)
+  for fractions, candidates in ((sizes.informative, 10), (sizes.redundant, 256)):
+    assert (fractions > 1 / candidates).all() and (fractions < 1).all()
+  for fractions in jax.tree.leaves(GUIDED_SAMPLER.effective_sizes(params, [10] * 60, NUMBERS)):
+    np.testing.assert_allclose(fractions, 1, rtol=1e-6)
+  assert not jax.tree.leaves(PLAIN_SAMPLER.effective_sizes(params, LABELS, NUMBERS))
+
+
 def test_redundant_variance_scales_redundant_channels_only(params, z):
   none, one, four = (
     np.asarray(PLAIN_SAMPLER.latents(params, LABELS, NUMBERS, variance=variance))

@@ -49,6 +49,11 @@ class Guidance:
     """Whether samples are guided."""
     return any(self.scales)
 
+  @property
+  def resamples(self) -> bool:
+    """Whether samples are guided by resampling."""
+    return self.active and self.method == 'resample'
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
