@@ -66,6 +66,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'half of the channels': {'model.prior.informative_channels': _half_of_channels},
   '4×components': {'model.prior.components': '×4'},
   'one condition copy': {'model.prior.condition_copies': 1},
+  'gated MLP': {'model.mlp': 'gated'},
+  'normalized queries and keys': {'model.qk_norm': True},
   'no final permutation': {'model.flow.final_permutation': False},
 }
 

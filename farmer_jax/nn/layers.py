@@ -196,9 +196,12 @@ def class_embedding(num_classes: int, width: int, dtype: DTypeLike) -> nn.Embed:
   )
 
 
-def norm(dtype: DTypeLike, name: str | None = None) -> nn.RMSNorm:
-  """Returns a root-mean-square normalization with statistics in float32 or float64."""
-  scale_init = logical_axes(nn.initializers.ones, 'embed')
+def norm(dtype: DTypeLike, name: str | None = None, axis: str | None = 'embed') -> nn.RMSNorm:
+  """Returns a root-mean-square normalization with statistics in float32 or float64.
+
+  `axis` is the logical name of the normalized axis.
+  """
+  scale_init = logical_axes(nn.initializers.ones, axis)
   return nn.RMSNorm(dtype=dtype, param_dtype=param_dtype(dtype), scale_init=scale_init, name=name)
 
 

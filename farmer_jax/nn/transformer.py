@@ -27,21 +27,32 @@ class StackConfig:
   layers: int
   width: int
   head_dim: int
-  mlp_ratio: float
+  mlp_width: int
   dtype: jnp.dtype
   remat: str = 'none'  # `none` or a key of `layers.REMAT_POLICIES`
   unroll: int = 1  # layers per iteration of the compiled loop
   attention: attention_kernels.Setting = 'xla'
   in_loop: bool = False  # whether a compiled loop applies the stack
+  gated: bool = False  # whether MLPs are gated
+  qk_norm: bool = False  # whether queries and keys are normalized
 
   @classmethod
   def create(
     cls, section: config_lib.Flow | config_lib.Prior, model: config_lib.Model
   ) -> 'StackConfig':
     """Returns the settings for `section`, the flow or the prior of a model."""
-    sizes = section.layers, section.width, section.head_dim, section.mlp_ratio
-    unroll = model.scan_unroll or default_unroll(section.layers, model.remat)
-    return cls(*sizes, jnp.dtype(model.dtype), model.remat, unroll, model.attention)
+    return cls(
+      layers=section.layers,
+      width=section.width,
+      head_dim=section.head_dim,
+      mlp_width=model.mlp_width(section),
+      dtype=jnp.dtype(model.dtype),
+      remat=model.remat,
+      unroll=model.scan_unroll or default_unroll(section.layers, model.remat),
+      attention=model.attention,
+      gated=model.mlp == 'gated',
+      qk_norm=model.qk_norm,
+    )
 
 
 def default_unroll(num_layers: int, remat: str) -> int:
@@ -76,9 +87,13 @@ class TransformerLayer(nn.Module):
     widening, narrowing = ('embed', 'hidden'), ('hidden', 'embed')
     self.attention_norm = layers.norm(stack.dtype)
     self.query, self.key, self.value = (dense(stack.width, axes=widening) for _ in range(3))
+    if stack.qk_norm:
+      self.query_norm, self.key_norm = (layers.norm(stack.dtype, axis=None) for _ in range(2))
     self.attention_out = dense(stack.width, axes=narrowing, kernel_init=residual_init)
     self.mlp_norm = layers.norm(stack.dtype)
-    self.mlp_in = dense(int(stack.mlp_ratio * stack.width), axes=widening)
+    self.mlp_in = dense(stack.mlp_width, axes=widening)
+    if stack.gated:
+      self.mlp_gate = dense(stack.mlp_width, axes=widening)
     self.mlp_out = dense(stack.width, axes=narrowing, kernel_init=residual_init)
 
   def __call__(self, x: Hidden) -> tuple[Hidden, None]:
@@ -97,14 +112,21 @@ class TransformerLayer(nn.Module):
       attention.split_heads(checkpoint_name(projection(normed), 'qkv'), self.stack_config.head_dim)
       for projection in (self.query, self.key, self.value)
     )
+    if self.stack_config.qk_norm:
+      q, k = self.query_norm(q), self.key_norm(k)
     if cache is not None:
       # XLA would copy the cache at each step if it were read before it is written.
       k, v = cache = attention.update_cache(cache, k, v, position)
     setting = self.stack_config.attention
     attended = attention.attend(q, k, v, self.causal, position, setting)
     x = checkpoint_name(x + self.attention_out(attended), 'attention_out')
-    hidden = checkpoint_name(self.mlp_in(self.mlp_norm(x)), 'mlp_in')
-    return x + self.mlp_out(jax.nn.gelu(hidden)), cache
+    normed = self.mlp_norm(x)
+    hidden = checkpoint_name(self.mlp_in(normed), 'mlp_in')
+    if self.stack_config.gated:  # SwiGLU (arXiv 2002.05202)
+      hidden *= jax.nn.silu(checkpoint_name(self.mlp_gate(normed), 'mlp_in'))
+    else:
+      hidden = jax.nn.gelu(hidden)
+    return x + self.mlp_out(hidden), cache
 
 
 class Transformer(nn.Module):

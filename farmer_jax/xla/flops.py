@@ -74,9 +74,9 @@ def forward(config: config_lib.Config) -> int:
   inputs, read, changed = tokens - 1, channels, channels
   if flow.kind == 'coupling':
     inputs, read, changed = tokens, channels - channels // 2, channels // 2
-  block = _transformer(flow, inputs) + _product(inputs, read, flow.width)
+  block = _transformer(config.model, flow, inputs) + _product(inputs, read, flow.width)
   block += _product(inputs, flow.width, 2 * changed)
-  return flow.blocks * block + _prior(config.model.prior, tokens, channels)
+  return flow.blocks * block + _prior(config.model, tokens, channels)
 
 
 def training_step(config: config_lib.Config) -> int:
@@ -85,7 +85,8 @@ def training_step(config: config_lib.Config) -> int:
   return 3 * forward(config) * config.train.batch_size
 
 
-def _prior(prior: config_lib.Prior, tokens: int, channels: int) -> int:
+def _prior(model: config_lib.Model, tokens: int, channels: int) -> int:
+  prior = model.prior
   if prior.kind == 'normal':
     return 0
   informative = prior.num_informative_channels(channels)
@@ -94,7 +95,7 @@ def _prior(prior: config_lib.Prior, tokens: int, channels: int) -> int:
   # The last token is an input only for the redundant mixture, which depends on all tokens.
   inputs = tokens if has_mixture else tokens - 1
   total = _product(inputs, informative, prior.width)
-  total += _transformer(prior, prior.condition_copies + inputs)
+  total += _transformer(model, prior, prior.condition_copies + inputs)
   total += _product(tokens, prior.width, prior.components * (1 + 2 * informative))
   if has_mixture:
     total += _product(1, prior.width, prior.redundant_components * (1 + 2 * redundant))
@@ -103,9 +104,12 @@ def _prior(prior: config_lib.Prior, tokens: int, channels: int) -> int:
   return total
 
 
-def _transformer(stack: config_lib.Flow | config_lib.Prior, tokens: int) -> int:
-  width, hidden = stack.width, int(stack.mlp_ratio * stack.width)
-  dense = _product(tokens, width, 4 * width) + 2 * _product(tokens, width, hidden)
+def _transformer(
+  model: config_lib.Model, stack: config_lib.Flow | config_lib.Prior, tokens: int
+) -> int:
+  width, matrices = stack.width, 3 if model.mlp == 'gated' else 2
+  dense = _product(tokens, width, 4 * width)
+  dense += matrices * _product(tokens, width, model.mlp_width(stack))
   return stack.layers * (dense + 2 * _product(tokens, width, tokens))
 
 

@@ -67,6 +67,8 @@ def reference(params, x, num_layers, heads):
       (normed @ p[name]['kernel']).reshape(*x.shape[:2], heads, -1)
       for name in ('query', 'key', 'value')
     ]
+    if 'query_norm' in p:
+      projected[:2] = norm(p['query_norm'], projected[0]), norm(p['key_norm'], projected[1])
     attended = np.zeros_like(projected[0])
     for head in range(heads):
       q, k, v = (part[:, :, head] for part in projected)
@@ -75,7 +77,14 @@ def reference(params, x, num_layers, heads):
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         attended[:, i, head] = np.einsum('bm,bmd->bd', weights, v[:, : i + 1])
     x = x + attended.reshape(x.shape) @ p['attention_out']['kernel']
-    x = x + gelu(norm(p['mlp_norm'], x) @ p['mlp_in']['kernel']) @ p['mlp_out']['kernel']
+    normed = norm(p['mlp_norm'], x)
+    hidden = normed @ p['mlp_in']['kernel']
+    if 'mlp_gate' in p:
+      gate = normed @ p['mlp_gate']['kernel']
+      hidden = hidden * gate / (1 + np.exp(-gate))
+    else:
+      hidden = gelu(hidden)
+    x = x + hidden @ p['mlp_out']['kernel']
   return x
 
 
@@ -83,6 +92,21 @@ def test_full_pass_equals_reference(model):
   _, variables, x, output = model
   expected = reference(jax.tree.map(np.asarray, variables['params']), np.asarray(x), 3, heads=2)
   np.testing.assert_allclose(output, expected, atol=1e-12)
+
+
+def test_gated_mlps_and_normalized_queries_equal_reference():
+  """The cached pass must cache normalized keys."""
+  x = tiny.normals(B, N, WIDTH)
+  model = tiny.Compiled(tiny.make_transformer(layers=2, gated=True, qk_norm=True), x)
+  expected = reference(jax.tree.map(np.asarray, model.params), np.asarray(x), 2, heads=2)
+  np.testing.assert_allclose(model()(x), expected, atol=1e-12)
+  variables = {'params': model.params}
+  layer_params = model.module.apply(variables, method='layer_params')
+  cache = model.module.apply(variables, B, N, method='init_cache')
+  for start, end in ((0, 3), (3, N)):
+    arguments = x[:, start:end], layer_params, cache, start
+    hidden, cache = model.module.apply(variables, *arguments, method='extend')
+    np.testing.assert_allclose(hidden, expected[:, start:end], atol=1e-12)
 
 
 def test_derivatives_equal_finite_differences(model):

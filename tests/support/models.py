@@ -30,13 +30,16 @@ def _split(section_class, values):
   fields = {field.name for field in dataclasses.fields(section_class)}
   section = section_class(**{key: value for key, value in values.items() if key in fields})
   stack = {key: value for key, value in values.items() if key in _STACK or key not in fields}
-  stack['dtype'] = jnp.dtype(stack.get('dtype', 'float64'))
-  return section, transformer.StackConfig(**stack)
+  return section, _stack_config(**stack)
+
+
+def _stack_config(mlp_ratio, dtype='float64', **values):
+  mlp_width = int(mlp_ratio * values['width'])
+  return transformer.StackConfig(mlp_width=mlp_width, dtype=jnp.dtype(dtype), **values)
 
 
 def make_transformer(causal=True, **changes):
-  stack = _STACK | dict(dtype=jnp.dtype('float64')) | changes
-  return transformer.Transformer(transformer.StackConfig(**stack), causal)
+  return transformer.Transformer(_stack_config(**_STACK | changes), causal)
 
 
 def make_block(num_tokens=4, channels=2, block_class=flow.FlowBlock, **changes):

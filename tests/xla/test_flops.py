@@ -38,17 +38,18 @@ def compiled_flops(config):
 
 
 @pytest.mark.parametrize(
-  'flow, prior',
+  'flow, prior, changes',
   [
-    *(({}, changes) for changes in ({}, dict(informative_channels=0), dict(kind='normal'))),
-    ({}, dict(redundant_kind='normal')),
-    (dict(kind='coupling'), dict(kind='normal')),
+    *(({}, prior, {}) for prior in ({}, dict(informative_channels=0), dict(kind='normal'))),
+    ({}, dict(redundant_kind='normal'), {}),
+    (dict(kind='coupling'), dict(kind='normal'), {}),
+    ({}, dict(kind='normal'), dict(mlp='gated')),
   ],
   ids=str,
 )
-def test_forward_is_at_least_nine_tenths_of_the_compilers_count(flow, prior):
+def test_forward_is_at_least_nine_tenths_of_the_compilers_count(flow, prior, changes):
   """The compiler also counts operations that are no matrix products."""
-  config = models.replace(CONFIG, model=dict(flow=flow, prior=prior))
+  config = models.replace(CONFIG, model=dict(flow=flow, prior=prior, **changes))
   compiled = compiled_flops(config)
   assert 0.9 * compiled < flops.forward(config) <= compiled
 

@@ -96,7 +96,7 @@ class Flow:
   head_dim: int = 64
   """Width of one attention head."""
   mlp_ratio: float = 4.0
-  """Width of the MLP divided by the width of the transformer."""
+  """Hidden width of the MLP divided by the width of the transformer."""
   final_permutation: bool = True
   """Reverse the token order between the last flow block and the prior. No effect in coupling flows,
   which keep the order."""
@@ -120,7 +120,7 @@ class Prior:
   head_dim: int = 64
   """Width of one attention head."""
   mlp_ratio: float = 4.0
-  """Width of the MLP divided by the width of the transformer."""
+  """Hidden width of the MLP divided by the width of the transformer."""
   condition_copies: int = 8
   """Number of copies M of the class embedding placed before the token sequence."""
   components: int = 16
@@ -158,6 +158,12 @@ class Model:
   """Probability that training replaces a label by "no class". Guidance needs a value above 0."""
   dtype: Dtype = 'float32'
   """Data type of the transformers. Parameters and densities use float32 or float64."""
+  mlp: Literal['gelu', 'gated'] = 'gelu'
+  """MLPs of the transformers. gelu: two matrices. gated: three matrices (SwiGLU) and two thirds of
+  the hidden width, for about the same number of parameters."""
+  qk_norm: bool = False
+  """Normalize the queries and keys of each attention head. This bounds the attention logits, which
+  can grow in long runs of large models."""
   attention: Changeable[Literal['auto', 'xla', 'cudnn', 'splash']] = 'auto'
   """Attention over full sequences. cudnn: flash attention of cuDNN, on NVIDIA GPUs. splash: JAX's
   Pallas splash attention, on TPUs. xla: without a kernel. auto: the kernel of the devices, if the
@@ -175,6 +181,11 @@ class Model:
   most 8, and 4 otherwise. Larger values can run faster and compile more slowly."""
   flow: Flow = Flow()
   prior: Prior = Prior()
+
+  def mlp_width(self, section: Flow | Prior) -> int:
+    """Returns the hidden width of the MLPs of the flow or of the prior."""
+    width = section.mlp_ratio * section.width
+    return int(width) if self.mlp == 'gelu' else max(1, round(width * 2 / 3 / 8)) * 8
 
   def num_tokens(self, image_size: int) -> int:
     """Returns the number of tokens N of a square image."""
