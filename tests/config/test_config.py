@@ -145,6 +145,14 @@ def test_numbers_out_of_range(path):
     assert f'config.{path}' in refusal(nested({path: value}))
 
 
+def test_coupling_flow_needs_one_token_of_two_channels():
+  config.check(config.from_config_dict(parse('model.patch_size=8 model.flow.kind=coupling')))
+  config.check(config.from_config_dict(parse('model.patch_size=2 model.flow.kind=coupling')))
+  config.check(
+    config.from_config_dict(parse('data.channels=3 model.patch_size=1 model.flow.kind=coupling'))
+  )
+
+
 def test_optional_keys_can_be_overridden():
   values = config.defaults()
   values.data.path = 'somewhere'

@@ -8,23 +8,25 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from farmer_jax.nn import coupling, flow
 from tests.support import models as tiny
 
 pytestmark = pytest.mark.usefixtures('x64')
 
 
 @functools.cache
-def make(num_tokens, channels, blocks=0, **prior_changes):
+def make(num_tokens, channels, blocks=0, flow_class=flow.Flow, **prior_changes):
   """Returns a compiled function from points [n, N, d] to their log-density terms, [n] each."""
   example = tiny.normals(1, num_tokens, channels), jnp.asarray([1], jnp.int32)
   prior = tiny.Compiled(tiny.make_prior(num_tokens, channels, **prior_changes), *example, seed=1)
   if blocks:
-    flow = tiny.Compiled(tiny.make_flow(num_tokens, channels, blocks=blocks), *example, seed=2)
+    module = tiny.make_flow(num_tokens, channels, flow_class=flow_class, blocks=blocks)
+    bijection = tiny.Compiled(module, *example, seed=2)
 
   @jax.jit
   def evaluate(x):
     labels = jnp.full(len(x), 1, jnp.int32)
-    z, log_dets = flow.apply(x, labels) if blocks else (x, jnp.zeros((1, len(x))))
+    z, log_dets = bijection.apply(x, labels) if blocks else (x, jnp.zeros((1, len(x))))
     tokens, redundant = prior.apply(z, labels)
     return tokens.sum(1), redundant, log_dets.sum(0)
 
@@ -43,11 +45,13 @@ def quadrature(density, shape, points):
   return weights @ np.asarray(density(x)).reshape(points, points) @ weights
 
 
+COUPLING = dict(flow_class=coupling.CouplingFlow)
 CASES = {
   'two tokens': dict(num_tokens=2, channels=1, informative_channels=1),
   'redundant mixture': dict(num_tokens=1, channels=2, informative_channels=1),
   'one token': dict(num_tokens=1, channels=2, informative_channels=2),
   'flow': dict(num_tokens=2, channels=1, informative_channels=1, blocks=2),
+  'coupling flow': COUPLING | dict(num_tokens=1, channels=2, informative_channels=1, blocks=2),
 }
 
 
@@ -79,6 +83,8 @@ def test_redundant_density_given_the_informative_channels_integrates_to_one(info
     dict(num_tokens=3, channels=1, informative_channels=1, blocks=3),
     REDUNDANT | dict(blocks=2),
     REDUNDANT | dict(blocks=2, redundant_kind='normal'),
+    REDUNDANT | COUPLING | dict(blocks=2),
+    COUPLING | dict(num_tokens=1, channels=3, informative_channels=2, blocks=3),
   ],
 )
 def test_integral_over_three_and_four_dimensions(case):
