@@ -3,8 +3,6 @@
 Channel letters: c the channels that a block reads, d - c the channels that it transforms.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -58,8 +56,11 @@ class CouplingBlock(flow.AffineBlock):
     z = jnp.concatenate([x1, z2], axis=-1)[..., self._permutation]
     return layers.shard_batch(z), log_det
 
-  def inverse(self, z: Tokens, condition: Condition, *_: Any) -> tuple[Tokens, flow.Convergence]:
-    """Inverts `__call__` in one pass, which is exact. Chunk size and tolerance have no effect."""
+  def inverse(
+    self, z: Tokens, condition: Condition, chunk_size: int = 1, tolerance: float = 0.0
+  ) -> tuple[Tokens, flow.Convergence]:
+    """Inverts `__call__` exactly, in one pass, with any settings. See `flow.FlowBlock.inverse`."""
+    del chunk_size, tolerance
     z = z[..., np.argsort(self._permutation)]
     z1, z2 = self._split(z)
     x2 = self._transform(affine.affine_inverse, self._hidden(z, condition), z2)
@@ -80,8 +81,11 @@ class CouplingBlock(flow.AffineBlock):
 
 
 class CouplingFlow(flow.Flow):
-  """T coupling blocks. The latents have the channels in the order of x, so that the prior's
-  informative channels are the first channels of x."""
+  """T coupling blocks.
+
+  The latents have the channels in the order of x, so that the informative channels of the prior are
+  the first channels of x: low frequencies, in the basis `dct`.
+  """
 
   block_class = CouplingBlock
 
@@ -99,7 +103,7 @@ class CouplingFlow(flow.Flow):
     return z[..., self._order(self.flow.blocks)]
 
   def _order(self, blocks: int) -> Int[np.ndarray, 'd']:
-    """Returns the channel of x that each output channel of the first `blocks` blocks belongs to."""
+    """Returns the channel of x of each output channel of the first `blocks` blocks."""
     order = np.arange(self.channels)
     for _ in range(blocks):
       order = order[channel_permutation(self.channels, self.flow.blocks)]

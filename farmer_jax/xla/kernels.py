@@ -178,7 +178,8 @@ def _visible_blocks(
   """Returns the number of blocks of a head that run.
 
   The second operand marks each block with 0 if the mask hides it. The text omits large constants;
-  the mask is then assumed to be causal, as in the transformers of this program.
+  the mask is then assumed to be causal. In coupling flows it is not, and half of the blocks are
+  missing.
   """
   marks = computation.get(instruction.operands[1])
   while marks and marks.opcode in ('copy-done', 'copy-start', 'copy', 'bitcast'):

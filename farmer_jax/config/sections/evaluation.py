@@ -78,7 +78,7 @@ class Sampling:
   """How the flow is inverted. sequential: token by token. parallel: all tokens at once, by
   fixed-point iteration. chunked: one chunk of tokens at a time, by fixed-point iteration. auto: the
   fastest of these for each flow block, measured once. student: one pass per flow block, by the
-  student that --job=distill trained."""
+  student that --job=distill trained. Coupling flows have one exact inverse, whatever the value."""
   chunk_size: int = 8
   """chunked: tokens per chunk."""
   tolerance: float = 1e-5
