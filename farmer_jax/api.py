@@ -190,10 +190,7 @@ class Run:
     if guidance is None:
       guidance = configured
     elif not isinstance(guidance, config_lib.Guidance):
-      method = 'resample' if configured.method == 'none' else configured.method
-      guidance = dataclasses.replace(
-        configured, method=method, scale=float(guidance), final_scale=None
-      )
+      guidance = configured.with_scale(float(guidance))
     sampler = self._sampler(seed=seed, guidance=guidance)
     indices = np.arange(len(labels), dtype=np.int32)
     return sampler, (self._label_numbers(labels, len(labels)), indices)

@@ -35,7 +35,7 @@ class Checkpointer:
   def __init__(self, workdir: epath.Path, train: config.Train):
     self._workdir = workdir
     self._train = train
-    self._losses: dict[int, float] = {}  # {step: validation loss}
+    self._scores: dict[int, float] = {}  # {step: `train.best_metric`}
     self._manager: ocp.CheckpointManager | None = None
     self._pending_step: int | None = None  # the step of an unfinished asynchronous save
     self._last_failure: str | None = None  # why the last save failed
@@ -57,7 +57,7 @@ class Checkpointer:
     processes.on_process_zero(lambda: _quarantine(self._workdir, corrupt))
     processes.on_process_zero(lambda: _remove_incomplete(self._workdir))
     if self._train.keep_best:
-      self._losses = restore.read_losses(self._workdir)
+      self._scores = restore.read_scores(self._workdir, self._train.best_metric)
     if found is None:
       return state, 0
     self._has_read = True
@@ -66,9 +66,16 @@ class Checkpointer:
     return state, step
 
   def save(
-    self, step: int, state: PyTree, iterator: grain.DatasetIterator, loss: float | None = None
+    self,
+    step: int,
+    state: PyTree,
+    iterator: grain.DatasetIterator,
+    loss: float | None = None,
+    fidelity: float | None = None,
   ) -> None:
-    """Starts to save `state`, the state of `iterator` and, if finite, the validation `loss`.
+    """Starts to save `state` and the state of `iterator`.
+
+    If finite, the validation `loss` and `fidelity`, a Fréchet distance, are saved, too.
 
     Logs a failure of the previous save or of this save. Older checkpoints are not affected. With
     several processes, a failure at the start of this save is raised.
@@ -80,14 +87,15 @@ class Checkpointer:
     """
     self.wait()
     iterator_state = iterator.get_state()
-    if loss is not None and not math.isfinite(loss):
-      loss = None
+    scores = {'loss': loss, 'fidelity': fidelity}
+    finite = {n: s for n, s in scores.items() if s is not None and math.isfinite(s)}
     manifest = {
       'format': restore.FORMAT,
       'step': step,
       'leaves': checksums.of_tree(state),
       restore.DATA_ITERATOR: checksums.of_json(iterator_state),
-      'loss': loss,
+      'loss': None,
+      **finite,
     }
     manifest['digest'] = checksums.of_json(manifest)
     items = {
@@ -95,8 +103,8 @@ class Checkpointer:
       restore.DATA_ITERATOR: ocp.args.JsonSave(iterator_state),
       restore.MANIFEST: ocp.args.JsonSave(manifest),
     }
-    if loss is not None:
-      self._losses[step] = loss
+    if self._train.best_metric in finite:
+      self._scores[step] = finite[self._train.best_metric]
     self._pending_step, self._last_failure = step, None
     try:
       self._open_manager().save(step, args=ocp.args.Composite(**items), force=True)
@@ -135,7 +143,7 @@ class Checkpointer:
   def _abandon(self, step: int, reason: str) -> None:
     """Reports a failed save, and discards the manager, which cannot be used again."""
     self._pending_step = None
-    self._losses.pop(step, None)
+    self._scores.pop(step, None)
     with contextlib.suppress(Exception):  # The manager raises the reported failure again.
       self._close_manager()
     try:
@@ -154,7 +162,7 @@ class Checkpointer:
       processes.on_process_zero(lambda: _remove_incomplete(self._workdir))
       kept: list[policies.PreservationPolicy] = [
         policies.LatestN(self._train.keep_checkpoints),
-        _LowestLosses(self._train.keep_best, self._losses),
+        _LowestScores(self._train.keep_best, self._scores),
       ]
       if self._train.keep_every:
         kept.append(policies.EveryNSteps(self._train.keep_every))
@@ -176,17 +184,17 @@ class Checkpointer:
 
 
 @dataclasses.dataclass
-class _LowestLosses(policies.PreservationPolicy):
-  """Keeps the checkpoints with the `count` lowest validation losses, {step: loss}."""
+class _LowestScores(policies.PreservationPolicy):
+  """Keeps the checkpoints with the `count` lowest scores, {step: score}."""
 
   count: int
-  losses: dict[int, float]
+  scores: dict[int, float]
 
   def should_preserve(
     self, checkpoints: Sequence[policies.PolicyCheckpointInfo], **context: object
   ) -> list[bool]:
-    steps = [c.step for c in checkpoints if c.step in self.losses]
-    best = sorted(steps, key=lambda step: (self.losses[step], -step))[: self.count]
+    steps = [c.step for c in checkpoints if c.step in self.scores]
+    best = sorted(steps, key=lambda step: (self.scores[step], -step))[: self.count]
     return [c.step in best for c in checkpoints]
 
 

@@ -24,7 +24,8 @@ FOLDER = 'checkpoints'
 
 # The items of a checkpoint. The manifest has the keys `format`, `step`, `leaves` (the result
 # of `checksums.of_tree` for the state), `data_iterator` (the checksum of this item), `loss` (the
-# validation loss or None) and `digest` (the checksum of the other keys).
+# validation loss or None), `fidelity` (a Fréchet distance, if it was computed) and `digest` (the
+# checksum of the other keys).
 STATE, DATA_ITERATOR, MANIFEST = 'state', 'data_iterator', 'manifest'
 
 # Version 0.1 had no manifest. In format 2, transformers had a final norm, all parameters had the
@@ -119,18 +120,18 @@ def list_steps(workdir: epath.Path) -> list[int]:
   return sorted(ocp.utils.checkpoint_steps(workdir / FOLDER))
 
 
-def read_losses(workdir: epath.Path) -> dict[int, float]:
-  """Returns {step: validation loss} of the checkpoints with a valid manifest and a loss."""
-  losses = {}
+def read_scores(workdir: epath.Path, name: str) -> dict[int, float]:
+  """Returns {step: score 'loss' or 'fidelity'} of the valid manifests that have this score."""
+  scores = {}
   for step in list_steps(workdir):
     with (
       contextlib.suppress(CorruptCheckpoint, errors.UserError),
       orbax_internals.classify_exceptions(),
     ):
-      losses[step] = _read_manifest(workdir / FOLDER / str(step))['loss']
+      scores[step] = _read_manifest(workdir / FOLDER / str(step)).get(name)
   # Process 0 decides, so that all processes delete the same checkpoints. JSON keys are strings.
-  losses = processes.gather(losses)[0]
-  return {int(step): loss for step, loss in losses.items() if loss is not None}
+  scores = processes.gather(scores)[0]
+  return {int(step): score for step, score in scores.items() if score is not None}
 
 
 def _newest_valid(

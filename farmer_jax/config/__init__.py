@@ -4,7 +4,7 @@ Configuration files start from `defaults()`, an `ml_collections.ConfigDict`. Com
 modify it. `from_config_dict` converts it to the frozen dataclass `Config`, which all others use.
 """
 
-from farmer_jax.config.checks import check, step_range
+from farmer_jax.config.checks import check, guidance_scales, step_range
 from farmer_jax.config.renames import upgrade
 from farmer_jax.config.schema import (
   defaults,

@@ -25,9 +25,13 @@ _COUPLING = 'the inverse of config.model.flow.kind=coupling already takes one pa
 def check(config: Config) -> None:
   """Raises `ConfigError` if a value is out of range or if values contradict each other."""
   checks = [_ranges, _names, _model, _training, _guidance, _sampling]
-  by_job = {'distill': _distillation, 'likelihood': _likelihood, 'fidelity': _fidelity}
-  if config.job in by_job:
-    checks.append(by_job[config.job])
+  by_job = {
+    'pretrain': [_fidelity_of_training],
+    'distill': [_distillation, _fidelity_of_training],
+    'likelihood': [_likelihood],
+    'fidelity': [_fidelity],
+  }
+  checks += by_job.get(config.job, [])
   for find_problems in checks:
     for problem in find_problems(config):
       raise ConfigError(problem)
@@ -43,6 +47,18 @@ def step_range(text: str) -> tuple[int, int] | None:
     setting = f'config.profile.steps={reprlib.repr(text)}'
     raise ConfigError(f'{setting} must be two step numbers, for example 10,15')
   return first, last
+
+
+def guidance_scales(text: str) -> tuple[float, ...]:
+  """Parses `Train.fidelity_scales`."""
+  try:
+    scales = tuple(map(float, text.split(',')))
+  except ValueError:
+    scales = (-1.0,)
+  if not all(0 <= scale < _FLOAT_LIMIT for scale in scales):
+    setting = f'config.train.fidelity_scales={reprlib.repr(text)}'
+    raise ConfigError(f'{setting} must be numbers of at least 0, for example 0,1.5')
+  return scales
 
 
 def _ranges(config: Config) -> Iterator[str]:
@@ -166,6 +182,30 @@ def _likelihood(config: Config) -> Iterator[str]:
     )
   if likelihood.ood_source is not None and likelihood.condition == 'label' and num_classes:
     yield 'config.likelihood.ood_source needs config.likelihood.condition=none or marginal'
+
+
+def _fidelity_of_training(config: Config) -> Iterator[str]:
+  train, fidelity = config.train, config.fidelity
+  if not train.fidelity_every:
+    if train.best_metric == 'fidelity':
+      yield f'config.{train.best_metric=} needs config.train.fidelity_every above 0'
+    return
+  if config.training_feature_network == 'inception':
+    if fidelity.weights is None:
+      yield f'config.{fidelity.network=} needs config.fidelity.weights'
+  elif not config.data.num_classes:
+    yield (
+      'config.train.fidelity_every without classes (config.data.num_classes=0) needs Inception; set'
+      ' config.fidelity.weights'
+    )
+  if any(guidance_scales(train.fidelity_scales)) and not config.supports_guidance:
+    yield (
+      f'config.{train.fidelity_scales=} needs a model that supports guidance (classes, label'
+      ' dropout and a mixture prior); set config.train.fidelity_scales=0'
+    )
+  # The Inception Score divides the samples into ten parts.
+  if train.fidelity_count <= max(10, fidelity.neighbors):
+    yield f'config.{train.fidelity_count=} must be above 10 and config.{fidelity.neighbors=}'
 
 
 def _fidelity(config: Config) -> Iterator[str]:

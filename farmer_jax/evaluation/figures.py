@@ -76,7 +76,10 @@ def to_array(figure: Any) -> Picture:
 
 
 def training_curves(path: epath.Path, records: Sequence[dict[str, Any]], title: str) -> None:
-  """Writes a PNG with the losses in records of metrics.jsonl and the terms of the training loss."""
+  """Writes a PNG with the losses in records of metrics.jsonl and the terms of the training loss.
+
+  A third panel shows the Fréchet distances of samples, if training measured them.
+  """
   name = 'bits_per_dim' if any('bits_per_dim' in r for r in records) else 'loss'
   is_likelihood = any('log_det' in r for r in records)
   unit = 'nats/dim' if is_likelihood else 'mean squared error'
@@ -88,8 +91,11 @@ def training_curves(path: epath.Path, records: Sequence[dict[str, Any]], title: 
     if points:
       panel.plot(*zip(*points, strict=True), style, label=label)
 
-  figure, axes = plot(1, 2, size=(11, 4))
-  left, right = axes[0]
+  names = {name for r in records for name in r if r['split'] == 'fidelity'}
+  distances = sorted(n for n in names if n.startswith(('fid_', 'classifier_frechet_distance_')))
+  panels = 3 if distances else 2
+  figure, axes = plot(1, panels, size=(5.5 * panels, 4))
+  left, right, *more = axes[0]
   draw(left, 'train', name, '-', 'train')
   draw(left, 'valid', name, 'o-', 'valid')
   values = [r[name] for r in records if r['split'] == 'train' and np.isfinite(r.get(name, np.nan))]
@@ -101,7 +107,10 @@ def training_curves(path: epath.Path, records: Sequence[dict[str, Any]], title: 
   for term in terms:
     draw(right, 'train', term, '-', term)
   right.set(xlabel='step', ylabel=f'terms of the loss, {unit}')
-  for panel in (left, right):
+  for name in distances:
+    draw(more[0], 'fidelity', name, 'o-', name)
+    more[0].set(xlabel='step', ylabel='Fréchet distance of samples')
+  for panel in axes[0]:
     if panel.lines:
       panel.legend()
   figure.suptitle(title)

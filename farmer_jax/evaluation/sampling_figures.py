@@ -52,10 +52,8 @@ class SamplingFigures:
 
   def guidance_sweep(self) -> Picture:
     """Draws one column for each guidance scale in `GUIDANCE_SCALES`."""
-    guidance = self.config.sampling.guidance
-    method = 'resample' if guidance.method == 'none' else guidance.method
     # The compiled program includes guidance only if the configured scale is not 0.
-    guidance = dataclasses.replace(guidance, method=method, scale=1.0)
+    guidance = self.config.sampling.guidance.with_scale(1.0)
     columns = {f'w = {scale:g}': dict(scales=(scale, scale)) for scale in GUIDANCE_SCALES}
     return self._sweep(columns, guidance=guidance)
 

@@ -14,7 +14,7 @@ from farmer_jax import config as config_lib
 from farmer_jax import sampling, terminal
 from farmer_jax.data import pipeline
 from farmer_jax.distributed import processes
-from farmer_jax.evaluation import figures
+from farmer_jax.evaluation import figures, training_fidelity
 from farmer_jax.jobs.training_run import Resources
 from farmer_jax.nn import farmer
 from farmer_jax.training import divergence, hooks, loop
@@ -51,6 +51,14 @@ def train(
       return evaluator(params, resources.validation_batches(config))
 
   validation = hooks.Validation(evaluate)
+  fidelity = None
+  if config.train.fidelity_every:
+    measure = training_fidelity.FidelityEvaluator(
+      config, model, mesh, resources.train.class_names, workdir
+    )
+    fidelity = hooks.Validation(
+      lambda params: measure(sampling_params(params)), 'fidelity', training_fidelity.lowest_distance
+    )
   iterator = pipeline.TrainIterator(
     resources.train, config.data, config.train.batch_size, config.seed, *mesh.process_shard()
   )
@@ -64,6 +72,7 @@ def train(
       loss_fn=loss_fn,
       iterator=iterator,
       validation=validation,
+      fidelity=fidelity,
       hooks=[_sample_hook(config, workdir, resources, model, sampling_params)],
       frozen=frozen,
       diagnose=diagnose,

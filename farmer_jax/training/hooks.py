@@ -1,6 +1,7 @@
 """Hooks of the training loop: functions that run every n steps."""
 
 import dataclasses
+import operator
 import tempfile
 from collections.abc import Callable
 
@@ -37,10 +38,19 @@ class Hook:
 
 
 class Validation:
-  """Hook that evaluates the parameters. `metrics` holds the results of the last evaluation."""
+  """Hook that evaluates the parameters. `metrics` holds the results of the last evaluation.
 
-  def __init__(self, evaluator: Callable[[step_lib.Params], dict[str, float]]):
-    self._evaluator = evaluator
+  `split` names the metrics in metrics.jsonl. `score` computes from the metrics the number by which
+  checkpoints are compared. Lower is better.
+  """
+
+  def __init__(
+    self,
+    evaluator: Callable[[step_lib.Params], dict[str, float]],
+    split: str = 'valid',
+    score: Callable[[dict[str, float]], float] = operator.itemgetter('loss'),
+  ):
+    self._evaluator, self._split, self._score = evaluator, split, score
     self._step: int | None = None
     self.metrics: dict[str, float] = {}
 
@@ -50,13 +60,14 @@ class Validation:
   def __call__(self, info: StepInfo) -> None:
     self.evaluate(info.state.evaluation_params)
     self._step = info.step
-    info.writer.write(info.step, 'valid', self.metrics)
+    info.writer.write(info.step, self._split, self.metrics)
     shown = '  '.join(f'{name} {value:.4f}' for name, value in self.metrics.items())
-    logging.info(f'step {info.step}  validation: {shown}')
+    title = {'valid': 'validation'}.get(self._split, self._split)
+    logging.info(f'step {info.step}  {title}: {shown}')
 
-  def loss_at(self, step: int) -> float | None:
-    """Returns the validation loss at `step`, or None if validation did not run at this step."""
-    return self.metrics['loss'] if self._step == step else None
+  def score_at(self, step: int) -> float | None:
+    """Returns the score at `step`, or None if the hook did not run at this step."""
+    return self._score(self.metrics) if self._step == step else None
 
 
 class Profiler:

@@ -38,6 +38,8 @@ class Trainer:
     loss_fn: see `step.make_train_step`.
     iterator: yields the shard of each training batch that this process reads.
     validation: runs every `config.train.validate_every` steps. Checkpoints record its loss.
+    fidelity: runs every `config.train.fidelity_every` steps, if not None. Checkpoints record its
+      score.
     hooks: additional hooks, which run after validation and before a checkpoint is written.
     frozen: parameters on the mesh that training does not change, such as teacher parameters.
     diagnose: see `divergence.DivergenceMonitor`.
@@ -50,6 +52,7 @@ class Trainer:
   loss_fn: step_lib.LossFn
   iterator: pipeline.TrainIterator
   validation: hooks_lib.Validation
+  fidelity: hooks_lib.Validation | None = None
   hooks: Sequence[hooks_lib.Hook] = ()
   frozen: tuple[step_lib.Params, ...] = ()
   diagnose: divergence.Diagnose | None = None
@@ -100,6 +103,7 @@ class Trainer:
       hooks_lib.Hook(self._profiler, every=1),
       hooks_lib.Hook(self._write_metrics, train.log_every),
       hooks_lib.Hook(self.validation, train.validate_every),
+      *([hooks_lib.Hook(self.fidelity, train.fidelity_every)] if self.fidelity else []),
       *self.hooks,
       self._save,
     ]
@@ -199,9 +203,10 @@ class Trainer:
     self._monitor.check_log_dets(info.step, values)
 
   def _save_checkpoint(self, info: hooks_lib.StepInfo) -> None:
-    loss = self.validation.loss_at(info.step)
+    loss = self.validation.score_at(info.step)
+    fidelity = self.fidelity.score_at(info.step) if self.fidelity else None
     info.writer.flush()
-    self._checkpointer.save(info.step, info.state, self.iterator, loss)
+    self._checkpointer.save(info.step, info.state, self.iterator, loss, fidelity)
 
   def _close(self) -> None:
     """Closes all outputs. Raises CheckpointError if the last checkpoint was not written."""

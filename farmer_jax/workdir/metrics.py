@@ -49,7 +49,7 @@ class MetricWriter:
     self._events = _tensorboard_writer(self._folder.name if self._folder else workdir)
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-    """Writes scalars of `split` ('train' or 'valid') at `step`."""
+    """Writes scalars of `split` ('train', 'valid' or 'fidelity') at `step`."""
     if self._file is None:
       return
     scalars = {name: float(value) for name, value in values.items()}

@@ -24,6 +24,7 @@ _REMEDIES = {
     *(('smaller', 'sampling.grid_columns'), ('smaller', 'sampling.grid_rows')),
     ('larger', 'mesh.tensor'),
   ),
+  'samples during training': _SAMPLING,
   'sampling': _SAMPLING,
   'likelihood': (('smaller', 'likelihood.batch_size'), ('larger', 'mesh.fsdp')),
   'fidelity': (('smaller', 'fidelity.batch_size'), *_SAMPLING),

@@ -212,6 +212,24 @@ def test_retention(tmp_path):
   assert list_steps(tmp_path / 'best') == [2, 16]
 
 
+def test_retention_by_fidelity(tmp_path):
+  """Both scores are saved, so that a run can resume with the other metric."""
+  losses, distances = [4.0, 3.0, 2.0, 1.0], [8.0, 5.0, None, 6.0]
+
+  def save(steps, **train):
+    checkpointer = checkpoints.open_checkpointer(tmp_path, keep=1, keep_every=4, **train)
+    checkpointer.restore_latest(make_state(0), Iterator())
+    for step in steps:
+      scores = losses[step // 2 - 1], distances[step // 2 - 1]
+      checkpointer.save(step, make_state(step), Iterator(step), *scores)
+    checkpointer.close()
+    return list_steps(tmp_path)
+
+  save([2], keep_best=1)
+  assert save([4, 6, 8], best_metric='fidelity', keep_best=2) == [4, 8]
+  assert save([4, 6], best_metric='fidelity', keep_best=1) == [4, 6, 8]
+
+
 def test_failed_save_is_reported_and_the_next_save_succeeds(run, caplog):
   checkpointer = checkpoints.open_checkpointer(run, keep=2)
   with checkpoints.file_size_limit(1000):

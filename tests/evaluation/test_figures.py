@@ -33,6 +33,15 @@ def test_save_png_round_trip(tmp_path):
   np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'new' / 'p.png')), picture)
 
 
+def test_training_curves_with_the_quality_of_samples(tmp_path):
+  records = [
+    {'step': s, 'split': 'fidelity', 'fid_scale_0': 9.0 - s, 'precision_scale_0': 0.5}
+    for s in (1, 2)
+  ]
+  figures.training_curves(epath.Path(tmp_path / 'curves.png'), records, 'run')
+  assert Image.open(tmp_path / 'curves.png').size == (1650, 400)
+
+
 def test_training_curves_without_validation_or_with_nan(tmp_path):
   train = [{'step': s, 'split': 'train', 'loss': 1.0 / s, 'log_det': 0.1} for s in (1, 2, 3)]
   path = epath.Path(tmp_path / 'curves.png')

@@ -65,3 +65,10 @@ class Config:
       return self.fidelity.network
     small = self.data.channels == 1 or self.data.image_size < 32
     return 'classifier' if small else 'inception'
+
+  @property
+  def training_feature_network(self) -> Literal['inception', 'classifier']:
+    """Network of `train.fidelity_every`: with 'auto', Inception if it has weights."""
+    if self.fidelity.network != 'auto':
+      return self.fidelity.network
+    return 'classifier' if self.fidelity.weights is None else 'inception'

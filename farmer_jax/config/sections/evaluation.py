@@ -44,6 +44,11 @@ class Guidance:
       return 0.0, 0.0
     return self.scale, self.scale if self.final_scale is None else self.final_scale
 
+  def with_scale(self, scale: float) -> 'Guidance':
+    """Returns a copy with this scale for all tokens. Resampling replaces the method none."""
+    method = 'resample' if self.method == 'none' else self.method
+    return dataclasses.replace(self, method=method, scale=scale, final_scale=None)
+
   @property
   def active(self) -> bool:
     """Whether samples are guided."""

@@ -61,7 +61,10 @@ class Train:
   keep_checkpoints: Changeable[int] = 2
   """Number of newest checkpoints to keep."""
   keep_best: Changeable[NonNegativeInt] = 0
-  """Number of additional checkpoints to keep: the checkpoints with the lowest validation loss."""
+  """Number of additional checkpoints to keep: the best checkpoints by best_metric."""
+  best_metric: Changeable[Literal['loss', 'fidelity']] = 'loss'
+  """loss: lowest validation loss. fidelity: lowest Fréchet distance over the guidance scales in
+  fidelity_scales. Only checkpoints of steps at which the metric was computed are compared."""
   keep_every: Changeable[NonNegativeInt] = 0
   """Checkpoints of steps divisible by this number are never deleted. 0 disables the rule."""
   max_grad_norm_ratio: NonNegativeFloat = 30.0
@@ -77,6 +80,15 @@ class Train:
   """Images per validation batch, over all devices."""
   valid_examples: Changeable[int | None] = None
   """Number of validation images, from the start of the split. None uses all images."""
+  fidelity_every: Changeable[NonNegativeInt] = 0
+  """Steps between measurements of sample quality, which also run after the last step: Fréchet
+  distance, precision and recall, with the settings of config.sampling and config.fidelity. The
+  network is Inception-v3 if fidelity.weights is set, and otherwise the classifier, unless
+  fidelity.network selects one. 0 disables the measurements."""
+  fidelity_count: Changeable[int] = 2000
+  """Number of samples for each guidance scale."""
+  fidelity_scales: Changeable[str] = '0,1'
+  """Guidance scales of the samples, separated by commas. They replace sampling.guidance.scale."""
   optimizer: Optimizer = Optimizer()
 
   @property
