@@ -54,6 +54,16 @@ def test_forward_is_at_least_nine_tenths_of_the_compilers_count(flow, prior, cha
   assert 0.9 * compiled < flops.forward(config) <= compiled
 
 
+def test_coupling_block_by_hand():
+  """16 tokens of 48 channels: a block reads 24 channels and transforms 24."""
+  one, none = (
+    flops.forward(models.replace(CONFIG, model=dict(flow=dict(kind='coupling', blocks=blocks))))
+    for blocks in (1, 0)
+  )
+  matrices = 24 * 128 + 128 * 2 * 24 + 2 * (4 * 128 * 128 + 2 * 128 * 512)
+  assert one - none == 2 * 16 * (matrices + 2 * 2 * 16 * 128)
+
+
 def test_training_step_is_about_six_times_parameters_times_tokens():
   """Nearly all parameters of this model act on each token."""
   config = config_lib.from_config_dict(in256.get_config('1.1b-p16'))
