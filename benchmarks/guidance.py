@@ -3,12 +3,12 @@
     python -m benchmarks.guidance --run=RUN --count=5000
 
 The classifier is trained on the training images of the run. The Fréchet distance compares its
-features between samples and held-out images. Prints a Markdown table.
+features between samples and real images. The classes of the samples have the frequencies of the
+training images. Prints a Markdown table.
 """
 
 from collections.abc import Iterator
 
-import numpy as np
 from absl import app, flags
 
 from benchmarks import sample_quality, timing
@@ -21,6 +21,9 @@ _COUNT = flags.DEFINE_integer('count', 5000, 'Samples per row of the table.')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 250, 'Samples drawn at once.')
 _DENOISE = flags.DEFINE_bool(
   'denoise', None, 'Value of config.sampling.denoise. None uses the setting of the run.'
+)
+_REFERENCE = flags.DEFINE_enum(
+  'reference', 'valid', ['valid', 'train'], 'Split of the real images. Small splits need train.'
 )
 _SCALES = flags.DEFINE_list('scales', ['0.25', '0.5', '1', '2', '3', '4'], 'Guidance scales.')
 
@@ -46,12 +49,11 @@ def main(argv: list[str]) -> None:
   config = run.config
   if _DENOISE.value is not None:
     config = config.with_sampling(denoise=_DENOISE.value)
-  evaluate = sample_quality.SampleEvaluator(config.data, run.workdir / 'fidelity')
-  training_images = evaluate.training_images(len(evaluate.images['label']))
-  distance = evaluate(training_images['image'], training_images['label']).distance
-  print(f'Held-out images: accuracy {evaluate.accuracy:.3f}. The same number of training images:')
-  print(f'Fréchet distance {distance:.2f}.\n')
-  labels = np.arange(_COUNT.value) % config.data.num_classes
+  folder = run.workdir / 'fidelity'
+  evaluate = sample_quality.SampleEvaluator(config.data, folder, _REFERENCE.value)
+  print(f'Accuracy on held-out images: {evaluate.accuracy:.3f}. Real images of the other split:')
+  print(f'{evaluate.real_images()}.\n')
+  labels = evaluate.training_images(_COUNT.value)['label']
 
   def row(name: str, guidance: config_lib.Guidance) -> dict[str, object]:
     sampler = sampling.Sampler(run.model, config.with_sampling(guidance=guidance))

@@ -41,13 +41,19 @@ class SampleEvaluator:
     self._network = feature_networks.load_classifier(data, folder, _BATCH_SIZE)
     self._train, valid = (sources.load(data, split) for split in ('train', 'valid'))
     self.images = valid.gather(np.arange(len(valid)))
-    source = valid if reference == 'valid' else self._train
+    source, self._others = self._train, self.images
+    if reference == 'valid':
+      source, self._others = valid, self.training_images(len(valid))
     self._reference = self._statistics(image_sets.from_source(source, reference))
     self.accuracy = self._network.accuracy
 
   def training_images(self, count: int) -> dict[str, np.ndarray]:
     """Returns a batch of `count` training images, evenly spread over the training split."""
     return self._train.gather(np.linspace(0, len(self._train) - 1, count).astype(int))
+
+  def real_images(self) -> Quality:
+    """Compares real images of the other split with the reference: what perfect samples reach."""
+    return self(self._others['image'], self._others['label'])
 
   def __call__(self, images: Images, labels: Labels) -> Quality:
     """Compares samples of the given classes with the reference."""
