@@ -51,14 +51,7 @@ def train(
       return evaluator(params, resources.validation_batches(config))
 
   validation = hooks.Validation(evaluate)
-  fidelity = None
-  if config.train.fidelity_every:
-    measure = training_fidelity.FidelityEvaluator(
-      config, model, mesh, resources.train.class_names, workdir
-    )
-    fidelity = hooks.Validation(
-      lambda params: measure(sampling_params(params)), 'fidelity', training_fidelity.lowest_distance
-    )
+  fidelity = _fidelity_hook(config, workdir, resources, model, sampling_params)
   iterator = pipeline.TrainIterator(
     resources.train, config.data, config.train.batch_size, config.seed, *mesh.process_shard()
   )
@@ -86,6 +79,24 @@ def train(
     terminal.print_result(f'Samples: {_grid_path(workdir, config.train.steps)}')
   terminal.print_result(f'Curves:  {curves}')
   return state, validation.metrics
+
+
+def _fidelity_hook(
+  config: config_lib.Config,
+  workdir: epath.Path,
+  resources: Resources,
+  model: farmer.Farmer,
+  sampling_params: Callable[[Params], Params],
+) -> hooks.Validation | None:
+  """Returns a hook that measures the quality of samples, or None if it is disabled."""
+  if not config.train.fidelity_every:
+    return None
+  measure = training_fidelity.FidelityEvaluator(
+    config, model, resources.mesh, resources.train.class_names, workdir
+  )
+  return hooks.Validation(
+    lambda params: measure(sampling_params(params)), 'fidelity', training_fidelity.lowest_distance
+  )
 
 
 def _sample_hook(
