@@ -63,7 +63,7 @@ def model_config(variant: str, **model: Any) -> config_lib.Config:
 
 def random_params(config: config_lib.Config, is_student: bool = False) -> Any:
   """Returns initial parameters of the model with noise, in one compiled program."""
-  model = farmer.build(config)
+  model = student.build(config)
 
   @jax.jit
   def init() -> Any:
@@ -75,7 +75,7 @@ def random_params(config: config_lib.Config, is_student: bool = False) -> Any:
     ]
     params = jax.tree.unflatten(tree, noisy)
     if is_student:
-      initialized = losses.init_student(jax.random.key(2), params, model=model, objective='outputs')
+      initialized = losses.init_student(jax.random.key(2), params, model=model)
       params |= {'student': nn.unbox(initialized['student'])}
     return params
 

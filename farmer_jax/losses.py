@@ -1,6 +1,7 @@
 """Training losses: the negative log-likelihood and the error of a distilled student."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from farmer_jax.ops.arrays import Images, Index, Labels, PerBlock, Scalar, Token
 Params = dict[str, Any]
 Batch = dict[str, Array]  # image: uint8 [B, H, W, C], label: int32 [B]
 Metrics = dict[str, Float[Array, '']]
+Features = Callable[[Params, Values], Sequence[Float[Array, 'B ...']]]
 
 
 def nll_loss(
@@ -65,17 +67,16 @@ def nll_diagnostics(
 
 
 def init_student(
-  key: PRNGKeyArray, teacher: Params, *, model: farmer.Farmer, objective: str
+  key: PRNGKeyArray, teacher: Params, *_: Params, model: student.StudentFarmer
 ) -> Params:
-  """Returns the initial parameters of distillation: a copy of the teacher's flow.
+  """Returns the initial parameters of distillation, see `student.from_teacher`.
 
   With the objective `hidden`, the parameters include linear maps [T - 1, width, d] from hidden
-  states to tokens. The parameters of the flow are boxed with their logical axis names.
+  states to tokens. The parameters of the student are boxed with their logical axis names.
   """
-  flow = farmer.box_params(teacher, model)['flow']
-  params = {'student': jax.tree.map(jnp.copy, flow)}
-  if objective == 'hidden':
-    blocks, width = model.config.flow.blocks, model.config.flow.width
+  params = {'student': student.from_teacher(jax.random.fold_in(key, 1), teacher['flow'], model)}
+  if model.distill.objective == 'hidden':
+    blocks, width = model.config.flow.blocks, model.student_config.width
     d = model.config.token_channels(model.channels)
     kernel = jax.random.normal(key, (blocks - 1, width, d)) / jnp.sqrt(width)
     params['alignment'] = {'kernel': kernel, 'bias': jnp.zeros((blocks - 1, 1, 1, d))}
@@ -88,32 +89,57 @@ def student_errors(
   images: Values,
   labels: Labels,
   input_noise: Tokens | Scalar,
+  noise_free: Values | None = None,
   *,
   model: student.StudentFarmer,
-  objective: str,
-) -> PerBlock:
+) -> tuple[PerBlock, Values]:
   """Returns mean squared errors of a student that inverts each block of the teacher in one pass.
 
   The targets are the teacher's flow outputs z⁰ … z^T. The student's blocks run in sequence from z^T
   plus `input_noise` to an estimate of z⁰ (arXiv 2510.23588, one-step distillation). With the
   objective `hidden`, linear maps of the student's hidden states are compared with the intermediate
   flow outputs, and only the final estimate of z⁰ is compared with the images (BiFlow, arXiv
-  2512.10953). Row 0 of the result is the error of the images. See `init_student` for `params`.
+  2512.10953). With `noise_free`, the final estimate is compared with these images.
+
+  Row 0 of the errors is the error of the images. With `config.distill.normalize_targets`, the other
+  rows are relative to the mean square of their targets. See `init_student` for `params`. Also
+  returns the final estimate.
   """
   outputs: Any = model.apply({'params': teacher}, images, labels, method='flow_outputs')
   results: Any = model.apply(
     {'params': params}, outputs[-1] + input_noise, labels, method='student_outputs'
   )
   estimates, hidden = results
-  errors = ((estimates - outputs[:-1]) ** 2).mean((2, 3))
-  if objective == 'hidden':
-    # The hidden state at position i affects token i + 1.
+  final = outputs[0] if noise_free is None else model.images_to_tokens(noise_free)
+  found, targets = estimates[1:], outputs[1:-1]
+  if model.distill.objective == 'hidden':
     hidden, maps = hidden[1:].astype(outputs.dtype), params['alignment']
     highest = jax.lax.Precision.HIGHEST
-    aligned = jnp.einsum('tbnw,twd->tbnd', hidden, maps['kernel'], precision=highest)
-    aligned_errors = ((maps['bias'] + aligned - outputs[1:-1, :, 1:]) ** 2).mean((2, 3))
-    errors = jnp.concatenate([errors[:1], aligned_errors])
-  return errors
+    found = maps['bias'] + jnp.einsum('tbnw,twd->tbnd', hidden, maps['kernel'], precision=highest)
+    targets = targets[:, :, -found.shape[2] :]  # the tokens that the hidden states affect
+  errors = ((found - targets) ** 2).mean((2, 3))
+  if model.distill.normalize_targets:
+    errors /= (targets**2).mean((2, 3))
+  final_errors = ((estimates[0] - final) ** 2).mean((1, 2))
+  return jnp.concatenate([final_errors[None], errors]), model.tokens_to_images(estimates[0])
+
+
+def perceptual_errors(
+  features: Features, network: Params, images: Values, targets: Values
+) -> PerImage:
+  """Returns squared differences of features, relative to those of the targets.
+
+  `features(network, images)` returns the outputs of layers, [B, …] each. The result is the mean
+  over the layers, so that their sizes and scales do not matter.
+  """
+
+  def relative(a: Array, b: Array) -> PerImage:
+    axes = tuple(range(1, a.ndim))
+    # Few units of an unusual image may be active. The constant avoids a division by zero.
+    return ((a - b) ** 2).mean(axes) / ((b**2).mean(axes) + 1e-6)
+
+  layers = zip(features(network, images), features(network, targets), strict=True)
+  return jnp.stack([relative(a, b) for a, b in layers]).mean(0)
 
 
 def distillation_loss(
@@ -122,23 +148,26 @@ def distillation_loss(
   step: Index,
   part: Index,
   teacher: Params,
+  network: Params | None = None,
   *,
   model: student.StudentFarmer,
   config: config_lib.Config,
+  features: Features | None = None,
 ) -> tuple[Float[Array, ''], Metrics]:
   """Mean squared error of a student on a training batch, see `student_errors`.
 
   A fraction `config.distill.generated_fraction` of the images is sampled from the teacher with the
-  exact inverse, because at sampling time the student inverts latents of the prior.
+  exact inverse, because at sampling time the student inverts latents of the prior. With `features`,
+  the loss includes `perceptual_errors` with the parameters `network`.
 
   Returns the mean error over blocks, and metrics: this mean and the error of each block.
   """
   distill, labels = config.distill, batch['label']
   noise = noise_lib.build(config.noise, config.train.steps)
   key = functools.partial(_key, config, step, part)
-  images = noise.evaluation_images(
-    key('noise'), random_flip(key('flip'), batch['image'], config.data)
-  )
+  levels = random_flip(key('flip'), batch['image'], config.data)
+  images = noise.evaluation_images(key('noise'), levels)
+  noise_free = noise_lib.scaled(levels) if distill.denoise else None
   num_drawn = round(distill.generated_fraction * len(images))
   if num_drawn:
     keys = jax.random.split(key('drawn'), num_drawn)
@@ -149,11 +178,17 @@ def distillation_loss(
   shape = (len(images), model.num_tokens, images[0].size // model.num_tokens)
   std = distill.input_noise_std * jax.random.uniform(key('input_noise_std'), (shape[0], 1, 1))
   input_noise = std * jax.random.normal(key('input_noise'), shape)
-  errors = student_errors(
-    params, teacher, images, labels, input_noise, model=model, objective=distill.objective
-  ).mean(1)
+  all_errors, found = student_errors(
+    params, teacher, images, labels, input_noise, noise_free, model=model
+  )
+  errors = all_errors.mean(1)
+  metrics = {f'loss_block_{t}': error for t, error in enumerate(errors)}
   loss = errors.mean()
-  return loss, {'loss': loss, **{f'loss_block_{t}': error for t, error in enumerate(errors)}}
+  if features is not None and network is not None:
+    target = images if noise_free is None else noise_free
+    metrics['loss_perceptual'] = perceptual_errors(features, network, found, target).mean()
+    loss += distill.perceptual_weight * metrics['loss_perceptual']
+  return loss, {'loss': loss, **metrics}
 
 
 def _training_inputs(

@@ -127,9 +127,14 @@ def evaluation_images(
   return jax.vmap(one_image)(images, indices)
 
 
+def scaled(images: Images) -> Values:
+  """Returns images without noise, on the scale of `Gaussian`: 2v/255 - 1."""
+  return images.astype(jnp.float32) / 127.5 - 1
+
+
 def _add_noise(key: PRNGKeyArray, images: Images, std: Scalar) -> Values:
   noise = jax.random.normal(key, images.shape, jnp.float32)
-  return images.astype(jnp.float32) / 127.5 - 1 + jnp.asarray(std, jnp.float32) * noise
+  return scaled(images) + jnp.asarray(std, jnp.float32) * noise
 
 
 def _half_cosine(step: Index, start: float, end: float, span: float) -> Float[Array, '']:

@@ -16,6 +16,7 @@ from farmer_jax import checkpoints, errors
 from farmer_jax import config as config_lib
 from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.nn import farmer
+from farmer_jax.nn import student as student_lib
 from farmer_jax.workdir import layout
 from farmer_jax.xla import memory
 
@@ -77,10 +78,9 @@ def restore_params(
   By default, restores the newest valid checkpoint. Also returns its step. With `student`, restores
   the parameters of the student, which are the only parameters in checkpoints of a distillation run.
   """
-  init_params = functools.partial(farmer.init_boxed_params, model=farmer.build(config))
+  module: Any = student_lib if student else farmer
+  init_params = functools.partial(module.init_boxed_params, model=module.build(config))
   shapes = jax.eval_shape(init_params, jax.random.key(0))
-  if student:
-    shapes = {'student': shapes['flow']}  # A student has the architecture of the flow.
   shapes, name = mesh.abstract(shapes), config.train.evaluated_params
   with memory.attributed(functools.partial(memory.of_arrays, 'parameters per device', shapes)):
     return checkpoints.restore_params(workdir, name, shapes, step)

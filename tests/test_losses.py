@@ -50,19 +50,25 @@ def labels(x64):
   return jnp.arange(B) % 3
 
 
-def initial(key, teacher, objective):
-  return nn.unbox(losses.init_student(key, teacher, model=MODEL, objective=objective))
+def build(**settings):
+  return student_lib.build(replace(BASE, distill=settings))
 
 
-def student(teacher, objective):
+def initial(key, teacher, objective, **settings):
+  model = build(objective=objective, **settings)
+  return nn.unbox(losses.init_student(key, teacher, model=model))
+
+
+def student(teacher, objective, **settings):
   """A student that has moved away from its teacher."""
-  return moved(initial(jax.random.key(4), teacher, objective), 0.1, seed=3)
+  return moved(initial(jax.random.key(4), teacher, objective, **settings), 0.1, seed=3)
 
 
 @functools.cache
 def compiled_loss(**settings):
   changed = replace(BASE, distill=settings)
-  return jax.jit(functools.partial(losses.distillation_loss, model=MODEL, config=changed))
+  model = student_lib.build(changed)
+  return jax.jit(functools.partial(losses.distillation_loss, model=model, config=changed))
 
 
 def loss(params, teacher, images, labels, **settings):
@@ -102,8 +108,9 @@ def test_errors_written_out(objective, teacher, images, labels):
     for t in (1, 2):
       aligned = hidden[t] @ maps['kernel'][t - 1] + maps['bias'][t - 1]
       expected[t] = ((aligned - outputs[t][:, 1:]) ** 2).mean((1, 2))
-  errors = functools.partial(losses.student_errors, model=MODEL, objective=objective)
-  found = jax.jit(errors)(params, teacher, images, labels, noise)
+  errors = functools.partial(losses.student_errors, model=build(objective=objective))
+  found, final = jax.jit(errors)(params, teacher, images, labels, noise)
+  np.testing.assert_allclose(final, MODEL.tokens_to_images(estimates[0]), rtol=1e-8)
   np.testing.assert_allclose(found, jnp.stack(expected), rtol=1e-8)
   assert (found > 1e-3).all()
 

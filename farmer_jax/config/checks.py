@@ -156,6 +156,11 @@ def _sampling(config: Config) -> Iterator[str]:
     if sampling.refinement_rounds and config.distill.objective != 'outputs':
       setting = f'config.{sampling.refinement_rounds=}'
       yield f'{setting} must be 0 unless config.distill.objective=outputs'
+    if sampling.refinement_rounds and config.distill.denoise:
+      yield (
+        f'config.{sampling.refinement_rounds=} must be 0 with config.distill.denoise=True, because'
+        ' refinement converges to the noisy image'
+      )
   if sampling.denoise and config.noise.kind != 'gaussian':
     yield 'config.sampling.denoise=True needs a model trained with config.noise.kind=gaussian'
 
@@ -167,6 +172,25 @@ def _distillation(config: Config) -> Iterator[str]:
     yield f'--job=distill needs an autoregressive flow; {_COUPLING}'
   if not config.model.flow.blocks:
     yield '--job=distill needs a model with a flow, but config.model.flow.blocks=0'
+  distill, flow = config.distill, config.model.flow
+  if distill.width % flow.head_dim:
+    yield f'config.{distill.width=} must be a multiple of config.model.{flow.head_dim=}'
+  if distill.denoise:
+    setting = f'config.{distill.denoise=}'
+    if config.noise.kind != 'gaussian':
+      yield f'{setting} needs a teacher trained with config.noise.kind=gaussian'
+    if not distill.all_tokens:
+      yield (
+        f'{setting} needs config.distill.all_tokens=True, because the first token stays noisy'
+        ' otherwise'
+      )
+    if distill.generated_fraction:
+      yield (
+        f'{setting} needs config.distill.generated_fraction=0, because generated images have no'
+        ' version without noise'
+      )
+  if distill.perceptual_weight and not config.data.num_classes:
+    yield f'config.{distill.perceptual_weight=} needs classes, but config.data.num_classes=0'
 
 
 def _likelihood(config: Config) -> Iterator[str]:

@@ -26,6 +26,7 @@ _BATCH_SIZE, _STEPS, _SEED = 128, 5000, 0
 _LEARNING_RATE = 2e-3
 
 Images = UInt8[Array, 'B H W C']
+Values = Float[Array, 'B H W C']
 Params = dict[str, Any]
 
 
@@ -34,15 +35,24 @@ class Classifier(nn.Module):
 
   num_classes: int
 
-  @nn.compact
   def __call__(self, images: Images) -> feature_statistics.Outputs:
-    precision = jax.lax.Precision.HIGHEST
-    x = images.astype(jnp.float32) / 127.5 - 1
-    for channels in (32, 64, 128):
-      x = nn.relu(nn.Conv(channels, (3, 3), (2, 2), precision=precision)(x))
-    features = nn.relu(nn.Dense(NUM_FEATURES, precision=precision)(x.reshape(len(x), -1)))
-    logits = nn.Dense(self.num_classes, precision=precision)(features)
+    *_, features, logits = self._layers(images.astype(jnp.float32) / 127.5 - 1)
     return feature_statistics.Outputs(features, logits)
+
+  def hidden_layers(self, values: Values) -> list[Float[Array, 'B ...']]:
+    """Returns the outputs of the convolutions and the features, for values in [-1, 1]."""
+    return self._layers(values)[:-1]
+
+  @nn.compact
+  def _layers(self, values: Values) -> list[Float[Array, 'B ...']]:
+    precision = jax.lax.Precision.HIGHEST
+    outputs = [values]
+    for channels in (32, 64, 128):
+      convolution = nn.Conv(channels, (3, 3), (2, 2), precision=precision)
+      outputs.append(nn.relu(convolution(outputs[-1])))
+    flat = outputs[-1].reshape(len(values), -1)
+    outputs.append(nn.relu(nn.Dense(NUM_FEATURES, precision=precision)(flat)))
+    return [*outputs[1:], nn.Dense(self.num_classes, precision=precision)(outputs[-1])]
 
 
 def load_or_train(data: config.Data, train_source: base.Source, folder: epath.Path) -> Params:

@@ -88,10 +88,11 @@ class SamplingFigures:
   def student_comparison(self) -> Picture:
     """Draws images of the exact inverse and of the student's inverse, and their difference.
 
-    Gray means no difference.
+    Gray means no difference. Both are denoised if the student removes the noise.
     """
+    denoise = self.config.distill.denoise
     samplers = [
-      sampling.Sampler(self.model, self.config.with_sampling(inverse=inverse, denoise=False))
+      sampling.Sampler(self.model, self.config.with_sampling(inverse=inverse, denoise=denoise))
       for inverse in ('sequential', 'student')
     ]
     z = self._latents(samplers[0])

@@ -76,23 +76,28 @@ class LikelihoodEvaluator(_Evaluator):
 class ReconstructionEvaluator(_Evaluator):
   """Computes the errors of a student on a split, without noise on the student's input.
 
-  The images have the noise of the teacher's evaluation. The results are `loss_block_t`, the mean
-  squared error of each flow block (see `losses.student_errors`); `loss`, the mean over the blocks;
-  `rmse`, the root mean squared error of images in [-1, 1]; and `psnr`, this error in dB.
+  The images have the noise of the teacher's evaluation. The results are `loss_block_t`, the error
+  of each flow block (see `losses.student_errors`); `loss`, the mean over the blocks; `rmse`, the
+  root mean squared error of images in [-1, 1]; and `psnr`, this error in dB. A student that removes
+  the noise also has `rmse_noise_free` and `psnr_noise_free`, compared with images without noise.
   """
 
-  def _score(self, params: Params, teacher: Any, batch: Batch) -> dict[str, Float[Array, 'T B']]:
-    seed, settings = (
-      self.config.seed,
-      dict(model=self.model, objective=self.config.distill.objective),
+  def _score(self, params: Params, teacher: Any, batch: Batch) -> dict[str, Float[Array, '... B']]:
+    levels, seed = batch['image'], self.config.seed
+    images = noise_lib.evaluation_images(self._noise, levels, batch['index'], seed)
+    noise_free = noise_lib.scaled(levels) if self.config.distill.denoise else None
+    errors, found = losses.student_errors(
+      params, teacher, images, batch['label'], 0.0, noise_free, model=self.model
     )
-    images = noise_lib.evaluation_images(self._noise, batch['image'], batch['index'], seed)
-    return {
-      'errors': losses.student_errors(params, teacher, images, batch['label'], 0.0, **settings)
-    }
+    if noise_free is None:
+      return {'errors': errors}
+    return {'errors': errors, 'noisy': ((found - images) ** 2).mean((1, 2, 3))}
 
   def _report(self, means: dict[str, Any]) -> dict[str, float]:
     errors = means['errors']
     blocks = {f'loss_block_{t}': error for t, error in enumerate(errors)}
-    rmse = math.sqrt(errors[0])
-    return {'loss': float(np.mean(errors)), **blocks, 'rmse': rmse, 'psnr': units.psnr(rmse)}
+    images = {'': means['noisy'], '_noise_free': errors[0]} if 'noisy' in means else {'': errors[0]}
+    rmse = {name: math.sqrt(error) for name, error in images.items()}
+    psnr = {f'psnr{name}': units.psnr(error) for name, error in rmse.items()}
+    rmse = {f'rmse{name}': error for name, error in rmse.items()}
+    return {'loss': float(np.mean(errors)), **blocks, **rmse, **psnr}

@@ -11,7 +11,8 @@ from etils import epath
 from farmer_jax import config as config_lib
 from farmer_jax import losses, sampling, terminal
 from farmer_jax import teacher as teacher_lib
-from farmer_jax.evaluation import figures, sampling_figures, validation
+from farmer_jax.distributed import processes
+from farmer_jax.evaluation import classifier, figures, sampling_figures, validation
 from farmer_jax.jobs import training_job, training_run
 from farmer_jax.nn import student
 from farmer_jax.workdir import layout
@@ -33,6 +34,14 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   def sampling_params(params: dict[str, Any]) -> dict[str, Any]:
     return teacher | {'student': params['student']}
 
+  frozen: tuple[dict[str, Any], ...] = (teacher,)
+  loss_fn = functools.partial(losses.distillation_loss, model=model, config=config)
+  if config.distill.perceptual_weight:
+    network = classifier.Classifier(config.data.num_classes)
+    frozen += (_feature_params(config, workdir, resources),)
+    loss_fn = functools.partial(
+      loss_fn, features=functools.partial(network.apply, method='hidden_layers')
+    )
   evaluator = validation.ReconstructionEvaluator(model, config, teacher)
   state, metrics = training_job.train(
     config,
@@ -40,22 +49,35 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
     resources,
     model,
     evaluator,
-    init_params=functools.partial(
-      losses.init_student, model=model, objective=config.distill.objective
-    ),
-    loss_fn=functools.partial(losses.distillation_loss, model=model, config=config),
+    init_params=functools.partial(losses.init_student, model=model),
+    loss_fn=loss_fn,
     sampling_params=sampling_params,
-    frozen=(teacher,),
+    frozen=frozen,
   )
-  if metrics:
-    terminal.print_result(
-      f'Held-out reconstruction ({resources.num_validated(config)} images):'
-      f' PSNR {metrics["psnr"]:.2f} dB, root mean square error'
-      f' {metrics["rmse"]:.4f} (pixels in [-1, 1])'
-    )
+  for suffix, target in (('', ''), ('_noise_free', ', compared with images without noise')):
+    if f'psnr{suffix}' in metrics:
+      terminal.print_result(
+        f'Held-out reconstruction ({resources.num_validated(config)} images{target}):'
+        f' PSNR {metrics[f"psnr{suffix}"]:.2f} dB, root mean square error'
+        f' {metrics[f"rmse{suffix}"]:.4f} (pixels in [-1, 1])'
+      )
+  own, copied = (
+    sum(a.size for a in jax.tree.leaves(p)) for p in (state.params['student'], teacher['flow'])
+  )
+  terminal.print_result(f"Parameters: {own:,} of the student, {copied:,} of the teacher's flow")
   params = sampling_params(state.evaluation_params)
   with memory.explained(config, 'sampling'), resources.mesh.activate():
     _compare_with_exact_inverse(config, workdir, model, params, resources.train.class_names)
+
+
+def _feature_params(
+  config: config_lib.Config, workdir: epath.Path, resources: training_run.Resources
+) -> dict[str, Any]:
+  """Returns the parameters of the classifier on the mesh. Process 0 trains it, if necessary."""
+  arguments = config.data, resources.train, workdir / 'fidelity'
+  processes.on_process_zero(lambda: classifier.load_or_train(*arguments))
+  params = jax.tree.map(np.asarray, classifier.load_or_train(*arguments))
+  return jax.device_put({'params': params}, resources.mesh.replicated)
 
 
 def _compare_with_exact_inverse(

@@ -1,6 +1,5 @@
 """FARMER: a flow and a prior that define an exact density of images (arXiv 2510.23588)."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,8 +63,10 @@ class Farmer(nn.Module):
       self.flow = self._make_flow(_FLOW_CLASSES[self.config.flow.kind])
     self.prior = self._make_prior()
 
-  def _make_flow(self, flow_class: type[flow.Flow], **fields: Any) -> flow.Flow:
-    section = self.config.flow
+  def _make_flow(
+    self, flow_class: type[flow.Flow], section: config_lib.Flow | None = None, **fields: Any
+  ) -> flow.Flow:
+    section = section or self.config.flow
     stack = transformer.StackConfig.create(section, self.config)
     sizes = self.num_tokens, self.token_channels, self.num_classes
     return flow_class(section, stack, *sizes, **fields)
@@ -189,14 +190,3 @@ def init_boxed_params(key: PRNGKeyArray, model: Farmer) -> PyTree:
   """Returns initial parameters, each in a box with the logical names of its axes."""
   images = jnp.zeros((1, model.image_size, model.image_size, model.channels))
   return model.init(key, images, jnp.zeros((1,), jnp.int32))['params']
-
-
-def box_params(params: PyTree, model: Farmer) -> PyTree:
-  """Puts each parameter into a box with the logical names of its axes."""
-  boxes = jax.eval_shape(functools.partial(init_boxed_params, model=model), jax.random.key(0))
-  return jax.tree.map(
-    lambda box, a: box.replace_boxed(a),
-    boxes,
-    params,
-    is_leaf=lambda node: isinstance(node, nn.meta.AxisMetadata),
-  )

@@ -125,7 +125,7 @@ def _rule(path: Any, leaf: Any, config: config_lib.Config) -> _Rule:
     kind = 'vector'
   else:
     kind = next((kind for module, kind in _KIND_OF_MODULE.items() if module in names), 'hidden')
-  ratio = BASE_WIDTH / (config.model.prior if names[0] == 'prior' else config.model.flow).width
+  ratio = BASE_WIDTH / _section(names[0], config).width
   if config.train.optimizer.kind == 'muon' and KINDS[kind].muon:
     # The entries of an orthogonal matrix have a root mean square of 1 / sqrt(larger side). That of
     # Adam's updates is about 0.2 (arXiv 2502.16982). The change of an output depends on the largest
@@ -133,3 +133,10 @@ def _rule(path: Any, leaf: Any, config: config_lib.Config) -> _Rule:
     shape = getattr(leaf, 'value', leaf).shape
     return _Rule(kind, 'muon', 0.2 * math.sqrt(max(shape[-2:]) * ratio))
   return _Rule(kind, 'adam', ratio if KINDS[kind].divided else 1.0)
+
+
+def _section(name: str, config: config_lib.Config) -> config_lib.Flow | config_lib.Prior:
+  """Returns the sizes of the transformers to which the parameters below `name` belong."""
+  if name in ('student', 'alignment'):
+    return config.distill.student_flow(config.model.flow)
+  return config.model.prior if name == 'prior' else config.model.flow

@@ -79,6 +79,8 @@ def compare_student(
 ) -> dict[str, float]:
   """Compares the student's inverse of a batch of latents with the sequential inverse.
 
+  Samples of the sequential inverse are denoised if the student also removes the noise.
+
   Returns:
     A JSON-serializable dict with `rmse` (root mean squared difference of values in [-1, 1]), `psnr`
     (this difference in dB), `difference` (largest difference relative to 1 + |x|), `ms_per_image`,
@@ -86,7 +88,7 @@ def compare_student(
   """
   calls = {}
   for inverse in ('sequential', 'student'):
-    sampler = Sampler(model, config.with_sampling(inverse=inverse, denoise=False))
+    sampler = Sampler(model, config.with_sampling(inverse=inverse, denoise=config.distill.denoise))
     calls[inverse] = functools.partial(sampler.images, params, z, labels)
   samples, milliseconds = _time_alternately(calls)
   exact, student = samples['sequential'].values, samples['student'].values

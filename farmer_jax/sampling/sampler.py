@@ -184,7 +184,7 @@ class Sampler:
       options = dict(method='decode', chunk_sizes=self._chunk_sizes)
     noisy, convergence = apply(z, labels, tolerance=sampling.tolerance, **options)
     values = noisy
-    if sampling.denoise:
+    if sampling.denoise and not self._config.student_denoises:
       # Tweedie's formula: the expected noise-free image given the noisy image.
       score = jax.grad(lambda x: apply(x, labels).total.sum())
       values = noisy + noise_config.std_end**2 * score(noisy)

@@ -45,7 +45,7 @@ def programs(dtype):
   batch = {'image': jax.ShapeDtypeStruct(images.shape, jnp.uint8), 'label': labels}
   key = jax.eval_shape(jax.random.key, 0)
   params = jax.eval_shape(functools.partial(farmer.init_params, model=model), key)
-  init_student = functools.partial(losses.init_student, model=model, objective='hidden')
+  init_student = functools.partial(losses.init_student, model=model)
   trained = nn.unbox(jax.eval_shape(init_student, key, params))
 
   def call(method, **settings):

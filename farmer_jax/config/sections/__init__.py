@@ -59,6 +59,11 @@ class Config:
     return self.model.prior.kind == 'mixture' and has_classes
 
   @property
+  def student_denoises(self) -> bool:
+    """Whether a student inverts the flow and also removes the noise."""
+    return self.sampling.inverse == 'student' and self.distill.denoise
+
+  @property
   def feature_network(self) -> str:
     """Network of --job=fidelity, 'inception' or 'classifier', with 'auto' resolved."""
     if self.fidelity.network != 'auto':

@@ -95,7 +95,8 @@ class Sampling:
   """Compute the log-density and the log-determinant of each sample, before denoising. This takes
   one forward pass. They are always computed with figures=True."""
   denoise: bool = False
-  """noise.kind=gaussian: denoise each sample x by x + σ² ∇ log p(x), where σ is noise.std_end."""
+  """noise.kind=gaussian: denoise each sample x by x + σ² ∇ log p(x), where σ is noise.std_end. No
+  effect with inverse=student on a student of distill.denoise, which denoises by itself."""
   png: bool = False
   """Write each image as a PNG file, in addition to the npz files."""
   figures: bool = False

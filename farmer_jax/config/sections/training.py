@@ -10,6 +10,7 @@ from farmer_jax.config.fields import (
   NonNegativeFloat,
   NonNegativeInt,
 )
+from farmer_jax.config.sections.model import Flow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,30 @@ class Distill:
   generated_fraction: Fraction = 0.0
   """Fraction of each batch that is sampled from the teacher with the settings of config.sampling.
   The other images of the batch are training images."""
+  all_tokens: bool = False
+  """Whether the transformers of the student read all N tokens. Otherwise they read N - 1 tokens,
+  like those of the teacher: the last token is not read, and the first token does not change."""
+  layers: NonNegativeInt = 0
+  """Transformer layers of each student block. The student starts from this number of layers of the
+  teacher, at equal distances. 0: as many as the teacher has."""
+  width: NonNegativeInt = 0
+  """Width of the student's transformers. A student of another width than the teacher starts from
+  random values instead of the teacher's parameters. 0: the width of the teacher."""
+  normalize_targets: bool = False
+  """Divide the squared errors of an image, except those of the final output, by the mean square of
+  the image's targets in the same block. The norms of latents then do not weigh the blocks."""
+  denoise: bool = False
+  """noise.kind=gaussian: compare the final output with the image without noise, so that the student
+  also removes the noise. Its samples need no sampling.denoise. Requires all_tokens."""
+  perceptual_weight: NonNegativeFloat = 0.0
+  """Weight in the loss of the difference between the features of the final output and of the image,
+  relative to the features of the image. The features are those of the classifier of --job=fidelity,
+  which is trained first. 0 uses no classifier."""
+
+  def student_flow(self, flow: Flow) -> Flow:
+    """Returns the section `flow` with the sizes of the student."""
+    layers, width = self.layers or flow.layers, self.width or flow.width
+    return dataclasses.replace(flow, layers=layers, width=width)
 
 
 @dataclasses.dataclass(frozen=True)
