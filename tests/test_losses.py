@@ -5,12 +5,16 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
 from farmer_jax import config, losses
+from farmer_jax import noise as noise_lib
+from farmer_jax.evaluation import classifier
 from farmer_jax.nn import farmer
 from farmer_jax.nn import student as student_lib
+from tests.support import models as tiny
 from tests.support.models import replace
 
 B, SIZE = 6, 4
@@ -85,9 +89,18 @@ def test_student_starts_as_a_copy_of_the_teacher(teacher):
   jax.tree.map(np.testing.assert_array_equal, params['student'], teacher['flow'])
 
 
-@pytest.mark.parametrize('objective', ['outputs', 'hidden'])
-def test_errors_written_out(objective, teacher, images, labels):
-  params, noise = student(teacher, objective), 0.2
+@pytest.mark.parametrize(
+  'objective, settings',
+  [
+    ('outputs', {}),
+    ('hidden', {}),
+    ('outputs', dict(normalize_targets=True, denoise=True)),
+    ('hidden', dict(normalize_targets=True, all_tokens=True)),
+  ],
+)
+def test_errors_written_out(objective, settings, teacher, images, labels):
+  params, noise = student(teacher, objective, **settings), 0.2
+  model = build(objective=objective, **settings)
 
   @functools.partial(jax.jit, static_argnames='method')
   def apply(*args, method):
@@ -100,19 +113,130 @@ def test_errors_written_out(objective, teacher, images, labels):
     z = apply(z, labels, block, method='invert_block')[0]
   outputs.insert(0, z)
   np.testing.assert_allclose(MODEL.tokens_to_images(z), images, atol=1e-10)
-  run = jax.jit(lambda z: MODEL.apply({'params': params}, z, labels, method='student_outputs'))
+  run = jax.jit(lambda z: model.apply({'params': params}, z, labels, method='student_outputs'))
   estimates, hidden = run(outputs[3] + noise)
-  expected = [((estimates[t] - outputs[t]) ** 2).mean((1, 2)) for t in range(3)]
+  targets, found = list(outputs[:3]), list(estimates)
   if objective == 'hidden':
     maps = params['alignment']
     for t in (1, 2):
-      aligned = hidden[t] @ maps['kernel'][t - 1] + maps['bias'][t - 1]
-      expected[t] = ((aligned - outputs[t][:, 1:]) ** 2).mean((1, 2))
-  errors = functools.partial(losses.student_errors, model=build(objective=objective))
-  found, final = jax.jit(errors)(params, teacher, images, labels, noise)
+      found[t] = hidden[t] @ maps['kernel'][t - 1] + maps['bias'][t - 1]
+      targets[t] = targets[t] if settings else targets[t][:, 1:]
+  noise_free = images + 0.3 if 'denoise' in settings else None
+  if noise_free is not None:
+    targets[0] = MODEL.images_to_tokens(noise_free)
+  expected = [((a - b) ** 2).mean((1, 2)) for a, b in zip(found, targets, strict=True)]
+  if settings:
+    expected[1:] = [expected[t] / (targets[t] ** 2).mean((1, 2)) for t in (1, 2)]
+  errors = jax.jit(functools.partial(losses.student_errors, model=model))
+  found, final = errors(params, teacher, images, labels, noise, noise_free)
   np.testing.assert_allclose(final, MODEL.tokens_to_images(estimates[0]), rtol=1e-8)
   np.testing.assert_allclose(found, jnp.stack(expected), rtol=1e-8)
   assert (found > 1e-3).all()
+
+
+@pytest.mark.parametrize('objective', ['outputs', 'hidden'])
+@pytest.mark.parametrize('normalize', [False, True])
+def test_normalized_errors_do_not_depend_on_the_scale_of_latents(
+  objective, normalize, images, labels, monkeypatch
+):
+  """The model has random outputs. Those of block 1 are scaled, for the teacher and the student."""
+  outputs, estimates = tiny.normals(4, B, 4, 4), tiny.normals(3, B, 4, 4, seed=1)
+  kernel, model = (
+    tiny.normals(2, 4, 4, seed=2),
+    build(objective=objective, normalize_targets=normalize),
+  )
+
+  def errors(scale):
+    factors = jnp.asarray([1.0, scale, 1.0])[:, None, None, None]
+    scaled = jnp.concatenate([outputs[:3] * factors, outputs[3:]])
+    results = {'flow_outputs': scaled, 'student_outputs': (estimates * factors, estimates)}
+    apply = lambda *_, method: results[method]  # noqa: E731
+    monkeypatch.setattr(student_lib.StudentFarmer, 'apply', apply)
+    maps = {'kernel': kernel * factors[1:, 0], 'bias': jnp.zeros((2, 1, 1, 4))}
+    return losses.student_errors({'alignment': maps}, {}, images, labels, 0.0, model=model)[0]
+
+  one, hundred = np.asarray(errors(1.0)), np.asarray(errors(100.0))
+  np.testing.assert_allclose(hundred[[0, 2]], one[[0, 2]], rtol=1e-12)
+  np.testing.assert_allclose(hundred[1], one[1] * (1 if normalize else 1e4), rtol=1e-12)
+
+
+def test_denoising_student_is_compared_with_images_without_noise(teacher, labels):
+  """The blocks get the same noisy images with and without the option."""
+  settings = dict(all_tokens=True, input_noise_std=0.0)
+  params, images = student(teacher, 'outputs', **settings), levels(5)
+  _, noisy = loss(params, teacher, images, labels, **settings)
+  _, found = loss(params, teacher, images, labels, denoise=True, **settings)
+  assert found['loss_block_1'] == noisy['loss_block_1']
+  model = build(**settings)
+  values = noise_lib.build(BASE.noise).evaluation_images(
+    losses.random.named_key(BASE.seed, 'noise', 0, 0), images
+  )
+  z = model.apply({'params': teacher}, values, labels, method='flow_outputs')[-1]
+  estimates, _ = model.apply({'params': params}, z, labels, method='student_outputs')
+  exact = np.asarray(images, np.float64) / 127.5 - 1
+  error = ((model.tokens_to_images(estimates[0]) - exact) ** 2).mean()
+  np.testing.assert_allclose(found['loss_block_0'], error, rtol=1e-6)
+
+
+@pytest.fixture(scope='module')
+def network(x64):
+  """Random parameters of a classifier in float64, and its hidden layers."""
+  module = classifier.Classifier(3)
+  params = tiny.filled_parameters(module, jnp.zeros((1, SIZE, SIZE, 1), jnp.uint8))
+  params = jax.tree.map(lambda a: a.astype(jnp.float64), params)
+  return {'params': params}, functools.partial(module.apply, method='hidden_layers')
+
+
+def test_perceptual_errors_and_their_gradient(network):
+  params, features = network
+  a, b = tiny.normals(3, SIZE, SIZE, 1), tiny.normals(3, SIZE, SIZE, 1, seed=1)
+  pairs = [
+    (np.asarray(x).reshape(3, -1), np.asarray(y).reshape(3, -1))
+    for x, y in zip(features(params, a), features(params, b), strict=True)
+  ]
+  assert [x.shape[1] for x, _ in pairs] == [4 * 32, 64, 128, 128]
+  expected = np.mean([((x - y) ** 2).mean(1) / ((y**2).mean(1) + 1e-6) for x, y in pairs], 0)
+  error = functools.partial(losses.perceptual_errors, features, params)
+  np.testing.assert_allclose(error(a, b), expected, rtol=1e-10)
+  assert (expected > 0.01).all() and (error(a, a) == 0).all()
+  jax.test_util.check_grads(
+    lambda a: error(jnp.asarray(a), b), (a,), order=1, modes=['rev'], eps=1e-6
+  )
+
+
+def test_perceptual_loss_trains_the_student(network, teacher, labels):
+  """Its gradient by the parameters of the student equals a finite difference."""
+  # Small weights keep the images in a range in which finite differences are accurate.
+  params = jax.tree.map(lambda a: 0.3 * a, student(teacher, 'outputs'))
+  images, (frozen, features) = levels(5), network
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def run(params, weight):
+    model = build(perceptual_weight=weight)
+    changed = replace(BASE, distill=dict(perceptual_weight=weight))
+    batch = {'image': images, 'label': labels}
+    return losses.distillation_loss(
+      params, batch, 0, 0, teacher, frozen, model=model, config=changed, features=features
+    )
+
+  value, metrics = run(params, 0.5)
+  without, _ = loss(params, teacher, images, labels)
+  np.testing.assert_allclose(value, without + 0.5 * metrics['loss_perceptual'], rtol=1e-6)
+
+  def perceptual(params):
+    return run(params, 0.5)[1]['loss_perceptual']
+
+  direction = tiny.filled_parameters(
+    build(), jnp.zeros((1, 4, 4)), jnp.zeros(1, int), method='init_student'
+  )
+  ends = [
+    perceptual(jax.tree.map(lambda a, d, size=size: a + size * d, params, direction))
+    for size in (1e-5, -1e-5)
+  ]
+  gradient = jax.grad(perceptual)(params)
+  found = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction)))
+  np.testing.assert_allclose(found, (ends[0] - ends[1]) / 2e-5, rtol=1e-4)
+  assert abs(found) > 1e-4
 
 
 def test_loss_is_the_mean_over_blocks(teacher, labels):
@@ -124,10 +248,13 @@ def test_loss_is_the_mean_over_blocks(teacher, labels):
   assert abs(value - without) > 1e-4
 
 
-@pytest.mark.parametrize('objective', ['outputs', 'hidden'])
-def test_every_parameter_gets_a_gradient(objective, teacher, labels):
-  params = student(teacher, objective)
-  gradient = jax.grad(lambda p: loss(p, teacher, levels(5), labels, objective=objective)[0])(params)
+@pytest.mark.parametrize(
+  'objective, settings',
+  [('outputs', {}), ('hidden', {}), ('hidden', dict(all_tokens=True, width=4))],
+)
+def test_every_parameter_gets_a_gradient(objective, settings, teacher, labels):
+  params, settings = student(teacher, objective, **settings), dict(objective=objective, **settings)
+  gradient = jax.grad(lambda p: loss(p, teacher, levels(5), labels, **settings)[0])(params)
   assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradient))
 
 

@@ -125,6 +125,25 @@ def test_help_describes_every_key():
     ("train.fidelity_every=1 train.fidelity_scales='1,x'", "train.fidelity_scales='1,x'"),
     ("train.fidelity_every=1 train.fidelity_scales='-1'", "train.fidelity_scales='-1'"),
     ('train.fidelity_every=1 train.fidelity_count=10', 'train.fidelity_count=10'),
+    (
+      'sampling.inverse=student teacher=X sampling.refinement_rounds=1 distill.denoise=True',
+      'sampling.refinement_rounds=1 distill.denoise=True',
+    ),
+    ('job=distill teacher=X distill.width=100', 'distill.width=100 model.flow.head_dim=64'),
+    ('job=distill teacher=X distill.denoise=True', 'distill.denoise noise.kind=gaussian'),
+    (
+      'job=distill teacher=X noise.kind=gaussian distill.denoise=True',
+      'distill.denoise=True distill.all_tokens=True',
+    ),
+    (
+      'job=distill teacher=X noise.kind=gaussian distill.denoise=True distill.all_tokens=True'
+      ' distill.generated_fraction=0.5',
+      'distill.denoise=True distill.generated_fraction=0',
+    ),
+    (
+      'job=distill teacher=X distill.perceptual_weight=1 data.num_classes=0',
+      'distill.perceptual_weight=1.0 data.num_classes=0',
+    ),
     ('job=compile teacher=X', '--job=compile config.teacher'),
     ('job=likelihood likelihood.noise_std=0.1', 'likelihood.noise_std'),
     ('job=likelihood likelihood.condition=marginal data.num_classes=0', 'marginal num_classes=0'),

@@ -9,6 +9,7 @@ import pytest
 
 from farmer_jax import config as config_lib
 from farmer_jax import losses, sampling
+from farmer_jax.evaluation import classifier
 from farmer_jax.nn import diagnostics, farmer, student
 from tests.support import jaxprs
 from tests.support import models as tiny
@@ -35,7 +36,7 @@ def programs(dtype):
     data=config_lib.Data(image_size=SIZE, channels=1, num_classes=3),
     model=tiny.model_config(dict(class_conditional=True), dtype=dtype, remat='dots'),
     sampling=config_lib.Sampling(guidance=config_lib.Guidance(scale=1.0)),
-    distill=config_lib.Distill(objective='hidden'),
+    distill=config_lib.Distill(objective='hidden', all_tokens=True, perceptual_weight=1.0),
   )
   model = student.build(config)
   both: dict = dict(model=model, config=config)
@@ -58,9 +59,14 @@ def programs(dtype):
     keys = jax.random.split(jax.random.key(0), 2)
     return sampling.draw_latents(params, labels, keys, jnp.ones(2), 1.0, **both)
 
-  def distill(trained, batch, params):
-    loss = functools.partial(losses.distillation_loss, **both)
-    return jax.grad(loss, has_aux=True)(trained, batch, 0, 0, params)
+  network = classifier.Classifier(3)
+  blank = jnp.zeros((1, SIZE, SIZE, 1), jnp.uint8)
+  of_network = jax.eval_shape(lambda key: network.init(key, blank), key)
+
+  def distill(trained, batch, params, of_network):
+    features = functools.partial(network.apply, method='hidden_layers')
+    loss = functools.partial(losses.distillation_loss, features=features, **both)
+    return jax.grad(loss, has_aux=True)(trained, batch, 0, 0, params, of_network)
 
   coupling = farmer.build(tiny.replace(config, model=dict(flow=dict(kind='coupling'))))
   of_coupling = jax.eval_shape(functools.partial(farmer.init_params, model=coupling), key)
@@ -79,7 +85,7 @@ def programs(dtype):
     'sampling': (draw, params, labels),
     'coupling flow': (jax.grad(encode_and_decode), of_coupling, images, labels),
     'inverse by the student': (refined, with_student, z, labels),
-    'distillation': (distill, trained, batch, params),
+    'distillation': (distill, trained, batch, params, of_network),
     'diagnostics': (ranges, params, images, labels),
   }
 

@@ -3,6 +3,7 @@
 import functools
 from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from farmer_jax import config as config_lib
 from farmer_jax import losses
-from farmer_jax.nn import farmer, scaling
+from farmer_jax.nn import farmer, scaling, student
 from farmer_jax.training import optimizer as optimizer_lib
 from tests.support import models, runs
 
@@ -133,6 +134,18 @@ def test_coupling_flows_have_the_parameters_and_factors_of_autoregressive_flows(
     factors.append(scaling.learning_rate_factors(params, config))
   assert factors[0] == factors[1]
   assert params['flow']['stack']['log_scale_proj']['kernel'].shape == (2, 256, 2)
+
+
+def test_factors_of_a_student_are_those_of_its_own_width():
+  settings = dict(width=64, all_tokens=True, objective='hidden')
+  config = models.replace(make_config(256, 'adamw'), distill=settings)
+  model = student.build(config)
+  teacher = jax.eval_shape(lambda key: farmer.init_params(key, model), KEY)
+  init = functools.partial(losses.init_student, model=model)
+  factors = scaling.learning_rate_factors(nn.unbox(jax.eval_shape(init, KEY, teacher)), config)
+  stack = factors['student']['stack']
+  assert stack['shift_proj']['kernel'] == factors['alignment']['kernel'] == 2.0
+  assert stack['first_token_gain'] == stack['positions'] == 1.0
 
 
 @pytest.fixture(scope='module')

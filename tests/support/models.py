@@ -65,13 +65,14 @@ def model_config(flow_changes=None, prior_changes=None, **changes):
   )
 
 
-def filled_parameters(module, *args, seed=0):
-  """Returns random parameters without zeros. `args` are arguments of the `__call__` of `module`.
+def filled_parameters(module, *args, seed=0, method='__call__'):
+  """Returns random parameters without zeros. `args` are arguments of a method of `module`.
 
   Kernels preserve the size of their input, and norms scale by about 1. The outputs of projections
   to log-scales are small enough that densities can be integrated.
   """
-  shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *args)['params'])
+  init = functools.partial(module.init, method=method)
+  shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), *args)['params'])
   rng = np.random.default_rng(seed)
 
   def fill(path, leaf):
