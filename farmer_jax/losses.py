@@ -13,7 +13,7 @@ from farmer_jax import noise as noise_lib
 from farmer_jax import sampling
 from farmer_jax.nn import diagnostics, farmer, student
 from farmer_jax.ops import random, units
-from farmer_jax.ops.arrays import Images, Index, Labels, PerBlock, Scalar, Tokens, Values
+from farmer_jax.ops.arrays import Images, Index, Labels, PerBlock, PerImage, Scalar, Tokens, Values
 
 Params = dict[str, Any]
 Batch = dict[str, Array]  # image: uint8 [B, H, W, C], label: int32 [B]
