@@ -44,6 +44,13 @@ def test_coupling_flow_on_a_mesh_equals_that_on_one_device():
   assert_small(compare(FAST, 'coupling')[FAST[0]]['differences'])
 
 
+@pytest.mark.faults
+def test_distillation_on_a_mesh_equals_that_on_one_device():
+  found = compare(FAST, 'student')[FAST[0]]
+  assert_small(found['differences'])
+  assert found['mlp'] == found['moments'] == [3, 1, 24 // 2, 48 // 2]
+
+
 def test_parameters_optimizer_state_and_batches_are_sharded(mesh):
   (_, fsdp, tensor), found = mesh
   # [blocks, layers, width, 2 width]

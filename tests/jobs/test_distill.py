@@ -9,7 +9,7 @@ from PIL import Image
 
 from farmer_jax import api, config, errors, sampling
 from farmer_jax.data import pipeline, sources
-from farmer_jax.evaluation import validation
+from farmer_jax.evaluation import classifier, validation
 from farmer_jax.jobs import distill, pretrain, sample
 from farmer_jax.nn import student as student_lib
 from farmer_jax.workdir import layout
@@ -39,10 +39,16 @@ def student_config(teacher, **train):
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory):
-  """The folder of a teacher's run and a student's run."""
+def folder(tmp_path_factory):
+  """The folder of a teacher's run."""
   folder = tmp_path_factory.mktemp('runs')
   pretrain.run(TEACHER, folder / 'teacher')
+  return folder
+
+
+@pytest.fixture(scope='module')
+def runs(folder):
+  """The folder of a teacher's run and a student's run."""
   distill.run(student_config(folder / 'teacher'), folder / 'student')
   return folder
 
@@ -127,6 +133,61 @@ def test_hidden_objective_and_generated_images(runs, tmp_path):
   assert len(images(tmp_path / 'samples' / '3-inverse=student-denoise=True')) == 20
   with pytest.raises(errors.ConfigError, match='refinement_rounds.*objective=outputs'):
     config.check(configured(tmp_path, inverse='student', refinement_rounds=1))
+
+
+@pytest.fixture(scope='module')
+def small_student(folder, tmp_path_factory):
+  """A narrower student with all options, which also removes the noise."""
+  workdir = tmp_path_factory.mktemp('small') / 'student'
+  steps = dict(steps=20, validate_every=20, sample_every=0, checkpoint_every=20)
+  settings = student_config(folder / 'teacher', **steps)
+  options = dict(
+    **dict(all_tokens=True, denoise=True, normalize_targets=True, width=16),
+    **dict(objective='hidden', perceptual_weight=1.0),
+  )
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(classifier, '_STEPS', 20)
+    distill.run(replace(settings, distill=options), workdir)
+  return workdir
+
+
+def test_student_with_all_options(small_student):
+  lines = (small_student / 'metrics.jsonl').read_text().splitlines()
+  train, valid = map(json.loads, lines[-2:])
+  assert train['loss_perceptual'] > 0 and 'loss_perceptual' not in valid
+  # The mean over all blocks does not include the perceptual loss.
+  assert train['loss'] > (train['loss_block_0'] + train['loss_block_1']) / 2 + 1e-3
+  assert valid['rmse_noise_free'] == pytest.approx(valid['loss_block_0'] ** 0.5)
+  # The error relative to the noisy image includes its noise, of standard deviation 0.1.
+  assert valid['rmse'] > 0.09 and valid['rmse'] != valid['rmse_noise_free']
+  assert len(list((small_student / 'fidelity').glob('classifier-*.npz'))) == 1
+  stack = api.load(small_student).params['student']['stack']
+  assert stack['positions'].shape == (2, 16, 16)
+
+
+def test_samples_of_a_denoising_student_are_not_denoised_again(small_student):
+  for denoise in (True, False):
+    settings = configured(small_student, inverse='student', denoise=denoise)
+    sample.run(settings, small_student)
+  folder = small_student / 'samples'
+  once, again = (images(folder / f'20-inverse=student{name}') for name in ('', '-denoise=True'))
+  assert len(once) == 20
+  np.testing.assert_array_equal(once, again)
+  # Samples of the exact inverse need the denoising step.
+  exact = [
+    api.load(small_student, overrides={'sampling.inverse': 'sequential', 'sampling.denoise': value})
+    for value in (True, False)
+  ]
+  assert (exact[0].sample([1, 2]) != exact[1].sample([1, 2])).any()
+
+
+def test_configuration_without_the_newer_keys(student, runs):
+  """Earlier versions did not save these keys. Their students are read as before."""
+  saved = json.loads((student / 'config.json').read_text())
+  saved['distill'] = {k: saved['distill'][k] for k in ('objective', 'input_noise_std')}
+  update_json(student / 'config.json', distill=saved['distill'])
+  found, expected = (api.load(run).sample([1, 2]) for run in (student, runs / 'student'))
+  np.testing.assert_array_equal(found, expected)
 
 
 def test_resumed_student_uses_the_recorded_checkpoint_of_the_teacher(student, runs):

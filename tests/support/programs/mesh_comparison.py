@@ -3,7 +3,8 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=8 \
       python -m tests.support.programs.mesh_comparison autoregressive 2x2x2 1x8x1
 
-The arguments are the kind of the flow, and the sizes of the axes data, fsdp and tensor.
+The arguments are the kind of the flow, or `student` for a step of distillation, and the sizes of
+the axes data, fsdp and tensor.
 """
 
 import functools
@@ -17,31 +18,51 @@ import numpy as np
 
 from farmer_jax import config, losses
 from farmer_jax.distributed import mesh as mesh_lib
-from farmer_jax.nn import farmer
+from farmer_jax.evaluation import classifier
+from farmer_jax.nn import farmer, student
 from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import step as step_lib
 from tests.support import models
 
+IS_STUDENT = sys.argv[1] == 'student'
 CONFIG = config.Config(
   data=config.Data(image_size=8, num_classes=3, flip=True),
   model=models.model_config(
-    dict(kind=sys.argv[1], blocks=3, layers=2, width=16, head_dim=8),
+    dict(
+      kind='autoregressive' if IS_STUDENT else sys.argv[1], blocks=3, layers=2, width=16, head_dim=8
+    ),
     dict(layers=2, width=16, head_dim=8, components=8, redundant_components=16),
     dtype='float32',
     remat='dots',
   ),
   train=config.Train(batch_size=16, accumulation_steps=2, steps=10, ema_decay=0.9),
+  distill=config.Distill(
+    **dict(objective='hidden', all_tokens=True, layers=1, width=24, normalize_targets=True),
+    perceptual_weight=1.0,
+  ),
 )
-MODEL = farmer.build(CONFIG)
-MLP_KERNEL = 'flow.*mlp_in.*kernel'
+MODEL = student.build(CONFIG) if IS_STUDENT else farmer.build(CONFIG)
+NETWORK = classifier.Classifier(3)
+MLP_KERNEL = '(flow|student).*mlp_in.*kernel'
 # The kernel of the redundant mixture, [16, 80], in a collective.
 REDUNDANT_KERNEL = re.compile(r'\[(16,80|80,16)\].* all-(gather|reduce)\(')
 
 
-def init_params(key):
+def init_params(key, *frozen):
   """Returns random boxed parameters without zeros."""
-  params = farmer.init_boxed_params(key, MODEL)
+  init = losses.init_student if frozen else lambda key, model: farmer.init_boxed_params(key, model)
+  params = init(key, *frozen, model=MODEL)
   return jax.tree.map(lambda a: a + 0.3 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), params)
+
+
+def frozen_params(mesh):
+  """Returns the sharded parameters of a teacher, and those of a classifier on each device."""
+  blank = jnp.zeros((1, 8, 8, 1))
+  teacher = models.filled_parameters(farmer.build(CONFIG), blank, jnp.zeros(1, int))
+  boxed = jax.eval_shape(lambda key: farmer.init_boxed_params(key, MODEL), jax.random.key(0))
+  network = models.filled_parameters(NETWORK, blank.astype(jnp.uint8))
+  replicated = jax.device_put({'params': network}, mesh.replicated)
+  return jax.device_put(teacher, mesh.shardings(boxed)), replicated
 
 
 def take_step(mesh):
@@ -53,16 +74,21 @@ def take_step(mesh):
   }
   optimizer = optimizer_lib.create(CONFIG)
   init = step_lib.initializer(init_params, optimizer, CONFIG.train.ema_decay)
+  key, frozen = jax.random.key(0), frozen_params(mesh) if IS_STUDENT else ()
   loss = functools.partial(losses.nll_loss, model=MODEL, config=CONFIG)
-  key = jax.random.key(0)
+  if IS_STUDENT:
+    features = functools.partial(NETWORK.apply, method='hidden_layers')
+    loss = functools.partial(
+      losses.distillation_loss, model=MODEL, config=CONFIG, features=features
+    )
   with mesh.activate():
-    shardings = mesh.shardings(jax.eval_shape(init, key))
-    state = jax.jit(lambda key: mesh_lib.unboxed(init(key)), out_shardings=shardings)(key)
+    shardings = mesh.shardings(jax.eval_shape(init, key, *frozen))
+    state = jax.jit(lambda *a: mesh_lib.unboxed(init(*a)), out_shardings=shardings)(key, *frozen)
     batch = mesh.global_batch(arrays)
   step = step_lib.make_train_step(loss, optimizer, CONFIG.train)
-  compiled = step_lib.lower(step, mesh, state, batch).compile()
+  compiled = step_lib.lower(step, mesh, state, batch, frozen).compile()
   values = {'initial parameters': jax.device_get(state.params)}
-  state, metrics = compiled(state, batch)
+  state, metrics = compiled(state, batch, *frozen)
   values |= jax.device_get({'metrics': metrics, 'loss': metrics['loss']})
   # After the first step, the first moments of Adam are proportional to the gradients.
   values['gradients'] = jax.device_get(select(state.opt_state, r'\.mu'))
