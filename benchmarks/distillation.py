@@ -3,9 +3,11 @@
     python -m benchmarks.distillation --runs=STUDENT,STUDENT2,…
 
 Prints two Markdown tables. The first table compares the student of the first run with the exact
-inverses of the flow. The second table has one row per run.
+inverses of the flow. The second table has one row per run. Its PSNR of held-out images is relative
+to noisy images, also for students that remove the noise.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +16,7 @@ from absl import app, flags, logging
 
 from benchmarks import sample_quality, timing
 from farmer_jax import api, noise, sampling
+from farmer_jax import config as config_lib
 from farmer_jax.ops import units
 from farmer_jax.xla import host
 
@@ -102,12 +105,12 @@ def student_row(number, run, evaluate, reconstruct, labels):
   drawn = sampling.compare_student(run.model, config, run.params, z, compared)['psnr']
   sampler = make_samplers(run)['student']
   images, _ = sample_quality.draw(sampler, run.params, labels, _BATCH.value)
-  distill = run.config.distill
+  keys, defaults = dataclasses.asdict(run.config.distill), dataclasses.asdict(config_lib.Distill())
+  changed = [f'{key}={value}' for key, value in keys.items() if value != defaults[key]]
   return {
     'run': number,
-    'objective': distill.objective,
-    'input noise': f'{distill.input_noise_std:g}',
-    'generated fraction': f'{distill.generated_fraction:g}',
+    'settings of config.distill': ', '.join(changed) or 'defaults',
+    'parameters': f'{sum(a.size for a in jax.tree.leaves(run.params["student"])):,}',
     'steps': run.config.train.steps,
     'PSNR of held-out images, dB': f'{held_out:.2f}',
     'PSNR of samples, dB': f'{drawn:.2f}',

@@ -207,7 +207,10 @@ class Run:
     return self._map_images(encode, 'sampling', images, labels)
 
   def decode(self, latents: Latents, labels: Labels | None = None) -> Images:
-    """Maps latents to images without denoising. This is the inverse of `encode`."""
+    """Maps latents to images without a denoising step. This is the inverse of `encode`.
+
+    With `config.sampling.inverse` 'student', a student of `config.distill.denoise` removes noise.
+    """
     latents = np.asarray(latents)
     _check_array('latents', latents, 'float', (self.config.num_tokens, self.config.token_channels))
     sampler, label_numbers = self._sampler(denoise=False), self._label_numbers(labels, len(latents))

@@ -37,7 +37,7 @@ KINDS = {
   'flow output': Kind('matrices to shifts and log-scales', '0', True),
   'alignment': Kind('matrices of config.distill.objective=hidden', '1/sqrt(inputs)', True),
   'mixture output': Kind('matrices to mixtures', '1/inputs', True),
-  'vector': Kind('biases and scales of norms', '0, 1; mixtures: -1, 0.5', False),
+  'vector': Kind('biases, gains and scales of norms', '0, 1; mixtures: -1, 0.5', False),
 }
 
 MATRIX_INIT = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
