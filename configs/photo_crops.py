@@ -1,28 +1,44 @@
-"""Crops of photographs, 32×32 RGB, unconditional density estimation (uniform dequantization).
+"""Crops of photographs, RGB, unconditional density estimation (uniform dequantization).
 
     python -m benchmarks.photo_crops --out=CROPS
-    python -m farmer_jax.main --config=configs/photo_crops.py --config.data.path=CROPS
+    python -m farmer_jax.main --config=configs/photo_crops.py --config.data.path=CROPS          # 32-p4
+    python -m benchmarks.photo_crops --out=CROPS64 --size=64
+    python -m farmer_jax.main --config=configs/photo_crops.py:64-p8 --config.data.path=CROPS64
 
 A small dataset of natural images, on which changes of the model and of training can be compared in
-minutes. No photograph has crops in both splits.
+minutes. No photograph has crops in both splits. A variant is <image size>-p<patch size>.
+
+Hardware: two CPU cores, about four minutes (32-p4).
+Result of 32-p4: 3.08 bits/dim on 850 crops of 5 held-out photographs, with 2.17 million parameters
+after 250 steps of 64 images.
 """
 
 from ml_collections import ConfigDict
 
-from farmer_jax import config
+from farmer_jax import config, errors
+
+# Width, informative channels.
+_VARIANTS = {'32-p4': (128, 24), '64-p8': (192, 96)}
 
 
-def get_config() -> ConfigDict:
-  """Returns the configuration."""
+def get_config(variant: str = '32-p4') -> ConfigDict:
+  """Returns the configuration of a variant."""
+  if variant not in _VARIANTS:
+    raise errors.ConfigError(
+      f'configs/photo_crops.py has no variant {variant!r}; choose one of {", ".join(_VARIANTS)}'
+    )
   c = config.defaults()
-  c.name = 'photo_crops'
+  c.name = f'photo_crops-{variant}'
   c.data.source = 'folder'
-  c.data.image_size = 32
+  image_size, patch = variant.split('-p')
+  c.data.image_size = int(image_size)
   c.data.channels = 3
   c.data.num_classes = 0
-  c.model.patch_size = 4
+  c.model.patch_size = int(patch)
   c.model.label_dropout = 0.0
   c.model.flow.blocks = 3
+  c.model.flow.width = c.model.prior.width = _VARIANTS[variant][0]
+  c.model.prior.informative_channels = _VARIANTS[variant][1]
   c.train.steps = 250
   c.train.batch_size = 64
   c.train.validate_every = 250

@@ -18,6 +18,7 @@ PAPER_VARIANTS = ('1.1b-p16', '1.1b-p8', '1.9b-p16', '1.9b-p8')
 VARIANTS = {
   'in256': PAPER_VARIANTS,
   'in256_distill': PAPER_VARIANTS,
+  'photo_crops': ('32-p4', '64-p8'),
   'emoji': ('32-p8', '32-p4', '64-p8', '64-p4-gpu'),
 }
 CONFIGS = [
