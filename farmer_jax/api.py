@@ -170,7 +170,15 @@ class Run:
 
     x is the real-valued sample, before denoising and rounding to gray levels. Guidance changes the
     samples, but not the density.
+
+    Raises:
+      ConfigError: the model does not support guidance, or a student removes the noise of x.
     """
+    if self.config.student_denoises:
+      raise errors.ConfigError(
+        'the student of this run removes the noise of samples, which then have no density; set'
+        ' config.sampling.inverse=auto'
+      )
     sampler, batch = self._guided(labels, seed, guidance)
 
     def draw(params: PyTree, labels: jax.Array, indices: jax.Array) -> Any:

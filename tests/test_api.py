@@ -126,6 +126,14 @@ def test_wrong_overrides_runs_and_checkpoints(trained, tmp_path):
     farmer_jax.load(trained, step=7).params  # noqa: B018
 
 
+def test_samples_without_noise_have_no_density(trained):
+  run = farmer_jax.load(trained)
+  denoising = dataclasses.replace(run.config, distill=config.Distill(denoise=True))
+  run.config = denoising.with_sampling(inverse='student')
+  with pytest.raises(errors.ConfigError, match='inverse=auto'):
+    run.sample_with_log_prob([0])
+
+
 def test_float64_needs_x64(trained, loaded, examples):
   run = farmer_jax.load(trained, overrides=SETTINGS | {'likelihood.dtype': 'float64'})
   with pytest.raises(errors.ConfigError, match='config.likelihood.dtype.*jax_enable_x64'):

@@ -161,6 +161,11 @@ def _sampling(config: Config) -> Iterator[str]:
         f'config.{sampling.refinement_rounds=} must be 0 with config.distill.denoise=True, because'
         ' refinement converges to the noisy image'
       )
+  if sampling.densities and config.student_denoises:
+    yield (
+      f'config.{sampling.densities=} needs samples with noise, but the student removes the noise'
+      ' (config.distill.denoise=True); set config.sampling.inverse=auto'
+    )
   if sampling.denoise and config.noise.kind != 'gaussian':
     yield 'config.sampling.denoise=True needs a model trained with config.noise.kind=gaussian'
 
@@ -227,9 +232,7 @@ def _fidelity_of_training(config: Config) -> Iterator[str]:
       f'config.{train.fidelity_scales=} needs a model that supports guidance (classes, label'
       ' dropout and a mixture prior); set config.train.fidelity_scales=0'
     )
-  # The Inception Score divides the samples into ten parts.
-  if train.fidelity_count <= max(10, fidelity.neighbors):
-    yield f'config.{train.fidelity_count=} must be above 10 and config.{fidelity.neighbors=}'
+  yield from _numbers_of_images(config, 'train.fidelity_count')
 
 
 def _fidelity(config: Config) -> Iterator[str]:
@@ -241,8 +244,14 @@ def _fidelity(config: Config) -> Iterator[str]:
       'Inception-v3 needs config.fidelity.weights: the path of pt_inception-2015-12-05-6726825d.pth'
       ' from the release fid_weights of github.com/mseitzer/pytorch-fid'
     )
-  # The Inception Score divides the samples into ten parts.
-  for name in ('count', 'reference_count', 'pairwise_images'):
-    value = getattr(fidelity, name)
+  yield from _numbers_of_images(config, 'fidelity.count')
+
+
+def _numbers_of_images(config: Config, count: str) -> Iterator[str]:
+  """Checks that quality can be computed. `count` is the key of the number of samples."""
+  fidelity = config.fidelity
+  for path in (count, 'fidelity.reference_count', 'fidelity.pairwise_images'):
+    value = schema.get(config, path)
+    # The Inception Score divides the samples into ten parts.
     if value is not None and value <= max(10, fidelity.neighbors):
-      yield f'config.fidelity.{name}={value} must be above 10 and config.{fidelity.neighbors=}'
+      yield f'config.{path}={value} must be above 10 and config.{fidelity.neighbors=}'

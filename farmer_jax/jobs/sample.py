@@ -29,6 +29,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
   """
   trained = api.Run(workdir, config)
   workdir = layout.results_folder(config, trained.workdir)
+  config = config.with_sampling(densities=config.computes_densities)
   names, num_classes = trained.class_names, config.data.num_classes
   host.enable_compilation_cache(workdir)
   labels = sampling.parse_labels(config, names)
@@ -57,7 +58,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
     )
     with trained.activate():
       pictures = drawn.draw_supported()
-    if config.model.flow.blocks:
+    if config.model.flow.blocks and config.sampling.densities:
       pictures |= _draw_by_log_det(config.sampling, folder)
     for name, picture in pictures.items():
       file = workdir / 'figures' / f'{name}.png'

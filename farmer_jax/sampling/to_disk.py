@@ -37,7 +37,7 @@ def open_results(
   folder: epath.Path, sampling: Sampling, first_file: int = 0
 ) -> results.ResultFiles:
   """Opens the samples in a folder: the arrays in `_ARRAYS` and, if computed, `DENSITIES`."""
-  densities = DENSITIES if sampling.computes_densities else ()
+  densities = DENSITIES if sampling.densities else ()
   return results.ResultFiles(folder, {n: n for n in densities} | _ARRAYS, first_file)
 
 
@@ -78,7 +78,7 @@ def draw_missing(
       samples = jax.block_until_ready(sampler.images(params, z, on_devices[0]))
       times.append(time.perf_counter())
       arrays: dict[str, Any] = vars(samples) | {'labels': batch_labels}
-      if sampling.computes_densities:
+      if sampling.densities:
         arrays |= jax.block_until_ready(sampler.densities(params, samples.noisy, on_devices[0]))
         times.append(time.perf_counter())
       seconds.append(np.diff(times))
@@ -105,7 +105,7 @@ def summarize(folder: epath.Path, sampling: Sampling, **measured: Any) -> Report
     'nonfinite_indices': nonfinite[:100].tolist(),
     'largest_residual': float(residuals.max()) if len(residuals) else None,
     **measured,
-    'densities': _summarize_densities(store, sampling) if sampling.computes_densities else None,
+    'densities': _summarize_densities(store, sampling) if sampling.densities else None,
     'sampling': dataclasses.asdict(sampling),
   }
 

@@ -126,9 +126,14 @@ def test_help_describes_every_key():
     ("train.fidelity_every=1 train.fidelity_scales='1,x'", "train.fidelity_scales='1,x'"),
     ("train.fidelity_every=1 train.fidelity_scales='-1'", "train.fidelity_scales='-1'"),
     ('train.fidelity_every=1 train.fidelity_count=10', 'train.fidelity_count=10'),
+    ('train.fidelity_every=1 fidelity.pairwise_images=3', 'fidelity.pairwise_images=3'),
     (
       'sampling.inverse=student teacher=X sampling.refinement_rounds=1 distill.denoise=True',
       'sampling.refinement_rounds=1 distill.denoise=True',
+    ),
+    (
+      'sampling.inverse=student teacher=X sampling.densities=True distill.denoise=True',
+      'sampling.densities distill.denoise=True config.sampling.inverse=auto',
     ),
     ('job=distill teacher=X distill.width=100', 'distill.width=100 model.flow.head_dim=64'),
     ('job=distill teacher=X distill.denoise=True', 'distill.denoise noise.kind=gaussian'),
@@ -170,6 +175,18 @@ def test_numbers_out_of_range(path):
   bad += [math.nan, math.inf, 1e-31] if is_float else [0.5, True]
   for value in bad:
     assert f'config.{path}' in refusal(nested({path: value}))
+
+
+def test_figures_compute_densities_of_samples_with_noise():
+  for values, expected in (
+    ('sampling.inverse=student', False),
+    ('sampling.figures=True', True),
+    ('sampling.figures=True sampling.inverse=student', True),
+    ('sampling.figures=True distill.denoise=True', True),
+    ('sampling.figures=True sampling.inverse=student distill.denoise=True', False),
+    ('sampling.densities=True', True),
+  ):
+    assert config.from_config_dict(parse(values)).computes_densities == expected, values
 
 
 def test_coupling_flow_needs_one_token_of_two_channels():

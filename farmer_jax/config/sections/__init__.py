@@ -64,6 +64,11 @@ class Config:
     return self.sampling.inverse == 'student' and self.distill.denoise
 
   @property
+  def computes_densities(self) -> bool:
+    """Whether --job=sample computes the densities of samples."""
+    return self.sampling.densities or (self.sampling.figures and not self.student_denoises)
+
+  @property
   def feature_network(self) -> str:
     """Network of --job=fidelity, 'inception' or 'classifier', with 'auto' resolved."""
     if self.fidelity.network != 'auto':

@@ -93,7 +93,8 @@ class Sampling:
   block. With many iterations, the inverse is exact to within the tolerance."""
   densities: bool = False
   """Compute the log-density and the log-determinant of each sample, before denoising. This takes
-  one forward pass. They are always computed with figures=True."""
+  one forward pass. They are always computed with figures=True, except for samples of a student of
+  distill.denoise, whose densities have no meaning."""
   denoise: bool = False
   """noise.kind=gaussian: denoise each sample x by x + σ² ∇ log p(x), where σ is noise.std_end. No
   effect with inverse=student on a student of distill.denoise, which denoises by itself."""
@@ -106,11 +107,6 @@ class Sampling:
   """Columns of a sample grid. With classes: images per class."""
   grid_rows: int = 10
   """Largest number of rows of a sample grid. With classes: one class per row."""
-
-  @property
-  def computes_densities(self) -> bool:
-    """Whether --job=sample computes the densities of samples."""
-    return self.densities or self.figures
 
 
 @dataclasses.dataclass(frozen=True)
