@@ -70,7 +70,7 @@ class Samples:
   """A batch of samples and convergence statistics of the inverse of the flow."""
 
   values: Values  # on the scale of the training data
-  noisy: Values  # `values` before denoising
+  noisy: Values  # `values` before the denoising step
   images: Images  # gray where `values` are not finite
   finite: Bool[Array, 'B']  # whether all values of an image are finite
   residual: PerImage  # largest residual of the flow blocks, see `flow.Convergence`

@@ -69,20 +69,32 @@ def chip(device_kind: str) -> Chip:
 
 def forward(config: config_lib.Config) -> int:
   """Returns the FLOPs of the log-density of one image."""
-  tokens, channels, flow = config.num_tokens, config.token_channels, config.model.flow
-  # The tokens and the channels that the transformer of a block reads, and those that it transforms.
-  inputs, read, changed = tokens - 1, channels, channels
-  if flow.kind == 'coupling':
-    inputs, read, changed = tokens, channels - channels // 2, channels // 2
-  block = _transformer(config.model, flow, inputs) + _product(inputs, read, flow.width)
-  block += _product(inputs, flow.width, 2 * changed)
-  return flow.blocks * block + _prior(config.model, tokens, channels)
+  prior = _prior(config.model, config.num_tokens, config.token_channels)
+  return _flow(config, config.model.flow) + prior
 
 
 def training_step(config: config_lib.Config) -> int:
-  """Returns the FLOPs of one training step, without recomputation that saves memory."""
+  """Returns the FLOPs of one training step, without recomputation that saves memory.
+
+  A step of distillation is one pass of the teacher's flow, and training of the student.
+  """
   # The backward pass takes twice the FLOPs of the forward pass.
-  return 3 * forward(config) * config.train.batch_size
+  image = 3 * forward(config)
+  if config.job == 'distill':
+    flow, distill = config.model.flow, config.distill
+    image = _flow(config, flow) + 3 * _flow(config, distill.student_flow(flow), distill.all_tokens)
+  return image * config.train.batch_size
+
+
+def _flow(config: config_lib.Config, flow: config_lib.Flow, all_tokens: bool = False) -> int:
+  """Returns the FLOPs of one pass of a flow, or of a student that has the sizes `flow`."""
+  tokens, channels = config.num_tokens, config.token_channels
+  # The tokens and the channels that the transformer of a block reads, and those that it transforms.
+  inputs, read, changed = tokens - (not all_tokens), channels, channels
+  if flow.kind == 'coupling':
+    inputs, read, changed = tokens, channels - channels // 2, channels // 2
+  block = _transformer(config.model, flow, inputs) + _product(inputs, read, flow.width)
+  return flow.blocks * (block + _product(inputs, flow.width, 2 * changed))
 
 
 def _prior(model: config_lib.Model, tokens: int, channels: int) -> int:

@@ -64,6 +64,19 @@ def test_coupling_block_by_hand():
   assert one - none == 2 * 16 * (matrices + 2 * 2 * 16 * 128)
 
 
+def test_distillation_by_hand():
+  """A student of one layer of width 64 reads 15 or all 16 tokens of 48 channels."""
+  teacher, prior = (
+    flops.forward(models.replace(CONFIG, model=dict(flow=dict(blocks=blocks)))) for blocks in (3, 0)
+  )
+  for all_tokens, tokens in ((False, 15), (True, 16)):
+    distill = dict(layers=1, width=64, all_tokens=all_tokens)
+    config = models.replace(CONFIG, job='distill', distill=distill, train=dict(batch_size=10))
+    matrices = 48 * 64 + 64 * 2 * 48 + 4 * 64 * 64 + 2 * 64 * 256
+    student = 3 * 2 * tokens * (matrices + 2 * tokens * 64)
+    assert flops.training_step(config) == 10 * (teacher - prior + 3 * student)
+
+
 def test_training_step_is_about_six_times_parameters_times_tokens():
   """Nearly all parameters of this model act on each token."""
   config = config_lib.from_config_dict(in256.get_config('1.1b-p16'))
