@@ -42,7 +42,7 @@ class FidelityEvaluator:
   ):
     """Loads the network and the statistics of the real images in process 0.
 
-    WORKDIR/fidelity stores both. `mesh` must not be active yet, but when samples are drawn.
+    WORKDIR/fidelity stores both. `mesh` must be active when samples are drawn, but not here.
     """
     folder = workdir / 'fidelity'
     fidelity = dataclasses.replace(config.fidelity, network=config.training_feature_network)
