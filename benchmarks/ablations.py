@@ -43,7 +43,7 @@ _DATA = {
   'emoji': (lambda: emoji.get_config('32-p8'), _SMALL),
   'photos': (
     photo_crops.get_config,
-    {'train.steps': 250, 'model.flow.blocks': 4, 'model.prior.informative_channels': 24},
+    {'train.steps': 250, 'model.flow.blocks': 4, 'model.prior.informative_channels': 16},
   ),
 }
 
