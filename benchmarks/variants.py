@@ -46,9 +46,11 @@ def validate(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]
   logging.info(f'{workdir.name} ...')
 
   def held_out() -> list[dict[str, Any]]:
-    file = workdir / 'metrics.jsonl'
-    rows = metrics.read(workdir) if file.exists() else ()
-    return [row for row in rows if row['split'] == 'valid' and row['step'] == config.train.steps]
+    steps, file = config.train.steps, workdir / 'metrics.jsonl'
+    # Validation ends before the last checkpoint is written.
+    is_saved = not config.train.checkpoint_every or (workdir / 'checkpoints' / str(steps)).exists()
+    rows = metrics.read(workdir) if file.exists() and is_saved else ()
+    return [row for row in rows if row['split'] == 'valid' and row['step'] == steps]
 
   try:
     if not held_out():

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -116,6 +117,25 @@ def test_keys_are_multiplied_and_added():
   variants.set_keys(values, changes)
   assert (values.train.steps, values.model.flow.blocks) == (500, 6)
   assert values.seed == 60 and values.train.optimizer.b2 == 0.99
+
+
+def test_finished_runs_are_read_and_runs_without_the_last_checkpoint_are_trained(
+  tmp_path, monkeypatch
+):
+  config, calls = config_lib.from_config_dict(config_lib.defaults()), []
+  record = {'step': config.train.steps, 'split': 'valid', 'loss': 1.0}
+  checkpoint = tmp_path / 'checkpoints' / str(config.train.steps)
+
+  def run(config, workdir):
+    calls.append(workdir)
+    checkpoint.mkdir(parents=True)
+    (workdir / 'metrics.jsonl').write_text(json.dumps(record) + '\n')
+
+  monkeypatch.setattr(variants.pretrain, 'run', run)
+  for is_saved, expected in ((False, 1), (True, 1), (False, 2)):
+    if not is_saved:
+      shutil.rmtree(checkpoint, ignore_errors=True)
+    assert variants.validate(config, tmp_path) == record and len(calls) == expected
 
 
 @pytest.mark.slow

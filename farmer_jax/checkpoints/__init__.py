@@ -11,8 +11,8 @@ checkpoint, the file format, and retention policies. This package adds:
   one is corrupt. `Checkpointer.restore_latest` does, in all processes together.
 * `checkpointer`: after a failed save, `CheckpointManager` can neither save nor close.
   `Checkpointer` reports the failure, reopens the manager and saves the next checkpoint. The
-  retention policy reads validation losses from the manifests, because the manager would read the
-  metadata of every checkpoint, which may be corrupt.
+  retention policy reads the scores of checkpoints from the manifests, because the manager would
+  read the metadata of every checkpoint, which may be corrupt.
 * `orbax_internals`: at Orbax's barriers, processes wait several minutes for a failed process. The
   barrier of this module raises an error at once.
 """
