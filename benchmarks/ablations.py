@@ -70,7 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'no flow': {'model.flow.blocks': 0},
   'TARFlow: standard normal prior': {
     'model.prior.kind': 'normal',
-    'model.flow.class_conditional': True,
+    'model.flow.class_conditional': lambda values: values.data.num_classes > 0,
     'model.flow.blocks': '+2',
     'sampling.guidance.scale': 0.0,
   },
