@@ -27,6 +27,7 @@ from farmer_jax import api, sampling, terminal
 from farmer_jax import config as config_lib
 from farmer_jax.errors import UserError
 from farmer_jax.evaluation import figures
+from farmer_jax.workdir import layout
 
 # Configurations, and their changes to models that train in minutes on a CPU.
 _SMALL = {
@@ -121,7 +122,9 @@ class Ablations:
   def result(self, variant: str, seed: int) -> dict[str, Any]:
     """Returns the result of a run: 'nats' per dimension, 'parameters', and the sample quality."""
     config = self.configuration(variant, seed)
-    name = f'{variant}-{config.train.steps}-{seed}'.replace('/', ':')
+    # Results of other settings have other names.
+    settings = layout.short_hash((config_lib.to_dict(config), self.count))
+    name = f'{variant}-{seed}-{settings}'.replace('/', ':')
     file = self.folder / 'results' / f'{name}.json'
     if file.exists():
       return json.loads(file.read_text())

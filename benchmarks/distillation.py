@@ -39,15 +39,16 @@ def make_samplers(run, **settings):
 
   sequential = run.config.with_sampling(inverse='sequential', **settings)
   num_tokens, blocks = run.model.num_tokens, run.config.model.flow.blocks
-  return {
+  samplers = {
     'sequential': sampling.Sampler(run.model, sequential),
     'parallel fixed point': sampling.Sampler(run.model, sequential, [num_tokens - 1] * blocks),
     'student': student(0),
-    'student + 1 round': student(1),
-    'student + 2 rounds': student(2),
-    'student + 4 rounds': student(4),
-    'student + rounds to the tolerance': student(num_tokens),
   }
+  if not run.config.distill.denoise:  # Refinement converges to the noisy image.
+    for rounds in (1, 2, 4):
+      samplers[f'student + {rounds} round{"s" if rounds > 1 else ""}'] = student(rounds)
+    samplers['student + rounds to the tolerance'] = student(num_tokens)
+  return samplers
 
 
 class Reconstruction:
