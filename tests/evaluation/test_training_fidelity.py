@@ -87,6 +87,7 @@ def test_fidelity_job_reports_the_same(trained_run, scale):
     np.testing.assert_allclose(record[f'{name}_scale_{scale:g}'], report[name], rtol=1e-3)
 
 
+@pytest.mark.faults
 def test_resumed_run_measures_the_same(trained_run, tmp_path, monkeypatch):
   """The run ends after step 4 has been measured and saved."""
 
