@@ -5,8 +5,9 @@
 
 All variants are trained for the same number of steps with the same images, for several seeds.
 Prints a Markdown table of held-out nats/dim and, for data with classes, of the quality of samples
-without and with guidance, by the features of a classifier. Draws it to FOLDER/DATA.png. The command
-can be interrupted: with the same --folder, it reuses the results that it has.
+without and with guidance, by the features of a classifier. Draws the likelihoods and Fréchet
+distances to FOLDER/DATA.png. The command can be interrupted: with the same --folder, it reuses the
+results that it has.
 """
 
 import dataclasses
@@ -152,7 +153,7 @@ class Ablations:
     """Returns the row of a variant in the table, with standard errors over the seeds."""
     results = [self.result(variant, seed) for seed in range(self.seeds)]
     millions = results[0].get('parameters', math.nan) / 1e6
-    nats = variants.mean_and_error([result['nats'] for result in results])
+    nats = variants.mean_and_error([result['nats'] for result in results], 4)
     row = {'variant': variant, 'parameters': f'{millions:.2f} M', 'nats/dim': nats}
     if self.evaluator:
       for column in _GUIDANCE:
@@ -163,17 +164,18 @@ class Ablations:
 
 
 def draw_figure(file: epath.Path, rows: list[dict[str, str]]) -> None:
-  """Draws the first number of each cell of some columns as bars."""
+  """Draws likelihoods and Fréchet distances of the table, with their standard errors."""
   columns = [name for name in rows[0] if name == 'nats/dim' or name.endswith('distance')]
-  figure, axes = figures.plot(1, len(columns), size=(3 + 2.5 * len(columns), 1 + 0.3 * len(rows)))
+  size = 3 + 2.5 * len(columns), 1 + 0.3 * len(rows)
+  figure, axes = figures.plot(1, len(columns), size, sharey=True)
   names = [row['variant'] for row in reversed(rows)]
-  for number, (panel, column) in enumerate(zip(axes[0], columns, strict=True)):
+  axes[0][0].set_yticks(range(len(names)), names)
+  for panel, column in zip(axes[0], columns, strict=True):
     cells = [row[column].split(' ± ') for row in reversed(rows)]
     numbers = [math.nan if cell[0] == '–' else float(cell[0]) for cell in cells]
     errors = [float(cell[1]) if len(cell) > 1 else 0.0 for cell in cells]
     panel.errorbar(numbers, range(len(names)), xerr=errors, fmt='o', capsize=2)
-    panel.set_yticks(range(len(names)), names if number == 0 else [])
-    panel.set_title(column)
+    panel.set_title(column.replace(': distance', '\nFréchet distance'))
     panel.grid(axis='x')
   figures.save_png(file, figures.to_array(figure))
 

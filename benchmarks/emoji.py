@@ -104,13 +104,14 @@ def _on_white(image: Image.Image) -> Image.Image:
 def write(packages: list[pathlib.Path], out: pathlib.Path) -> collections.Counter[str]:
   """Writes the images to a new folder. Returns the number of images by split and category."""
   counts: collections.Counter[str] = collections.Counter()
-  for package in packages:
-    for vendor, category, index, variant, image in images(package):
-      split = 'valid' if index % _VALID_EVERY == 0 else 'train'
-      folder = out / split / category
-      folder.mkdir(parents=True, exist_ok=True)
-      image.save(folder / f'{variant}-{vendor}.png')
-      counts[f'{split}/{category}'] += 1
+  # All packages are read first, so that a wrong package leaves no incomplete folder.
+  found = [image for package in packages for image in images(package)]
+  for vendor, category, index, variant, image in found:
+    split = 'valid' if index % _VALID_EVERY == 0 else 'train'
+    folder = out / split / category
+    folder.mkdir(parents=True, exist_ok=True)
+    image.save(folder / f'{variant}-{vendor}.png')
+    counts[f'{split}/{category}'] += 1
   return counts
 
 

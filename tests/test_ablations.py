@@ -83,6 +83,13 @@ def test_wrong_packages_are_named(tmp_path, content):
     list(emoji.images(path))
 
 
+def test_wrong_second_package_leaves_no_folder(tmp_path):
+  packages = [make_package(tmp_path / 'google.tgz', 'google'), tmp_path / 'missing.tgz']
+  with pytest.raises(UserError, match='missing.tgz'):
+    emoji.write(packages, tmp_path / 'images')
+  assert not (tmp_path / 'images').exists()
+
+
 def test_missing_npm_is_one_line(tmp_path, monkeypatch):
   monkeypatch.setenv('PATH', str(tmp_path))
   with pytest.raises(UserError, match='npm'):

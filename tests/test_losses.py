@@ -150,7 +150,10 @@ def test_normalized_errors_do_not_depend_on_the_scale_of_latents(
     factors = jnp.asarray([1.0, scale, 1.0])[:, None, None, None]
     scaled = jnp.concatenate([outputs[:3] * factors, outputs[3:]])
     results = {'flow_outputs': scaled, 'student_outputs': (estimates * factors, estimates)}
-    apply = lambda *_, method: results[method]  # noqa: E731
+
+    def apply(*_, method):
+      return results[method]
+
     monkeypatch.setattr(student_lib.StudentFarmer, 'apply', apply)
     maps = {'kernel': kernel * factors[1:, 0], 'bias': jnp.zeros((2, 1, 1, 4))}
     return losses.student_errors({'alignment': maps}, {}, images, labels, 0.0, model=model)[0]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from farmer_jax.data import pipeline
 from farmer_jax.evaluation import classifier, training_fidelity
 from farmer_jax.jobs import fidelity, pretrain
 from tests.support import models, processes, runs
@@ -88,21 +87,9 @@ def test_fidelity_job_reports_the_same(trained_run, scale):
 
 
 @pytest.mark.faults
-def test_resumed_run_measures_the_same(trained_run, tmp_path, monkeypatch):
+def test_resumed_run_measures_the_same(trained_run, tmp_path):
   """The run ends after step 4 has been measured and saved."""
-
-  class Interrupted(Exception):
-    pass
-
-  take = pipeline.TrainIterator.__next__
-
-  def interrupted(self):
-    if self.get_state()['batches'] == 5:
-      raise Interrupted
-    return take(self)
-
-  with monkeypatch.context() as patch, pytest.raises(Interrupted):
-    patch.setattr(pipeline.TrainIterator, '__next__', interrupted)
+  with runs.interrupted_after(batches=5):
     pretrain.run(tiny(), tmp_path / 'run')
   assert list(measured(tmp_path / 'run')) == [2, 4]
   pretrain.run(tiny(), tmp_path / 'run')

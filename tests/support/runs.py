@@ -1,8 +1,11 @@
 """A run of a tiny model, for tests of jobs and of the Python API."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from farmer_jax import checkpoints
 from farmer_jax import config as config_lib
@@ -59,3 +62,25 @@ def read_samples(folder):
   """Returns all arrays in a folder of samples, by their names in the npz files."""
   shards = [np.load(file) for file in sorted(folder.glob('*.npz'))]
   return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0].files}
+
+
+class Interrupted(Exception):
+  pass
+
+
+@contextlib.contextmanager
+def interrupted_after(batches):
+  """Expects training to be interrupted when it asks for a batch after `batches` batches.
+
+  Yields the information of `pytest.raises` on the exception.
+  """
+  take = pipeline.TrainIterator.__next__
+
+  def interrupted(self):
+    if self.get_state()['batches'] == batches:
+      raise Interrupted
+    return take(self)
+
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as caught:
+    patch.setattr(pipeline.TrainIterator, '__next__', interrupted)
+    yield caught

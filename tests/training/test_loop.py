@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from farmer_jax import config, errors, terminal
-from farmer_jax.data import pipeline
 from farmer_jax.jobs import pretrain
 from tests.support import models, processes, runs
 
@@ -58,24 +57,12 @@ def test_interrupted_run_resumes_bit_exactly(uninterrupted, tmp_path, monkeypatc
 
   The range of profiled steps starts before the checkpoint and ends after the last step.
   """
-
-  class Interrupted(Exception):
-    pass
-
-  take = pipeline.TrainIterator.__next__
-
-  def interrupted(self):
-    if self.get_state()['batches'] == 5:
-      raise Interrupted
-    return take(self)
-
   bars, create = [], terminal.progress_bar
   monkeypatch.setattr(
     terminal, 'progress_bar', lambda *a, **k: bars.append(create(*a, **k)) or bars[-1]
   )
   workdir = tmp_path / 'run'
-  monkeypatch.setattr(pipeline.TrainIterator, '__next__', interrupted)
-  with pytest.raises(Interrupted) as caught:
+  with runs.interrupted_after(batches=5) as caught:
     pretrain.run(tiny(), workdir)
   # The traceback keeps the bars alive. An open bar would print a line after the error message.
   assert caught.tb and bars and all(bar.disable for bar in bars)
