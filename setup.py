@@ -1,4 +1,7 @@
-"""Packaging. requirements.txt pins the tested versions; this file lists the supported ranges."""
+"""Packaging. requirements.txt pins the tested versions; this file lists the supported ranges.
+
+farmer_jax/configs is a symbolic link to configs/, so that wheels contain the configurations.
+"""
 
 import pathlib
 import re
@@ -18,7 +21,23 @@ setuptools.setup(
   long_description=(_ROOT / 'README.md').read_text(),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
+  keywords='normalizing flow, autoregressive model, image generation, likelihood, JAX, Flax',
+  project_urls={'Paper': 'https://arxiv.org/abs/2510.23588'},
+  classifiers=[
+    'Development Status :: 4 - Beta',
+    'Environment :: Console',
+    'Intended Audience :: Science/Research',
+    'Operating System :: POSIX :: Linux',
+    'Programming Language :: Python :: 3 :: Only',
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Programming Language :: Python :: 3.13',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    'Typing :: Typed',
+  ],
   packages=setuptools.find_packages(include=['farmer_jax*']),
+  package_data={'farmer_jax': ['py.typed']},
+  entry_points={'console_scripts': ['farmer_jax = farmer_jax.main:run']},
   python_requires='>=3.11',
   # The upper bounds exclude versions whose internals differ: farmer_jax uses internals of Orbax and
   # Grain, and matches error messages of Orbax and TensorStore.

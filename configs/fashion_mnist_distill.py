@@ -14,7 +14,7 @@ of guided samples is 5.6, and 6.7 with the exact inverse (docs/benchmarks.md, "D
 
 from ml_collections import ConfigDict
 
-from configs import fashion_mnist_samples
+from farmer_jax.configs import fashion_mnist_samples
 
 
 def get_config() -> ConfigDict:

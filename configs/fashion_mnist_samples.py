@@ -18,7 +18,7 @@ classifier: docs/benchmarks.md, "Guidance".
 
 from ml_collections import ConfigDict
 
-from configs import fashion_mnist
+from farmer_jax.configs import fashion_mnist
 
 
 def get_config() -> ConfigDict:

@@ -15,6 +15,6 @@ def get_config(run: str = '') -> ConfigDict:
   """Returns the configuration in RUN/config.json."""
   if not run:
     raise errors.ConfigError(
-      'no workdir in --config=configs/from_run.py; add one: --config=configs/from_run.py:RUN'
+      'no workdir in --config=from_run; add the workdir of a run: --config=from_run:RUN'
     )
   return config.to_config_dict(config.from_config_dict(layout.read_config(run)))

@@ -16,7 +16,7 @@ This result has not been reproduced with farmer_jax (docs/paper.md).
 
 from ml_collections import ConfigDict
 
-from configs import in256
+from farmer_jax.configs import in256
 
 _EPOCHS = 60
 

@@ -1,13 +1,17 @@
 """Trains FARMER models, and samples from and evaluates trained models.
 
-Example:
+Examples:
+  farmer_jax --config=quickstart --workdir=runs/quickstart
   python -m farmer_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 import contextlib
+import difflib
 import functools
 import operator
 import os
+import pathlib
+import re
 import signal
 import sys
 import traceback
@@ -19,9 +23,16 @@ from ml_collections import config_flags
 from farmer_jax import config as config_lib
 from farmer_jax import errors, terminal
 
+_CONFIG_FILES = pathlib.Path(__file__).parent / 'configs'
+_CONFIG_NAMES = sorted(file.stem for file in _CONFIG_FILES.glob('[!_]*.py'))
+
+_NAMES_AND_FILES = f'give FILE.py or one of these names: {", ".join(_CONFIG_NAMES)}'
+_NO_CONFIG = f'no --config given, for example --config=quickstart; {_NAMES_AND_FILES}'
+
 _CONFIG = config_flags.DEFINE_config_file(
   'config',
-  help_string='Configuration file, for example configs/quickstart.py. Override a key with'
+  help_string='Configuration, NAME[:VARIANT] or FILE.py[:VARIANT], for example in256:1.9b-p8 or'
+  f' configs/in256.py:1.9b-p8. Names: {", ".join(_CONFIG_NAMES)}. Override a key with'
   ' --config.KEY=VALUE, for example --config.train.steps=100. --config_help lists all keys.',
 )
 _CONFIG_HELP = flags.DEFINE_bool(
@@ -110,6 +121,7 @@ def run() -> None:
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   # A notebook sets a backend for its own process. Figures are only written to files.
   os.environ['MPLBACKEND'] = 'agg'
+  _adopt_help()
   terminal.protect_streams()
   # An exception in the middle of an import or of a callback of JAX would be lost or misleading.
   is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -124,6 +136,15 @@ def run() -> None:
       signal.signal(signal.SIGINT, previous)
 
 
+def _adopt_help() -> None:
+  """Makes --help describe this module if a console script, which is then __main__, imports it."""
+  script = sys.modules['__main__']
+  if not script.__doc__:
+    script.__doc__ = __doc__
+  for flag in flags.FLAGS.flags_by_module_dict().get(__name__, []):
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
 def _exit_when_interrupted(number: int, frame: object) -> None:
   """Handles Ctrl-C while a job has nothing to save."""
   with contextlib.suppress(Exception):
@@ -134,7 +155,7 @@ def _exit_when_interrupted(number: int, frame: object) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   """Parses flags. Raises ConfigError for errors in flags and in the configuration file."""
-  argv = _without_none_overrides(_checked_config_file(argv))
+  argv = _without_none_overrides(_with_config_path(argv))
   try:
     return flags.FLAGS(argv)
   except (AttributeError, KeyError, flags.Error, OSError, TypeError, ValueError) as error:
@@ -150,28 +171,50 @@ def _parse_flags(argv: list[str]) -> list[str]:
     raise errors.ConfigError(message) from error
 
 
-def _checked_config_file(argv: list[str]) -> list[str]:
-  """Expands ~ in --config=FILE. Raises ConfigError if the file does not exist.
+def _with_config_path(argv: list[str]) -> list[str]:
+  """Replaces the name or file in --config by a path. Raises ConfigError if there is no such file.
 
   For a missing file with overrides, the message of ml_collections does not start with the file.
   """
-  expanded, found = list(argv), 0
-  for index, argument in enumerate(argv):
+  replaced: list[str] = []
+  arguments, found = iter(argv), False
+  for argument in arguments:
     name, equals, value = argument.partition('=')
-    if name in ('--config', '-config') and equals:
-      found += 1
-      if found > 1:
-        raise errors.ConfigError('--config is given twice; give one configuration file')
-      expanded[index] = f'{name}={os.path.expanduser(value)}'
-      file = os.path.expanduser(value).partition(':')[0]
-      if not os.path.isfile(file):
-        reason = 'it is a folder' if os.path.isdir(file) else 'no such file'
-        raise errors.ConfigError(f'cannot read the --config file {file}: {reason}')
-      if not file.endswith('.py'):
-        run = os.path.dirname(file) or '.'
-        hint = f'; use --config=configs/from_run.py:{run}' if file.endswith('config.json') else ''
-        raise errors.ConfigError(f'the --config file {file} is not a Python file{hint}')
-  return expanded
+    if name in ('--config', '-config'):
+      if found:
+        raise errors.ConfigError('--config is given twice; give one configuration')
+      found = True
+      argument = f'--config={_config_path(value if equals else next(arguments, ""))}'
+    replaced.append(argument)
+  return replaced
+
+
+def _config_path(value: str) -> str:
+  """Returns FILE.py[:VARIANT] for the value of --config, NAME[:VARIANT] or FILE.py[:VARIANT]."""
+  file, colon, variant = os.path.expanduser(value).partition(':')
+  stem = os.path.basename(file).removesuffix('.py')
+  if not file:
+    raise errors.ConfigError(_NO_CONFIG)
+  if stem == file and re.fullmatch(r'[\w-]+', file):
+    if file in _CONFIG_NAMES:
+      return f'{_CONFIG_FILES / file}.py{colon}{variant}'
+    close = difflib.get_close_matches(file, _CONFIG_NAMES, n=1)
+    hint = f'did you mean --config={close[0]}{colon}{variant}?' if close else _NAMES_AND_FILES
+    raise errors.ConfigError(f'no configuration has the name {file}; {hint}')
+  if os.path.isdir(file):
+    raise errors.ConfigError(
+      f'cannot read the --config file {file}: it is a folder; the configuration of a run is'
+      f' --config=from_run:{file}'
+    )
+  if not os.path.isfile(file):
+    known = stem in _CONFIG_NAMES
+    hint = f'; use the name instead: --config={stem}{colon}{variant}' if known else ''
+    raise errors.ConfigError(f'cannot read the --config file {file}: no such file{hint}')
+  if not file.endswith('.py'):
+    run = os.path.dirname(file) or '.'
+    hint = f'; use --config=from_run:{run}' if file.endswith('config.json') else ''
+    raise errors.ConfigError(f'the --config file {file} is not a Python file{hint}')
+  return file + colon + variant
 
 
 # Paths of the keys that overrides set to None.
@@ -201,7 +244,7 @@ def _without_none_overrides(argv: list[str]) -> list[str]:
 def _config_values() -> ml_collections.ConfigDict:
   """Returns the ConfigDict of --config with its overrides."""
   if _CONFIG.value is None:
-    raise errors.ConfigError('no --config given, for example --config=configs/quickstart.py')
+    raise errors.ConfigError(_NO_CONFIG)
   try:
     values = _CONFIG.value.unlock()
   except OSError as error:  # ml_collections reports a missing file on the first access.

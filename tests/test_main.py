@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 from absl import flags
 
-import farmer_jax
+import farmer_jax.main
 from farmer_jax import config, errors
 from tests.support import command_line
 
@@ -35,6 +35,14 @@ def test_overrides_reach_the_job_and_the_default_workdir_is_the_name_of_the_run(
   assert (workdir, built.train.steps, built.data.path) == ('w', 7, 'p')
   assert run(QUICKSTART).jobs[0][1] == 'runs/quickstart'
   assert run('--config=configs/in256.py:1.9b-p8').jobs[0][1] == 'runs/in256-1.9b-p8'
+
+
+def test_configurations_have_names(run):
+  expected = run(QUICKSTART).jobs
+  assert run('--config=quickstart').jobs == run('--config', 'quickstart').jobs == expected
+  assert run('--config=in256:1.9b-p8').jobs == run('--config=configs/in256.py:1.9b-p8').jobs
+  files = {file.stem for file in (command_line.ROOT / 'configs').glob('*.py')} - {'__init__'}
+  assert all(name in run('--config=unknown').err for name in files)
 
 
 def test_none_resets_a_key_that_the_file_sets(run, tmp_path):
@@ -65,10 +73,16 @@ def test_config_help(run):
   os.close(write_end)
 
 
-def test_help_describes_every_flag():
+@pytest.mark.parametrize(
+  'command',
+  [('-m', 'farmer_jax.main'), ('-c', 'from farmer_jax.main import run; run()')],  # pip's script
+  ids=['module', 'script'],
+)
+def test_help_describes_every_flag(command):
   ours = {flag.name for flag in flags.FLAGS.flags_by_module_dict()['farmer_jax.main']}
   assert {'config', 'config_help', 'debug', 'job', 'workdir'} <= ours
-  text = start('-m', 'farmer_jax.main', '--help').stdout
+  text = start(*command, '--help').stdout
+  assert text.startswith(farmer_jax.main.__doc__)
   for name in ours:
     assert re.search(rf'^  --(\[no\])?{name}: \S', text, re.MULTILINE)
 
@@ -89,8 +103,13 @@ def test_help_describes_every_flag():
     (['--config=configs/nothing.py'], 'nothing.py'),
     (['--config=configs/in256.py:7b'], '1.1b-p16'),
     (['--config=configs/from_run.py:/nowhere'], '/nowhere'),
-    (['--config=configs/from_run.py'], 'configs/from_run.py:RUN'),
+    (['--config=configs/from_run.py'], '--config=from_run:RUN'),
     ([QUICKSTART, QUICKSTART], '--config is given twice'),
+    ([QUICKSTART, '--config', 'quickstart'], '--config is given twice'),
+    (['--config'], '--config=quickstart'),
+    (['--config=in265:1.9b-p8'], '--config=in256:1.9b-p8?'),
+    (['--config=elsewhere/in256.py:1.9b-p8'], '--config=in256:1.9b-p8'),
+    (['--config=docs/'], '--config=from_run:docs/'),
     ([f'--config={__file__.removesuffix(".py")}'], 'no such file'),
     ([f'--config={command_line.ROOT}/Makefile'], 'not a Python file'),
     ([QUICKSTART, '--config.name=None'], 'config.name cannot be None'),
@@ -121,13 +140,14 @@ def test_bug_is_a_traceback(run):
 
 
 @pytest.mark.parametrize('old_names', [False, True])
-def test_from_run_reads_the_configuration_of_a_run(run, tmp_path, old_names):
+@pytest.mark.parametrize('from_run', ['configs/from_run.py', 'from_run'])
+def test_from_run_reads_the_configuration_of_a_run(run, tmp_path, from_run, old_names):
   saved = config.Config(name='earlier', seed=3, train=config.Train(max_rollbacks=5))
   values = config.to_dict(saved)
   if old_names:
     values['train']['max_returns'] = values['train'].pop('max_rollbacks')
   (tmp_path / 'config.json').write_text(json.dumps(values))
-  outcome = run(f'--config=configs/from_run.py:{tmp_path}')
+  outcome = run(f'--config={from_run}:{tmp_path}')
   assert outcome.code == 0, outcome.err
   assert outcome.jobs[0][0] == saved
 
