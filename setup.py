@@ -72,6 +72,8 @@ setuptools.setup(
     's3': ['s3fs'],
     # TensorBoard events, and the preparation of TFDS data sets. Reading them needs no TensorFlow.
     'tensorboard': ['tensorflow-cpu>=2.21', 'tensorboard>=2.21'],
+    # Weights & Biases: config.tracker.kind=wandb.
+    'wandb': ['wandb>=0.23,<0.32'],
     'dev': [
       'beartype>=0.23',
       'chex>=0.1.92',

@@ -38,14 +38,15 @@ ALLOWED = {
 PRIVATE_IMPORTS = {'checkpoints/orbax_internals.py'}
 
 # The only file, if any, that may import a package or call a function. Serializers, interpreters and
-# the functions can run code from a file. TensorFlow, PyTorch and tqdm must stay unnecessary or
-# replaceable. The names of the jobs in jobs/__init__.py come from the choices of config.job.
+# the functions can run code from a file. TensorFlow, PyTorch, tqdm and wandb must stay unnecessary
+# or replaceable. The names of the jobs in jobs/__init__.py come from the choices of config.job.
 SERIALIZERS = ('cloudpickle', 'dill', 'joblib', 'marshal', 'pickle', 'shelve', 'yaml')
 INTERPRETERS = ('code', 'pty', 'runpy', 'subprocess')
 RESTRICTED_PACKAGES = {
   **dict.fromkeys((*SERIALIZERS, *INTERPRETERS, 'tensorboard', 'tensorflow')),
   'torch': 'evaluation/convert_inception.py',
   'tqdm': 'terminal.py',
+  'wandb': 'workdir/tracker.py',
 }
 RESTRICTED_CALLS = {
   **dict.fromkeys(('eval', 'exec', 'compile', '__import__', 'os.system', 'os.popen')),

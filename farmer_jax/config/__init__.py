@@ -19,4 +19,12 @@ from farmer_jax.config.schema import (
 from farmer_jax.config.sections import Config
 from farmer_jax.config.sections.evaluation import Fidelity, Guidance, Likelihood, Sampling
 from farmer_jax.config.sections.model import Data, Flow, Model, Noise, Prior
-from farmer_jax.config.sections.training import Compile, Distill, Mesh, Optimizer, Profile, Train
+from farmer_jax.config.sections.training import (
+  Compile,
+  Distill,
+  Mesh,
+  Optimizer,
+  Profile,
+  Tracker,
+  Train,
+)

@@ -75,10 +75,11 @@ def to_array(figure: Any) -> Picture:
   return np.asarray(Image.open(stream).convert('RGB'))
 
 
-def training_curves(path: epath.Path, records: Sequence[dict[str, Any]], title: str) -> None:
-  """Writes a PNG with the losses in records of metrics.jsonl and the terms of the training loss.
+def training_curves(path: epath.Path, records: Sequence[dict[str, Any]], title: str) -> Picture:
+  """Draws the losses in records of metrics.jsonl and the terms of the training loss, as a PNG file.
 
-  A third panel shows the Fréchet distances of samples, if training measured them.
+  A third panel shows the Fréchet distances of samples, if training measured them. Returns the
+  picture.
   """
   name = 'bits_per_dim' if any('bits_per_dim' in r for r in records) else 'loss'
   is_likelihood = any('log_det' in r for r in records)
@@ -114,4 +115,6 @@ def training_curves(path: epath.Path, records: Sequence[dict[str, Any]], title: 
     if panel.lines:
       panel.legend()
   figure.suptitle(title)
-  save_png(path, to_array(figure))
+  picture = to_array(figure)
+  save_png(path, picture)
+  return picture

@@ -19,7 +19,7 @@ from farmer_jax.jobs.training_run import Resources
 from farmer_jax.nn import farmer
 from farmer_jax.training import divergence, hooks, loop
 from farmer_jax.training.step import LossFn, Params, TrainState
-from farmer_jax.workdir import layout, metrics
+from farmer_jax.workdir import layout, metrics, tracker
 from farmer_jax.xla import memory
 
 
@@ -57,6 +57,9 @@ def train(
   )
   with contextlib.ExitStack() as stack, mesh.activate(), contextlib.closing(iterator):
     processes.on_process_zero(lambda: stack.enter_context(layout.lock(workdir)))
+    writer = stack.enter_context(metrics.MetricWriter(workdir))
+    if config.tracker.kind != 'none':
+      processes.on_process_zero(lambda: writer.add(tracker.WandbRun(config, workdir)))
     state = loop.Trainer(
       config,
       workdir,
@@ -64,21 +67,31 @@ def train(
       init_params=init_params,
       loss_fn=loss_fn,
       iterator=iterator,
+      writer=writer,
       validation=validation,
       fidelity=fidelity,
       hooks=[_sample_hook(config, workdir, resources, model, sampling_params)],
       frozen=frozen,
       diagnose=diagnose,
     ).train()
-  curves = workdir / 'figures' / 'curves.png'
-  if not jax.process_index():
-    with layout.optional_write('The training curves'):
-      figures.training_curves(curves, metrics.read(workdir), config.name)
+    curves = _draw_curves(config, workdir, writer)
   terminal.print_result(f'Finished after {(time.monotonic() - start) / 60:.1f} minutes.')
   if config.train.sample_every:
     terminal.print_result(f'Samples: {_grid_path(workdir, config.train.steps)}')
   terminal.print_result(f'Curves:  {curves}')
   return state, validation.metrics
+
+
+def _draw_curves(
+  config: config_lib.Config, workdir: epath.Path, writer: metrics.MetricWriter
+) -> epath.Path:
+  """Draws the training curves in process 0. Returns their path."""
+  path = workdir / 'figures' / 'curves.png'
+  if not jax.process_index():
+    with layout.optional_write('The training curves'):
+      curves = figures.training_curves(path, metrics.read(workdir), config.name)
+      writer.write_image(config.train.steps, 'curves', curves)
+  return path
 
 
 def _fidelity_hook(

@@ -37,6 +37,7 @@ class Trainer:
     init_params: init_params(key, *frozen) -> parameters, boxed with their logical axis names.
     loss_fn: see `step.make_train_step`.
     iterator: yields the shard of each training batch that this process reads.
+    writer: where metrics are written.
     validation: runs every `config.train.validate_every` steps. Checkpoints record its loss.
     fidelity: runs every `config.train.fidelity_every` steps, if not None. Checkpoints record its
       score.
@@ -51,6 +52,7 @@ class Trainer:
   init_params: Callable[..., step_lib.Params]
   loss_fn: step_lib.LossFn
   iterator: pipeline.TrainIterator
+  writer: metrics_lib.MetricWriter
   validation: hooks_lib.Validation
   fidelity: hooks_lib.Validation | None = None
   hooks: Sequence[hooks_lib.Hook] = ()
@@ -94,7 +96,7 @@ class Trainer:
       logging.info(f'Parameters:\n{overview}')
       logging.info(f'Kinds of parameters:\n{scaling.table(state.params, self.config)}')
     self._train_step = self._compile(state)
-    self._writer = metrics_lib.MetricWriter(self.workdir, step)
+    self.writer.rewind(step)
     self._throughput = throughput_lib.Throughput(self.config, step)
     self._monitor = divergence.DivergenceMonitor(train, self.workdir, self.diagnose)
     self._profiler = hooks_lib.Profiler(self.config.profile, self.workdir)
@@ -153,7 +155,7 @@ class Trainer:
         continue
 
       with self._throughput.paused():
-        info = hooks_lib.StepInfo(step, state, metrics, self._writer)
+        info = hooks_lib.StepInfo(step, state, metrics, self.writer)
         for hook in self._all_hooks:
           if hook.is_due(step, last_step):
             hook.function(info)
@@ -185,8 +187,7 @@ class Trainer:
       state = self._initial_state()
     self.iterator.change_order()
     logging.info(f'Resuming from step {step} with data order {self.iterator.order}.')
-    self._writer.close()
-    self._writer = metrics_lib.MetricWriter(self.workdir, step)
+    self.writer.rewind(step)
     self._throughput.rewind(step)
     return state, step
 
@@ -209,9 +210,9 @@ class Trainer:
     self._checkpointer.save(info.step, info.state, self.iterator, loss, fidelity)
 
   def _close(self) -> None:
-    """Closes all outputs. Raises CheckpointError if the last checkpoint was not written."""
+    """Completes all outputs. Raises CheckpointError if the last checkpoint was not written."""
     self._profiler.close()
-    self._writer.close()
+    self.writer.flush()
     self._checkpointer.close()
 
 

@@ -93,7 +93,7 @@ def results_folder(config: config_lib.Config, workdir: epath.Path) -> epath.Path
   """
   folder = absolute(config.results) if config.results else workdir
   check_no_pattern(folder, '--config.results')
-  file, owner = folder / _RUN_FILE, {'workdir': str(workdir), 'id': _run_id(workdir)}
+  file, owner = folder / _RUN_FILE, {'workdir': str(workdir), 'id': run_id(workdir)}
   # The name is unique, because all processes of a job write at the same time.
   probe = folder / f'.writable-{socket.gethostname()}-{os.getpid()}'
   try:
@@ -115,7 +115,7 @@ def results_folder(config: config_lib.Config, workdir: epath.Path) -> epath.Path
   return folder
 
 
-def _run_id(workdir: epath.Path) -> str | None:
+def run_id(workdir: epath.Path) -> str | None:
   """Returns the random name of a run, which a new run in the same workdir does not have."""
   file = workdir / _RUN_FILE
   if not file.exists():  # The run was started by an earlier version.

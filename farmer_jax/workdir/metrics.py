@@ -1,15 +1,13 @@
-"""Metrics of a run: WORKDIR/metrics.jsonl and TensorBoard events."""
+"""Metrics of a run: WORKDIR/metrics.jsonl, TensorBoard events, and a tracker."""
 
 import contextlib
 import errno
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Mapping
-from logging import LogRecord
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import jax
 import numpy as np
@@ -17,90 +15,134 @@ from absl import logging
 from etils import epath
 from jaxtyping import UInt8
 
-from farmer_jax.workdir import layout, stores
+from farmer_jax import errors
+from farmer_jax.distributed import preemption
+from farmer_jax.workdir import events, layout, stores
 
 _FILE = 'metrics.jsonl'
 
 
-class MetricWriter:
-  """Appends metrics to metrics.jsonl, one JSON object per line, and to TensorBoard events.
+class Writer(Protocol):
+  """A destination of metrics in process 0, called `name` in messages. `rewind` is called first."""
 
-  Only process 0 writes. A run that resumes from the checkpoint of `first_step` removes the metrics
-  of later steps, so that each step occurs once. A disk that is full causes one warning. Lines that
-  could not be written are written later.
+  name: str
+
+  def rewind(self, step: int) -> None:
+    """The run starts at the checkpoint of `step`, or returns to it: later metrics are obsolete."""
+
+  def write(self, step: int, split: str, scalars: Mapping[str, float]) -> None: ...
+
+  def write_image(self, step: int, name: str, image: UInt8[np.ndarray, 'H W C']) -> None: ...
+
+  def flush(self) -> None:
+    """Called before a checkpoint is saved: a run that resumes from it has all earlier metrics."""
+
+  def close(self, exit_code: int) -> None:
+    """The process ends with `exit_code`, or would if the run was not started from Python."""
+
+
+class MetricWriter:
+  """Context in which metrics are written to metrics.jsonl and to further writers.
+
+  Only process 0 writes. Training does not need the further writers: after an exception of one of
+  them, a warning is logged, and nothing more is written to it.
   """
 
-  def __init__(self, workdir: epath.Path, first_step: int):
-    self._workdir = workdir
-    self._file: _AppendedFile | None = None
-    self._folder: tempfile.TemporaryDirectory[str] | None = None
-    self._events: Any = None
-    if jax.process_index():
-      return
-    path = workdir / _FILE
-    before = path.read_text() if path.exists() else ''
-    text = ''.join(f'{line}\n' for line in before.splitlines() if _step(line) <= first_step)
-    if text != before:
-      layout.write_text(path, text)
-    self._file = _StoredFile(path, text) if stores.is_store(path) else _AppendedFile(path)
-    # TensorFlow has another client for object stores. Event files are written locally and copied.
-    if stores.is_store(path):
-      self._folder = tempfile.TemporaryDirectory(prefix='events-')
-    self._events = _tensorboard_writer(self._folder.name if self._folder else workdir)
+  def __init__(self, workdir: epath.Path):
+    self._lines: _LineWriter | None = None
+    self._others: list[Writer] = []
+    if not jax.process_index():
+      self._lines = _LineWriter(workdir / _FILE)
+      self._others.append(events.EventWriter(workdir))
+
+  def add(self, writer: Writer) -> None:
+    self._others.append(writer)
+
+  def __enter__(self) -> 'MetricWriter':
+    return self
+
+  def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
+    preempted = isinstance(error, preemption.Preempted)
+    self._call('close', errors.EXIT_CODE_PREEMPTED if preempted else int(error is not None))
+
+  def rewind(self, step: int) -> None:
+    """Starts after the checkpoint of `step`. Removes later metrics, so that no step occurs twice.
+
+    A tracker cannot remove metrics. It gets the metrics of a repeated step again.
+    """
+    self._call('rewind', step)
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Writes scalars of `split` ('train', 'valid' or 'fidelity') at `step`."""
-    if self._file is None:
-      return
-    scalars = {name: float(value) for name, value in values.items()}
+    self._call('write', step, split, {name: float(value) for name, value in values.items()})
+
+  def write_image(self, step: int, name: str, image: UInt8[np.ndarray, 'H W C']) -> None:
+    self._call('write_image', step, name, image)
+
+  def flush(self) -> None:
+    """Called before a checkpoint is saved. See `Writer.flush`."""
+    self._call('flush')
+
+  def _call(self, method: str, *args: Any) -> None:
+    if self._lines:
+      getattr(self._lines, method)(*args)
+    for writer in tuple(self._others):
+      try:
+        getattr(writer, method)(*args)
+      except Exception as error:  # TensorFlow and trackers raise their own types.
+        self._others.remove(writer)
+        logging.warning(
+          f'{writer.name}: metrics are no longer written ({_reason(error)}). Training continues.'
+        )
+
+
+def _reason(error: Exception) -> str:
+  """Describes an error of a library in one line."""
+  text = ' '.join(str(error.__cause__ or error).split())  # CLU wraps the errors of TensorFlow.
+  # The message of TensorFlow starts with long names. The reason of the system is at its end.
+  known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO))
+  return next((system for system in known if system in text), text[:200])
+
+
+class _LineWriter:
+  """Appends scalars to metrics.jsonl, one JSON object per line.
+
+  A disk that is full causes one warning. Lines that could not be written are written later.
+  """
+
+  name = _FILE
+
+  def __init__(self, path: epath.Path):
+    self._path = path
+    self._file: _AppendedFile | None = None
+
+  def rewind(self, step: int) -> None:
+    if self._file:
+      self._file.close()
+    before = self._path.read_text() if self._path.exists() else ''
+    text = ''.join(f'{line}\n' for line in before.splitlines() if _step(line) <= step)
+    if text != before:
+      layout.write_text(self._path, text)
+    is_stored = stores.is_store(self._path)
+    self._file = _StoredFile(self._path, text) if is_stored else _AppendedFile(self._path)
+
+  def write(self, step: int, split: str, scalars: Mapping[str, float]) -> None:
+    assert self._file
     # JSON has no NaN and no infinity.
     finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
     record = {'step': step, 'split': split, 'time': round(time.time(), 3), **finite}
-    has_written = self._file.append(json.dumps(record, allow_nan=False) + '\n')
-    self._write_events(
-      'write_scalars', step, {f'{split}/{name}': value for name, value in scalars.items()}
-    )
-    if has_written and self._folder:
-      self._copy_events(self._folder.name)
-
-  def flush(self) -> None:
-    """Writes all metrics to an object store. Called before a checkpoint is saved.
-
-    A run that is killed then has all metrics up to the checkpoint from which it resumes.
-    """
-    if self._file and self._file.flush() and self._folder:
-      self._copy_events(self._folder.name)
+    self._file.append(json.dumps(record, allow_nan=False) + '\n')
 
   def write_image(self, step: int, name: str, image: UInt8[np.ndarray, 'H W C']) -> None:
-    self._write_events('write_images', step, {name: image[None]})
+    """Images are files of their own."""
 
-  def close(self) -> None:
+  def flush(self) -> None:
+    if self._file:
+      self._file.flush()
+
+  def close(self, exit_code: int) -> None:
     if self._file:
       self._file.close()
-    self._write_events('close')
-    if self._folder:
-      self._copy_events(self._folder.name)
-      self._folder.cleanup()
-
-  def _copy_events(self, folder: str) -> None:
-    """Copies the event files of this process to an object store."""
-    self._write_events('flush')
-    with layout.optional_write('TensorBoard events'):
-      stores.copy_files(folder, self._workdir)
-
-  def _write_events(self, method: str, *args: Any) -> None:
-    """Calls a method of CLU's writer. After an exception, no more events are written."""
-    if self._events is None:
-      return
-    try:
-      getattr(self._events, method)(*args)
-    except Exception as error:  # TensorFlow raises its own types, and CLU wraps them.
-      self._events = None
-      text = ' '.join(str(error.__cause__ or error).split())
-      # The message of TensorFlow starts with long names. The reason of the system is at its end.
-      known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO))
-      reason = next((system for system in known if system in text), text[:200])
-      logging.warning(f'TensorBoard events are no longer written ({reason}). Training continues.')
 
 
 class _AppendedFile:
@@ -111,8 +153,7 @@ class _AppendedFile:
     # Without a buffer, the number of bytes that a full disk accepted is known.
     self._file: IO[bytes] | None = open(path, 'ab', buffering=0)  # noqa: SIM115
 
-  def append(self, text: str) -> bool:
-    """Adds text. Returns whether all text is in the file."""
+  def append(self, text: str) -> None:
     self._pending += text.encode()
     try:
       self._write()
@@ -122,11 +163,10 @@ class _AppendedFile:
         reason = stores.describe(error)
         logging.warning(f'Metrics cannot be written ({reason}). Training continues.')
       self._has_failed = True
-    return not self._pending
 
-  def flush(self) -> bool:
-    """Writes all text. Returns whether all text is in the file."""
-    return self.append('')
+  def flush(self) -> None:
+    """Writes all text."""
+    self.append('')
 
   def close(self) -> None:
     self.flush()
@@ -149,9 +189,9 @@ class _StoredFile(_AppendedFile):
     self._path, self._content, self._file = path, text.encode(), None
     self._pending, self._has_failed, self._next_write = b'', False, time.monotonic() + self._SECONDS
 
-  def flush(self) -> bool:
+  def flush(self) -> None:
     self._next_write = -math.inf
-    return self.append('')
+    self.append('')
 
   def _write(self) -> None:
     if self._pending and time.monotonic() > self._next_write:
@@ -173,19 +213,3 @@ def _step(line: str) -> float:
     return json.loads(line)['step']
   except (ValueError, KeyError, TypeError):
     return math.nan
-
-
-def _tensorboard_writer(folder: epath.PathLike) -> Any:
-  """Returns CLU's writer, or None if CLU or TensorFlow is not installed."""
-  try:
-    from clu import metric_writers
-  except ImportError as error:
-    logging.info(f'TensorBoard events are not written ({error}). Metrics are in metrics.jsonl.')
-    return None
-  # The thread of the writer logs the traceback of an exception that `_write_events` reports.
-  logging.get_absl_logger().addFilter(_is_not_from_the_thread)
-  return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
-
-
-def _is_not_from_the_thread(record: LogRecord) -> bool:
-  return not record.pathname.endswith('asynclib.py')

@@ -6,7 +6,15 @@ from typing import Any, Literal
 from farmer_jax.config.fields import Changeable, NonNegativeInt
 from farmer_jax.config.sections.evaluation import Fidelity, Guidance, Likelihood, Sampling
 from farmer_jax.config.sections.model import Data, Flow, Model, Noise, Prior
-from farmer_jax.config.sections.training import Compile, Distill, Mesh, Optimizer, Profile, Train
+from farmer_jax.config.sections.training import (
+  Compile,
+  Distill,
+  Mesh,
+  Optimizer,
+  Profile,
+  Tracker,
+  Train,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Config:
   train: Train = Train()
   mesh: Changeable[Mesh] = Mesh()
   profile: Changeable[Profile] = Profile()
+  tracker: Changeable[Tracker] = Tracker()
   sampling: Changeable[Sampling] = Sampling()
   distill: Distill = Distill()
   likelihood: Changeable[Likelihood] = Likelihood()

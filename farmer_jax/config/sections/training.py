@@ -40,6 +40,21 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tracker:
+  """A service that shows the metrics of training, in addition to the files in the workdir."""
+
+  kind: Literal['none', 'wandb'] = 'none'
+  """wandb: Weights & Biases, with the settings of its environment variables, for example
+  WANDB_MODE=offline and WANDB_ENTITY."""
+  project: str = 'farmer_jax'
+  """Project of the run there."""
+  name: str | None = None
+  """Name of the run there. None is the key name."""
+  tags: str = ''
+  """Tags, separated by commas."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Train:
   """The training loop."""
 
