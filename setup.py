@@ -73,7 +73,7 @@ setuptools.setup(
     # TensorBoard events, and the preparation of TFDS data sets. Reading them needs no TensorFlow.
     'tensorboard': ['tensorflow-cpu>=2.21', 'tensorboard>=2.21'],
     # Weights & Biases: config.tracker.kind=wandb.
-    'wandb': ['wandb>=0.23,<0.32'],
+    'wandb': ['wandb>=0.31'],
     'dev': [
       'beartype>=0.23',
       'chex>=0.1.92',
