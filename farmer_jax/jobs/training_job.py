@@ -58,8 +58,8 @@ def train(
   with contextlib.ExitStack() as stack, mesh.activate(), contextlib.closing(iterator):
     processes.on_process_zero(lambda: stack.enter_context(layout.lock(workdir)))
     writer = stack.enter_context(metrics.MetricWriter(workdir))
-    if config.tracker.kind != 'none':
-      processes.on_process_zero(lambda: writer.add(tracker.WandbRun(config, workdir)))
+    if create := tracker.TRACKERS.get(config.tracker.kind):
+      processes.on_process_zero(lambda: writer.add(create(config, workdir)))
     state = loop.Trainer(
       config,
       workdir,

@@ -86,3 +86,6 @@ class WandbRun:
     if exit_code == EXIT_CODE_PREEMPTED:
       self._run.mark_preempting()
     self._run.finish(exit_code=exit_code)
+
+
+TRACKERS = {'wandb': WandbRun}  # by the choices of config.tracker.kind, without none
