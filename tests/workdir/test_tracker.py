@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from farmer_jax import errors
 from farmer_jax.distributed import preemption
 from farmer_jax.jobs import pretrain
 from farmer_jax.workdir import layout, metrics, tracker
-from tests.support import models, processes, runs, wandb_files
+from tests.support import models, processes, runs, wandb_files, wandb_server
 
 wandb = pytest.importorskip('wandb')
 
@@ -152,10 +153,52 @@ def test_failing_tracker_does_not_stop_training(tmp_path, caplog):
   assert 'Connection lost' in caplog.text
 
 
-def test_unreachable_service_records_offline(claimed, monkeypatch, caplog):
+@pytest.fixture(name='server')
+def _server(monkeypatch):
+  with wandb_server.running() as server:
+    use_server(monkeypatch, server.url)
+    yield server
+
+
+def use_server(monkeypatch, url):
   monkeypatch.setenv('WANDB_MODE', 'online')
-  monkeypatch.setenv('WANDB_BASE_URL', 'http://127.0.0.1:1')
+  monkeypatch.setenv('WANDB_BASE_URL', url)
   monkeypatch.setenv('WANDB_API_KEY', 'a' * 40)
+
+
+def test_server_gets_repeated_steps(claimed, server):
+  """The first job ends after step 3, and the second one resumes from step 1."""
+  with opened(claimed) as writer:
+    for step in (1, 2, 3):
+      writer.write(step, 'train', {'loss': step})
+  wandb.teardown()
+  with pytest.raises(preemption.Preempted), opened(claimed, 1) as writer:
+    for step in (2, 3, 4):
+      writer.write(step, 'train', {'loss': step})
+    raise preemption.Preempted
+  wandb.teardown()
+  logged = [row['step'] for row in server.rows]
+  assert logged == [1, 2, 3, 2, 3, 4] and server.exit_codes == [0, preemption.EXIT_CODE]
+  assert [row['_step'] for row in server.rows] == [0, 1, 2, 3, 4, 5]
+  assert set(server.names) == {layout.run_id(claimed)}
+
+
+def test_server_that_disappears_does_not_block_the_job(claimed, monkeypatch):
+  monkeypatch.setattr(tracker, '_FINISH_SECONDS', 2.0)
+  with wandb_server.running() as server:
+    use_server(monkeypatch, server.url)
+    writer = opened(claimed)
+  start = time.monotonic()
+  with writer:
+    for step in (1, 2):
+      writer.write(step, 'train', {'loss': step})
+  wandb.teardown()
+  assert time.monotonic() - start < 20
+  assert [record['step'] for record in metrics.read(claimed)] == [1, 2]
+
+
+def test_unreachable_service_records_offline(claimed, monkeypatch, caplog):
+  use_server(monkeypatch, 'http://127.0.0.1:1')
   monkeypatch.setenv('WANDB_INIT_TIMEOUT', '1')
   with opened(claimed) as writer:
     writer.write(1, 'train', {'loss': 2})
