@@ -5,7 +5,8 @@ BIN := .venv/bin
 # Files of tests run in parallel, each in one process.
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations=15
 
-.PHONY: quickstart test test-faults test-stores test-all soak lint reference stores clean
+.PHONY: quickstart test test-faults test-stores test-all soak lint docs docs-serve notebook
+.PHONY: reference stores clean
 
 quickstart: .venv/run
 	$(BIN)/python -m farmer_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -25,7 +26,7 @@ test-stores: stores
 	$(PYTEST) -m stores
 
 # All tests, including those that take minutes.
-test-all: .venv/dev lint
+test-all: .venv/dev .venv/docs lint
 	$(PYTEST)
 
 # Half an hour: a training run is killed 200 times and must end like an uninterrupted run.
@@ -36,6 +37,19 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy farmer_jax
 
+# The documentation in site/. Warnings and broken links are errors. The build needs no network.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: .venv/docs
+	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m docs._site.check_links site
+
+docs-serve: .venv/docs
+	$(BIN)/python -m mkdocs serve
+
+# Executes notebooks/tour.py and writes notebooks/tour.ipynb.
+notebook: .venv/docs
+	$(BIN)/python -m docs._site.notebook
+
 # PyTorch and torch-fidelity. The tests that compare with them are skipped without them.
 reference: .venv/dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-reference.txt
@@ -45,7 +59,7 @@ stores: .venv/dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-stores.txt
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
 
 # Debian's Python has no ensurepip, so virtualenv is used there.
 .venv/bin/python:
@@ -62,4 +76,8 @@ clean:
 
 .venv/dev: .venv/run requirements-dev.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/docs: .venv/dev requirements-docs.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-docs.txt
 	touch $@

@@ -74,6 +74,16 @@ setuptools.setup(
     'tensorboard': ['tensorflow-cpu>=2.21', 'tensorboard>=2.21'],
     # Weights & Biases: config.tracker.kind=wandb.
     'wandb': ['wandb>=0.31'],
+    # The documentation site and the notebook.
+    'docs': [
+      'ipykernel>=7',
+      'jupytext>=1.19',
+      'mkdocs-material>=9.8',
+      'mkdocs>=1.6,<2',
+      'mkdocstrings-python>=2',
+      'nbclient>=0.11',
+      'nbformat>=5.11',
+    ],
     'dev': [
       'beartype>=0.23',
       'chex>=0.1.92',
