@@ -12,9 +12,9 @@ from farmer_jax.config import fields
 
 _KEYS_INTRO = """# Configuration reference
 
-All keys of the configuration. A configuration file sets them, for example `c.train.steps = 2000`, and
-the command line overrides them: `--config.train.steps=2000`. `python -m farmer_jax.main --config_help`
-prints this list.
+All keys of the configuration. A configuration file sets them, for example `c.train.steps = 2000`,
+and the command line overrides them: `--config.train.steps=2000`. This command prints the list:
+`python -m farmer_jax.main --config_help`.
 
 A run that exists accepts new values of keys marked ↻. All other keys determine what the run learns.
 """
