@@ -76,6 +76,8 @@ def on_files(files: files_lib.Files, config: Any) -> files_lib.Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
   """Replaces links to files of the repository by links to pages, or by their text."""
+  if page.file.src_uri == 'README.md':
+    page.meta['hide'] = ['navigation']
   source = {site: repo for repo, site in _PAGES.items() if site != 'README.md'}
   page_file = page.file.src_uri
   here = posixpath.dirname(source.get(page_file, f'docs/{page_file}'))
@@ -95,13 +97,22 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-  """Links the names of configuration keys to the reference."""
+  """Links the names of configuration keys to the reference.
+
+  In a table whose first column is, for example, `--config.sampling.`, keys have this prefix.
+  """
   known = config_reference.anchors()
   page_reference = posixpath.relpath('reference/config.html', posixpath.dirname(page.url) or '.')
 
   def replace(match: re.Match) -> str:
     text, key = match[1], match[2]
-    if key not in known or '.' not in key or page.file.src_uri == 'reference/config.md':
+    if not text or page.file.src_uri == 'reference/config.md':
+      return match[0]
+    table = html[: match.start()].rpartition('<table>')[2]
+    prefix = re.search(r'<th><code>--config\.([\w.]+\.)</code>', table)
+    if prefix and '</table>' not in table and ('.' not in key or key not in known):
+      key = prefix[1] + key
+    if '.' not in key or key not in known:
       return match[0]
     return f'<a class="key" href="{page_reference}#{key}"><code>{text}</code></a>'
 
