@@ -168,12 +168,27 @@ def test_broken_links_of_the_site_are_found(tmp_path):
   assert len(list(check_links.broken_links(tmp_path))) == len(bad) + 1
 
 
+def test_notebook_and_its_source_have_the_same_cells():
+  pytest.importorskip('jupytext')
+  from docs._site import notebook
+
+  def cells(content):
+    return [(cell['id'], cell['cell_type'], ''.join(cell['source'])) for cell in content['cells']]
+
+  file = ROOT / 'notebooks' / 'tour.ipynb'
+  executed = json.loads(file.read_text())
+  assert cells(executed) == cells(notebook.read(file.with_suffix('.py')))
+  code = [cell for cell in executed['cells'] if cell['cell_type'] == 'code']
+  assert [cell['execution_count'] for cell in code] == [*range(1, len(code) + 1)]
+  assert file.stat().st_size < 1_500_000
+  page, pictures = notebook.to_markdown(executed)
+  assert len(pictures) >= 8 and all(f']({name})' in page for name in pictures)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('pages', TUTORIALS, ids='+'.join)
 def test_tutorials_run(pages, tmp_path):
-  for name in os.listdir(ROOT):
-    if name != 'runs':
-      (tmp_path / name).symlink_to(ROOT / name)
+  _link_repository(tmp_path)
   environment = processes.environment(devices=1)
   environment['PATH'] = f'{os.path.dirname(sys.executable)}:{environment["PATH"]}'
   (tmp_path / 'MY_PHOTOS').mkdir()
@@ -191,3 +206,28 @@ def test_tutorials_run(pages, tmp_path):
         assert done.returncode == 0, f'{block.code}\n{done.stderr[-3000:]}'
         marked += 1
   assert marked >= 2
+
+
+@pytest.mark.slow
+def test_notebook_runs(tmp_path, monkeypatch):
+  pytest.importorskip('nbclient')
+  from docs._site import notebook
+
+  _link_repository(tmp_path)
+  (tmp_path / 'notebooks').unlink()
+  (tmp_path / 'notebooks').mkdir()
+  file = tmp_path / 'notebooks' / 'tour.py'
+  file.write_text((ROOT / 'notebooks' / 'tour.py').read_text())
+  monkeypatch.setenv('TOUR_STEPS', '40')
+  # The kernel imports the packages of this process.
+  monkeypatch.setenv('PATH', f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}')
+  _, pictures = notebook.to_markdown(notebook.execute(file))
+  assert len(pictures) >= 8
+  assert (tmp_path / 'runs' / 'tour' / 'metrics.jsonl').exists()
+
+
+def _link_repository(folder):
+  """Fills a folder with links to the files of the repository, for commands that run in its root."""
+  for name in os.listdir(ROOT):
+    if name != 'runs':
+      (folder / name).symlink_to(ROOT / name)
