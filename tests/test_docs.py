@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import PIL.Image
@@ -150,6 +151,21 @@ def test_references_have_all_keys_and_flags():
   page = config_reference.keys_page()
   assert [p for p in KEYS if f'{{#{p}}}' not in page] == []
   assert '`--config_help`' in config_reference.flags_page()
+
+
+def test_links_are_adapted_to_the_site():
+  pytest.importorskip('mkdocs')
+  from docs._site import hooks
+
+  def adapted(name, text):
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri=name), meta={})
+    return hooks.on_page_markdown(text, page)
+
+  tour = adapted('tutorials/digits.md', '[a](../../notebooks/tour.ipynb) [b](photos.md#c) [d](#e)')
+  assert tour == '[a](../notebooks/tour.md) [b](photos.md#c) [d](#e)'
+  assert adapted('README.md', '[a](../configs/emoji.py)') == 'a'
+  assert adapted('changelog.md', '![a](docs/b.png) [c](README.md)') == '![a](b.png) [c](README.md)'
+  assert adapted('notebooks/tour.md', '![a](tour_0.png)') == '![a](tour_0.png)'
 
 
 def test_broken_links_of_the_site_are_found(tmp_path):

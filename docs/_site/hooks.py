@@ -29,6 +29,8 @@ _PAGES = {
   'farmer_jax/main.py': 'reference/command_line.md',
   'notebooks/tour.ipynb': 'notebooks/tour.md',
 }
+# Pages that are files of the root.
+_COPIES = {'changelog.md': 'CHANGELOG.md', 'contributing.md': 'CONTRIBUTING.md'}
 # Pages of modules: title, and the modules or packages with all their modules.
 _MODULES = {
   'config': ('Configuration', ['config', 'errors']),
@@ -58,10 +60,9 @@ def on_files(files: files_lib.Files, config: Any) -> files_lib.Files:
   def add(name: str, content: str | bytes) -> None:
     files.append(files_lib.File.generated(config, name, content=content))
 
-  for source, name in _PAGES.items():
-    if name in ('changelog.md', 'contributing.md'):
-      # Python-Markdown needs four spaces before the content of list items.
-      add(name, re.sub(r'(?m)^  (?=\S)', '    ', (ROOT / source).read_text()))
+  for name, source in _COPIES.items():
+    # Python-Markdown needs four spaces before the content of list items.
+    add(name, re.sub(r'(?m)^  (?=\S)', '    ', (ROOT / source).read_text()))
   add('reference/config.md', config_reference.keys_page())
   add('reference/command_line.md', config_reference.flags_page())
   add('reference/python_api.md', _python_api())
@@ -75,12 +76,19 @@ def on_files(files: files_lib.Files, config: Any) -> files_lib.Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-  """Replaces links to files of the repository by links to pages, or by their text."""
-  if page.file.src_uri == 'README.md':
-    page.meta['hide'] = ['navigation']
-  source = {site: repo for repo, site in _PAGES.items() if site != 'README.md'}
+  """Replaces links to files of the repository by links to pages, or by their text.
+
+  Links of other generated pages are links to pages.
+  """
   page_file = page.file.src_uri
-  here = posixpath.dirname(source.get(page_file, f'docs/{page_file}'))
+  if page_file == 'README.md':
+    page.meta['hide'] = ['navigation']
+  if page_file in _COPIES:
+    here = ''
+  elif (ROOT / 'docs' / page_file).exists():
+    here = posixpath.dirname(f'docs/{page_file}')
+  else:
+    return markdown
 
   def replace(match: re.Match) -> str:
     text, url = match[1], match[2]

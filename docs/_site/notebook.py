@@ -1,9 +1,10 @@
 """Execution of notebooks/tour.py, and conversion of the executed notebook to a page of the site.
 
-    python -m docs._site.notebook
+python -m docs._site.notebook
 """
 
 import base64
+import itertools
 import pathlib
 from typing import Any
 
@@ -20,13 +21,18 @@ def to_markdown(notebook: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
       parts.append(source)
       continue
     parts.append(f'```python\n{source}\n```')
-    for output in cell['outputs']:
-      if output['output_type'] == 'stream':
-        parts.append(f'```text\n{"".join(output["text"]).rstrip()}\n```')
-      elif 'image/png' in output.get('data', {}):
-        name = f'tour_{len(pictures)}.png'
-        pictures[name] = base64.b64decode(''.join(output['data']['image/png']))
-        parts.append(f'![Output of the code above]({name})')
+    for is_text, group in itertools.groupby(
+      cell['outputs'], lambda o: o['output_type'] == 'stream'
+    ):
+      outputs = list(group)
+      if is_text:
+        text = ''.join(line for output in outputs for line in output['text'])
+        parts.append(f'```text\n{text.rstrip()}\n```')
+      for output in outputs:
+        if 'image/png' in output.get('data', {}):
+          name = f'tour_{len(pictures)}.png'
+          pictures[name] = base64.b64decode(''.join(output['data']['image/png']))
+          parts.append(f'![Output of the code above]({name})')
   return '\n\n'.join(parts) + '\n', pictures
 
 
