@@ -33,8 +33,8 @@ root = next(folder for folder in folders if (folder / 'farmer_jax').is_dir())
 os.chdir(root)
 sys.path.insert(0, str(root))
 
-import farmer_jax  # noqa: E402
-from farmer_jax.data import sources  # noqa: E402
+import farmer_jax
+from farmer_jax.data import sources
 
 
 def show(rows, names=(), titles=(), scale=0.55):
