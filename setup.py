@@ -59,6 +59,7 @@ setuptools.setup(
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8,<0.13',
     'pillow>=10.1',
+    'safetensors>=0.8',
     'scikit-learn>=1.3',
     'tensorflow-datasets>=4.9.10',
     'tensorstore',
@@ -70,6 +71,8 @@ setuptools.setup(
     # Workdirs in object stores: gs://bucket/run and s3://bucket/run.
     'gcs': ['gcsfs'],
     's3': ['s3fs'],
+    # Exports on the Hugging Face hub: hf://USER/NAME.
+    'hub': ['huggingface_hub>=0.34'],
     # TensorBoard events, and the preparation of TFDS data sets. Reading them needs no TensorFlow.
     'tensorboard': ['tensorflow-cpu>=2.21', 'tensorboard>=2.21'],
     # Weights & Biases: config.tracker.kind=wandb.

@@ -55,7 +55,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _JOB = flags.DEFINE_string(
   'job',
   None,
-  'pretrain, distill, sample, likelihood, fidelity or compile. Default: the key job of the'
+  'pretrain, distill, sample, likelihood, fidelity, compile or export. Default: the key job of the'
   ' configuration.',
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of processes of the job.')

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 from jaxtyping import PyTree
 
-from farmer_jax import checkpoints, errors
+from farmer_jax import checkpoints, errors, exports
 from farmer_jax import config as config_lib
 from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.nn import farmer
@@ -45,6 +45,9 @@ def restore_teacher(
     ConfigError: the teacher and the student have different settings of the model or of the data.
     CheckpointError: the checkpoint of the teacher is missing or corrupt.
   """
+  if export := layout.read_export(workdir):  # It contains the teacher.
+    params, _ = restore_params(config, layout.absolute(workdir), mesh)
+    return params, {'step': export['teacher_step'], 'config': export['config']}
   teacher_workdir = layout.absolute(config.teacher)
   try:
     saved = layout.read_config(teacher_workdir)
@@ -78,12 +81,19 @@ def restore_params(
 
   By default, restores the newest valid checkpoint. Also returns its step. With `student`, restores
   the parameters of the student, which are the only parameters in checkpoints of a distillation run.
+  An export has one step.
   """
   module: Any = student_lib if student else farmer
   init_params = functools.partial(module.init_boxed_params, model=module.build(config))
   shapes = jax.eval_shape(init_params, jax.random.key(0))
   shapes, name = mesh.abstract(shapes), config.train.evaluated_params
   with memory.attributed(functools.partial(memory.of_arrays, 'parameters per device', shapes)):
+    if export := layout.read_export(workdir):
+      if step not in (None, export['step']):
+        raise errors.CheckpointError(
+          f'the export {workdir} is of step {export["step"]}, not {step}'
+        )
+      return exports.restore_params(workdir, shapes), export['step']
     return checkpoints.restore_params(workdir, name, shapes, step)
 
 

@@ -13,10 +13,11 @@ TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 400
 
 # The modules of this package that a module may import, by the first name below the package.
-SUPPORT = {'checkpoints', 'config', 'data', 'distributed', 'errors', 'terminal', 'workdir', 'xla'}
+SUPPORT = {'checkpoints', 'config', 'data', 'distributed', 'errors', 'exports', 'terminal'}
+SUPPORT |= {'workdir', 'xla'}
 NUMERICS = {'losses', 'nn', 'noise', 'ops', 'sampling'}
 ALLOWED = {
-  **dict.fromkeys(('checkpoints', 'data', 'distributed', 'workdir', 'xla'), SUPPORT),
+  **dict.fromkeys(('checkpoints', 'data', 'distributed', 'exports', 'workdir', 'xla'), SUPPORT),
   'errors': set(),
   'terminal': set(),
   'config': {'config', 'errors'},

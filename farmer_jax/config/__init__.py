@@ -17,7 +17,7 @@ from farmer_jax.config.schema import (
   unknown_key,
 )
 from farmer_jax.config.sections import Config
-from farmer_jax.config.sections.evaluation import Fidelity, Guidance, Likelihood, Sampling
+from farmer_jax.config.sections.evaluation import Export, Fidelity, Guidance, Likelihood, Sampling
 from farmer_jax.config.sections.model import Data, Flow, Model, Noise, Prior
 from farmer_jax.config.sections.training import (
   Compile,

@@ -30,6 +30,7 @@ def check(config: Config) -> None:
     'distill': [_distillation, _fidelity_of_training],
     'likelihood': [_likelihood],
     'fidelity': [_fidelity],
+    'export': [_export],
   }
   checks += by_job.get(config.job, [])
   for find_problems in checks:
@@ -255,3 +256,12 @@ def _numbers_of_images(config: Config, count: str) -> Iterator[str]:
     # The Inception Score divides the samples into ten parts.
     if value is not None and value <= max(10, fidelity.neighbors):
       yield f'config.{path}={value} must be above 10 and config.{fidelity.neighbors=}'
+
+
+def _export(config: Config) -> Iterator[str]:
+  license_ = config.export.license
+  if license_ is not None and not re.fullmatch(r'[a-z0-9][a-z0-9.+-]{0,50}', license_):
+    yield (
+      f'config.export.license={reprlib.repr(license_)} must be an identifier of the Hugging Face'
+      ' hub, for example apache-2.0'
+    )

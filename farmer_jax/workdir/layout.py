@@ -1,4 +1,8 @@
-"""The layout of WORKDIR: config.json, class names, names of results, atomic writes, lock."""
+"""The layout of WORKDIR: config.json, class names, names of results, atomic writes, lock.
+
+The folder of an export (`farmer_jax.exports`) can stand in for the workdir of a run, but nothing is
+written into it.
+"""
 
 import contextlib
 import fcntl
@@ -18,11 +22,13 @@ from flax import traverse_util
 
 from farmer_jax import config as config_lib
 from farmer_jax.errors import WorkdirError
-from farmer_jax.workdir import store_lock, stores
+from farmer_jax.workdir import hub, store_lock, stores
 
 CONFIG_FILE = 'config.json'
 _CLASSES_FILE = 'classes.json'
 _RUN_FILE = 'run.json'
+# In config.json of an export: the version of its format, and the configuration of the run.
+EXPORT_FORMAT, _EXPORT_KEY = 1, 'export_format'
 _LOG_SUFFIXES = ('.err', '.log', '.out')
 
 
@@ -38,6 +44,10 @@ def claim(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
   workdir = absolute(path)
   check_no_pattern(workdir, '--workdir')
   file = workdir / CONFIG_FILE
+  if read_export(workdir):
+    raise WorkdirError(
+      f'{workdir} is an export, which cannot be trained further; choose another --workdir'
+    )
   try:
     if file.exists():
       open_run(config, workdir)
@@ -89,8 +99,13 @@ def results_folder(config: config_lib.Config, workdir: epath.Path) -> epath.Path
   """Returns the folder for the results of a job on a run: `config.results`, or its workdir.
 
   Raises:
-    WorkdirError: the folder is not writable, or has results of another run.
+    WorkdirError: the folder is not writable, or has results of another run, or the run is an export
+      and `config.results` is not set.
   """
+  if not config.results and read_export(workdir):
+    raise WorkdirError(
+      f'{workdir} is an export, which stays as it is; set --config.results=FOLDER for the results'
+    )
   folder = absolute(config.results) if config.results else workdir
   check_no_pattern(folder, '--config.results')
   file, owner = folder / _RUN_FILE, {'workdir': str(workdir), 'id': run_id(workdir)}
@@ -126,12 +141,18 @@ def run_id(workdir: epath.Path) -> str | None:
 def absolute(path: epath.PathLike) -> epath.Path:
   """Returns an absolute path. URLs such as gs://bucket/run are absolute.
 
+  Downloads hf://USER/NAME. For a file of an export, returns the folder of the export.
+
   Raises:
-    WorkdirError: the path is in an object store that cannot be used.
+    WorkdirError: the path is in an object store that cannot be used, or the download fails.
   """
+  if hub.is_url(path):
+    path = hub.download(str(path))
   stores.check(path)
   path = epath.Path(path)
-  return path if stores.is_store(path) else epath.Path(path.expanduser().absolute())
+  if not stores.is_store(path):
+    path = epath.Path(path.expanduser().absolute())
+  return path.parent if path.suffix == '.safetensors' and path.is_file() else path
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
@@ -139,7 +160,31 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
   file = absolute(workdir) / CONFIG_FILE
   if not file.exists():
     raise WorkdirError(f'{workdir} is not the workdir of a run: it has no {CONFIG_FILE}')
-  return read_json(file, lambda values: isinstance(values, dict))
+  values = read_json(file, lambda values: isinstance(values, dict))
+  return _checked_export(values, file)['config'] if _EXPORT_KEY in values else values
+
+
+def read_export(folder: epath.PathLike) -> dict[str, Any] | None:
+  """Returns the content of config.json if a folder is an export, and otherwise None.
+
+  See `farmer_jax.exports` for the keys. Raises `WorkdirError` if the file is not valid.
+  """
+  file = absolute(folder) / CONFIG_FILE
+  values = read_json(file, lambda values: isinstance(values, dict)) if file.exists() else {}
+  return _checked_export(values, file) if _EXPORT_KEY in values else None
+
+
+def _checked_export(values: dict[str, Any], file: epath.Path) -> dict[str, Any]:
+  if values[_EXPORT_KEY] != EXPORT_FORMAT:
+    raise WorkdirError(
+      f'{file} has {_EXPORT_KEY} {str(values[_EXPORT_KEY])[:20]!r}, and this version of farmer_jax'
+      f' reads {EXPORT_FORMAT}; use the version that wrote it'
+    )
+  names = values.get('class_names')
+  is_valid = isinstance(values.get('config'), dict) and _is_list_of_names(names)
+  if not is_valid or type(values.get('step')) is not int:
+    raise WorkdirError(f'cannot read {file}: an export has a config, class_names and a step')
+  return values
 
 
 def read_json(file: epath.Path, is_valid: Callable[[Any], bool]) -> Any:
@@ -186,8 +231,12 @@ def read_class_names(workdir: epath.Path) -> tuple[str, ...]:
   """Returns the class names of a run, or () if the dataset has none."""
   file = workdir / _CLASSES_FILE
   if not file.exists():
-    return ()
-  return tuple(read_json(file, lambda v: isinstance(v, list) and set(map(type, v)) <= {str}))
+    return tuple((read_export(workdir) or {'class_names': ()})['class_names'])
+  return tuple(read_json(file, _is_list_of_names))
+
+
+def _is_list_of_names(value: Any) -> bool:
+  return isinstance(value, list) and set(map(type, value)) <= {str}
 
 
 def write_json(file: epath.Path, value: Any) -> None:

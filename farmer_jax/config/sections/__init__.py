@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from farmer_jax.config.fields import Changeable, NonNegativeInt
-from farmer_jax.config.sections.evaluation import Fidelity, Guidance, Likelihood, Sampling
+from farmer_jax.config.sections.evaluation import Export, Fidelity, Guidance, Likelihood, Sampling
 from farmer_jax.config.sections.model import Data, Flow, Model, Noise, Prior
 from farmer_jax.config.sections.training import (
   Compile,
@@ -23,9 +23,9 @@ class Config:
 
   name: str = 'farmer'
   """Name of the run. The default workdir is runs/<name>."""
-  job: Changeable[Literal['pretrain', 'distill', 'sample', 'likelihood', 'fidelity', 'compile']] = (
-    'pretrain'
-  )
+  job: Changeable[
+    Literal['pretrain', 'distill', 'sample', 'likelihood', 'fidelity', 'compile', 'export']
+  ] = 'pretrain'
   """Job to run."""
   teacher: Changeable[str | None] = None
   """distill: workdir of the trained run that is the teacher."""
@@ -46,6 +46,7 @@ class Config:
   likelihood: Changeable[Likelihood] = Likelihood()
   compile: Changeable[Compile] = Compile()
   fidelity: Changeable[Fidelity] = Fidelity()
+  export: Changeable[Export] = Export()
 
   def with_sampling(self, **changes: Any) -> 'Config':
     """Returns a copy with other values in the section `sampling`."""

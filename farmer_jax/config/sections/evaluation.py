@@ -177,3 +177,18 @@ class Fidelity:
   Larger sets are subsampled at regular intervals."""
   neighbors: int = 3
   """Precision and recall: number of nearest neighbors k."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """Files for other programs and for the Hugging Face hub: --job=export."""
+
+  path: str | None = None
+  """Local folder of the export. None uses WORKDIR/export."""
+  step: int | None = None
+  """Step of the checkpoint. None uses the newest valid checkpoint."""
+  license: str | None = None
+  """License of the weights in the model card, as the hub spells it, for example apache-2.0. None
+  says that the license is unknown."""
+  max_file_gigabytes: float = 5.0
+  """Largest size of a file of weights, in 10^9 bytes. Larger models have several files."""
