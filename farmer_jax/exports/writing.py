@@ -31,7 +31,7 @@ def check_folder(path: epath.PathLike) -> epath.Path:
     )
   layout.check_no_pattern(folder, '--config.export.path')
   if folder.exists() and not (
-    folder.is_dir() and (_is_empty(folder) or layout.read_export(folder))
+    folder.is_dir() and (not any(folder.iterdir()) or layout.read_export(folder))
   ):
     raise WorkdirError(
       f'{folder} exists and is not an export; choose another --config.export.path, or delete it'
@@ -88,10 +88,10 @@ def _removed(folder: epath.Path) -> Iterator[None]:
 
 def _move(partial: epath.Path, folder: epath.Path) -> None:
   """Moves a complete export into its place. Keeps files that are not part of an export."""
-  if not folder.exists() or _is_empty(folder):
+  if not folder.exists():
     partial.replace(folder)
     return
-  (folder / layout.CONFIG_FILE).unlink()
+  (folder / layout.CONFIG_FILE).unlink(missing_ok=True)
   for file in folder.glob('model*.safetensors*'):
     file.unlink()
   names = [file.name for file in partial.iterdir() if file.name != layout.CONFIG_FILE]
@@ -141,7 +141,3 @@ def _host_arrays(group: list[_Tensor]) -> dict[str, np.ndarray]:
     tensor = np.asarray(leaf)[index] if on_host else jax.device_get(leaf[index])
     arrays[name] = np.ascontiguousarray(tensor)
   return arrays
-
-
-def _is_empty(folder: epath.Path) -> bool:
-  return not any(folder.iterdir())

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from farmer_jax import checkpoints
+from farmer_jax import checkpoints, teacher
 from farmer_jax import config as config_lib
 from farmer_jax.data import pipeline
 from farmer_jax.jobs import training_run
-from farmer_jax.nn import farmer
+from farmer_jax.nn import farmer, student
 from farmer_jax.training import optimizer as optimizer_lib
 from farmer_jax.training import step as step_lib
+from farmer_jax.workdir import layout
 from tests.support import models
 
 CONFIG = config_lib.Config(
@@ -36,12 +37,14 @@ def save_run(workdir, config=CONFIG):
   """Writes a workdir like the workdir of a finished training run, and returns it.
 
   No training step is compiled. The EMA has random values without zeros. The parameters that only
-  training uses are zero.
+  training uses are zero. With `config.teacher`, the run is one of distillation.
   """
   resources = training_run.Resources.load(config)
   claimed = training_run.prepare_workdir(config, workdir, resources)
-  inputs = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, int)
-  params = models.filled_parameters(farmer.build(config), *inputs)
+  params = random_parameters(config)
+  if config.teacher is not None:
+    record = {'step': 3, 'config': layout.read_config(config.teacher)}
+    layout.write_json(claimed / teacher.RECORD_FILE, record)
   zeros = jax.tree.map(jnp.zeros_like, params)
   state = step_lib.TrainState(jnp.int32(3), zeros, optimizer_lib.create(config).init(zeros), params)
   iterator = pipeline.TrainIterator(resources.train, config.data, config.train.batch_size, 0)
@@ -51,6 +54,15 @@ def save_run(workdir, config=CONFIG):
   checkpointer.close()
   iterator.close()
   return workdir
+
+
+def random_parameters(config):
+  """Returns the parameters of a model or, with `config.teacher`, of a student."""
+  if config.teacher is None:
+    inputs = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, int)
+    return models.filled_parameters(farmer.build(config), *inputs)
+  inputs = jnp.zeros((1, config.num_tokens, config.token_channels)), jnp.zeros(1, int)
+  return models.filled_parameters(student.build(config), *inputs, method='init_student')
 
 
 def with_sampling(**changes):
