@@ -57,11 +57,14 @@ def load(
 ) -> 'Run':
   """Opens the trained run in the workdir `path`. The parameters are restored at the first use.
 
+  `path` can also be an export of --job=export (its folder, or a file of weights in it), or an
+  export on the Hugging Face hub, hf://USER/NAME, which needs the package huggingface_hub.
   `step` None selects the newest valid checkpoint. `overrides` are settings by key, for example
   `{'sampling.guidance.scale': 1.5}`.
 
   Raises:
-    WorkdirError: `path` is not the workdir of a run, or an override affects training.
+    WorkdirError: `path` is not the workdir of a run or an export, it cannot be downloaded, or an
+      override affects training.
     ConfigError: an override has an unknown key or an invalid value.
   """
   workdir = layout.absolute(path)

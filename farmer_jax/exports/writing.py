@@ -48,15 +48,15 @@ def write(
 ) -> int:
   """Writes an export, and returns its number of parameters. Replaces the files of an older export.
 
-  Without config.json, a folder is not an export. This file arrives last. The host holds the weights of
-  one file at a time, of at most `max_bytes` unless a tensor is larger.
+  Without config.json, a folder is not an export. This file arrives last. The host holds the weights
+  of one file at a time.
 
   Args:
     folder: the result of `check_folder`.
     params: the parameters of evaluation.
     record: the content of config.json, see `farmer_jax.exports`.
     files: the other files by name.
-    max_bytes: the largest size of the tensors of one file.
+    max_bytes: the largest size of the tensors of one file, unless a single tensor is larger.
   """
   folder = check_folder(folder)
   partial = folder.with_name(f'.{folder.name}.partial')

@@ -1,11 +1,15 @@
 """Jobs with a workdir in an object store: killed training, all other jobs, two processes."""
 
+import functools
 import json
 import signal
 
+import jax
+import numpy as np
 import pytest
 from etils import epath
 
+import farmer_jax
 from farmer_jax import config as config_lib
 from farmer_jax.checkpoints import orbax_internals
 from farmer_jax.evaluation import classifier, feature_networks
@@ -67,6 +71,17 @@ def test_sampling_likelihood_and_fidelity(killed, tmp_path, monkeypatch):
     assert 'Traceback' not in job.log()
   reports = list(workdir.glob('*/*/*.json'))
   assert reports and all(json.loads(report.read_text()) for report in reports)
+
+
+def test_export_to_a_local_folder(killed, tmp_path):
+  workdir, _ = killed
+  job = functools.partial(processes.start_job, 'export', workdir, devices=1)
+  job(f'export.path={tmp_path / "e"}', logs=tmp_path / 'local').finish(timeout=150)
+  found, expected = (farmer_jax.load(path).params for path in (tmp_path / 'e', workdir))
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  assert '| negative log-likelihood' in (tmp_path / 'e' / 'README.md').read_text()
+  refused = job(logs=tmp_path / 'store')
+  assert refused.codes() == [1] and 'config.export.path' in refused.log().splitlines()[-1]
 
 
 def test_student_of_a_teacher_in_the_store(killed, store, tmp_path):
