@@ -58,7 +58,9 @@ def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     names = set(weight_map.values())
   handles: dict[str, Any] = {}
   for name in sorted(names):
-    opened = stack.enter_context(safe_open(str(folder / name), framework='numpy'))
+    # Pages of a mapped file would count as memory of the process, in addition to the parameters.
+    file = safe_open(str(folder / name), framework='numpy', backend='pread')
+    opened = stack.enter_context(file)
     handles |= dict.fromkeys(opened.keys(), opened)
   if index.exists() and (missing := sorted(set(weight_map) - set(handles))):
     raise CheckpointError(f'the files of the export {folder} lack {missing[0]}; copy it again')
