@@ -37,7 +37,7 @@ def nll_loss(
   standard deviation of Gaussian noise if any is added, and bits_per_dim under uniform
   dequantization. While a curriculum adds noise, bits_per_dim does not bound a code length.
   """
-  noise = noise_lib.build(config.noise, config.train.steps)
+  noise = noise_lib.for_training(config)
   images, labels = _training_inputs(batch, step, part, config)
   log_density: Any = model.apply({'params': params}, images, labels)
   dims = images[0].size
@@ -163,7 +163,7 @@ def distillation_loss(
   Returns the mean error over blocks, and metrics: this mean and the error of each block.
   """
   distill, labels = config.distill, batch['label']
-  noise = noise_lib.build(config.noise, config.train.steps)
+  noise = noise_lib.for_training(config)
   key = functools.partial(_key, config, step, part)
   levels = random_flip(key('flip'), batch['image'], config.data)
   images = noise.evaluation_images(key('noise'), levels)
@@ -195,7 +195,7 @@ def _training_inputs(
   batch: Batch, step: Index, part: Index, config: config_lib.Config
 ) -> tuple[Values, Labels]:
   """Returns the inputs of the model for a training batch: random flips, noise, label dropout."""
-  noise = noise_lib.build(config.noise, config.train.steps)
+  noise = noise_lib.for_training(config)
   key = functools.partial(_key, config, step, part)
   images, labels = random_flip(key('flip'), batch['image'], config.data), batch['label']
   dropped = jax.random.bernoulli(key('label_dropout'), config.model.label_dropout, labels.shape)

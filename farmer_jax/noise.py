@@ -6,6 +6,7 @@ depends on the kind of noise is in this file.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ class Uniform:
 
   noise: config.Noise
   steps: int
+  later: tuple[config.Schedule, ...] = ()
 
   has_bits_per_dim = True
   unit = 'bits/dim'
@@ -37,8 +39,8 @@ class Uniform:
     """Returns the standard deviation of the curriculum noise at `step`, or None without one."""
     if not self.noise.curriculum_std:
       return None
-    span = self.noise.curriculum_fraction * self.steps
-    return _half_cosine(step, self.noise.curriculum_std, 0.0, span)
+    fraction, std = self.noise.curriculum_fraction, self.noise.curriculum_std
+    return _scheduled(self, step, lambda steps: _half_cosine(step, std, 0.0, fraction * steps))
 
   def training_images(self, key: PRNGKeyArray, images: Images, step: Index) -> Values:
     """Returns the inputs of the model at a training step."""
@@ -73,6 +75,7 @@ class Gaussian:
 
   noise: config.Noise
   steps: int
+  later: tuple[config.Schedule, ...] = ()
 
   has_bits_per_dim = False
 
@@ -88,7 +91,8 @@ class Gaussian:
 
   def training_std(self, step: Index) -> Float[Array, '']:
     """Returns the standard deviation of the noise at `step`."""
-    return _half_cosine(step, self.noise.std_start, self.noise.std_end, self.steps)
+    start, end = self.noise.std_start, self.noise.std_end
+    return _scheduled(self, step, lambda steps: _half_cosine(step, start, end, steps))
 
   def training_images(self, key: PRNGKeyArray, images: Images, step: Index) -> Values:
     """Returns the inputs of the model at a training step."""
@@ -106,9 +110,20 @@ class Gaussian:
 NoiseModel = Uniform | Gaussian
 
 
-def build(noise: config.Noise, steps: int = 1) -> NoiseModel:
-  """Returns the noise model. Only its `training_*` methods depend on the number of steps."""
-  return (Uniform if noise.kind == 'uniform' else Gaussian)(noise, steps)
+def build(
+  noise: config.Noise, steps: int = 1, later: tuple[config.Schedule, ...] = ()
+) -> NoiseModel:
+  """Returns the noise model. Only its `training_*` methods depend on the number of steps.
+
+  From `start` of each of the schedules `later`, the number of steps is the one of this schedule.
+  """
+  return (Uniform if noise.kind == 'uniform' else Gaussian)(noise, steps, later)
+
+
+def for_training(settings: config.Config) -> NoiseModel:
+  """Returns the noise model with the schedules of a run, see `config.Train.schedules`."""
+  first, *later = (s for s in settings.train.schedules if s.kind == 'restretch')
+  return build(settings.noise, first.steps, tuple(later))
 
 
 def evaluation_images(
@@ -135,6 +150,16 @@ def scaled(images: Images) -> Values:
 def _add_noise(key: PRNGKeyArray, images: Images, std: Scalar) -> Values:
   noise = jax.random.normal(key, images.shape, jnp.float32)
   return scaled(images) + jnp.asarray(std, jnp.float32) * noise
+
+
+def _scheduled(
+  model: NoiseModel, step: Index, std: Callable[[int], Float[Array, '']]
+) -> Float[Array, '']:
+  """Returns `std(steps)` for the number of steps that applies at `step`."""
+  value = std(model.steps)
+  for later in model.later:
+    value = jnp.where(step < later.start, value, std(later.steps))
+  return value
 
 
 def _half_cosine(step: Index, start: float, end: float, span: float) -> Float[Array, '']:

@@ -61,7 +61,9 @@ def restore_teacher(
   teacher = config_lib.from_config_dict(saved)
   file = layout.absolute(workdir) / RECORD_FILE
   record = layout.read_json(file, _is_record) if file.exists() else {}
-  if record and (found := layout.differences(teacher, record['config'])):
+  # The teacher may have been extended since. Its recorded checkpoint stays the same.
+  ignored = layout.EXTENSION_KEYS
+  if record and (found := layout.differences(teacher, record['config'], ignored=ignored)):
     raise errors.WorkdirError(
       f'the teacher {teacher_workdir} is not the run from which this student learned'
       f' ({"; ".join(found)}); name that run: --config.teacher=RUN'

@@ -65,6 +65,16 @@ class Checkpointer:
     iterator.set_state(iterator_state)
     return state, step
 
+  def restore_other(
+    self, workdir: epath.Path, step: int, state: PyTree, iterator: grain.DatasetIterator
+  ) -> tuple[PyTree, int]:
+    """Restores a checkpoint of another run, like `restore_latest`, and changes no file."""
+    found, _ = restore.restore_state(workdir, state, step)
+    assert found is not None
+    step, (state, iterator_state) = found
+    iterator.set_state(iterator_state)
+    return state, step
+
   def save(
     self,
     step: int,

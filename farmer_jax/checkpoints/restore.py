@@ -36,12 +36,12 @@ T = TypeVar('T')
 
 
 def restore_state(
-  workdir: epath.Path, state: PyTree
+  workdir: epath.Path, state: PyTree, step: int | None = None
 ) -> tuple[tuple[int, tuple[PyTree, dict]] | None, list[int]]:
-  """Restores the newest valid checkpoint in all processes together. See `Checkpointer`.
+  """Restores a checkpoint, by default the newest valid one, in all processes together.
 
-  Returns (step, (state, iterator state)), or None if there is no checkpoint, and the steps of
-  newer, corrupt checkpoints.
+  See `Checkpointer`. Returns (step, (state, iterator state)), or None if there is no checkpoint,
+  and the steps of newer, corrupt checkpoints.
   """
   target = jax.tree.map(ocp.tree.to_shape_dtype_struct, state)
   items = {STATE: ocp.args.StandardRestore(target), DATA_ITERATOR: ocp.args.JsonRestore()}
@@ -52,6 +52,8 @@ def restore_state(
     _on_all_processes(_verify, manifest, sums, restored[DATA_ITERATOR])
     return restored[STATE], restored[DATA_ITERATOR]
 
+  if step is not None:
+    return (step, _restore_step(workdir, step, read)), []
   return _newest_valid(workdir, read)
 
 
@@ -118,6 +120,11 @@ def read_back(workdir: epath.Path, step: int, state: PyTree) -> bool:
 def list_steps(workdir: epath.Path) -> list[int]:
   """Returns the steps of all complete checkpoints, even corrupt ones, in increasing order."""
   return sorted(ocp.utils.checkpoint_steps(workdir / FOLDER))
+
+
+def newest_step(workdir: epath.Path) -> int:
+  """Returns the step of the newest complete checkpoint, even a corrupt one, or 0."""
+  return max(list_steps(workdir), default=0)
 
 
 def read_scores(workdir: epath.Path, name: str) -> dict[int, float]:

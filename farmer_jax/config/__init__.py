@@ -25,6 +25,7 @@ from farmer_jax.config.sections.training import (
   Mesh,
   Optimizer,
   Profile,
+  Schedule,
   Tracker,
   Train,
 )

@@ -24,7 +24,7 @@ _COUPLING = 'the inverse of config.model.flow.kind=coupling already takes one pa
 
 def check(config: Config) -> None:
   """Raises `ConfigError` if a value is out of range or if values contradict each other."""
-  checks = [_ranges, _names, _model, _training, _guidance, _sampling]
+  checks = [_ranges, _names, _model, _training, _start, _guidance, _sampling]
   by_job = {
     'pretrain': [_fidelity_of_training],
     'distill': [_distillation, _fidelity_of_training],
@@ -132,9 +132,20 @@ def _training(config: Config) -> Iterator[str]:
   train = config.train
   if train.batch_size % train.accumulation_steps:
     yield f'config.{train.batch_size=} must be divisible by config.{train.accumulation_steps=}'
+  _ = train.schedules  # raises an error if it cannot be parsed
   step_range(config.profile.steps)
   if config.job == 'compile' and config.teacher is not None:
     yield '--job=compile compiles only pretraining; remove config.teacher'
+
+
+def _start(config: Config) -> Iterator[str]:
+  if config.init_from and config.branch_from:
+    yield 'config.init_from and config.branch_from exclude each other; set one of them to None'
+  if config.init_parts != 'all' and not config.init_from:
+    yield f'config.{config.init_parts=} needs config.init_from'.replace('config.config', 'config')
+  for key in ('init_from', 'branch_from'):
+    if config.job == 'distill' and schema.get(config, key):
+      yield f'--job=distill starts from the flow of config.teacher; remove config.{key}'
 
 
 def _guidance(config: Config) -> Iterator[str]:

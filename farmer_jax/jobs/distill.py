@@ -22,7 +22,7 @@ from farmer_jax.xla import memory
 def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   """Trains, validates and draws samples. Prints the accuracy and the speed of the student."""
   config = dataclasses.replace(config, teacher=str(layout.absolute(config.teacher)))
-  config = config.with_sampling(inverse='student')
+  config = training_run.with_extensions(config.with_sampling(inverse='student'), workdir)
   class_names = layout.read_class_names(layout.absolute(config.teacher))
   resources = training_run.Resources.load(config, class_names)
   model = student.build(config)

@@ -13,12 +13,17 @@ from farmer_jax.evaluation import validation
 from farmer_jax.jobs import training_job, training_run
 from farmer_jax.nn import farmer
 from farmer_jax.training import divergence
+from farmer_jax.training import start as start_lib
 
 
 def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   """Trains, validates and draws samples. Prints the results and their paths."""
   resources = training_run.Resources.load(config)
+  start = start_lib.open_start(config, workdir, resources.train.class_names)
+  config = training_run.with_extensions(config, workdir, start)
   workdir = training_run.prepare_workdir(config, workdir, resources)
+  if start:
+    start.announce(workdir)
   model = farmer.build(config)
   evaluator = validation.LikelihoodEvaluator(model, config)
   _, metrics = training_job.train(
@@ -27,9 +32,10 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
     resources,
     model,
     evaluator,
-    init_params=functools.partial(farmer.init_boxed_params, model=model),
+    init_params=functools.partial(start_lib.init_boxed_params, model=model, start=start),
     loss_fn=functools.partial(losses.nll_loss, model=model, config=config),
     diagnose=_diagnosis(config, model, resources.mesh),
+    start=start,
   )
   _report(metrics, resources.num_validated(config))
 

@@ -18,6 +18,7 @@ from farmer_jax.evaluation import figures, training_fidelity
 from farmer_jax.jobs.training_run import Resources
 from farmer_jax.nn import farmer
 from farmer_jax.training import divergence, hooks, loop
+from farmer_jax.training import start as start_lib
 from farmer_jax.training.step import LossFn, Params, TrainState
 from farmer_jax.workdir import layout, metrics, tracker
 from farmer_jax.xla import memory
@@ -35,6 +36,7 @@ def train(
   sampling_params: Callable[[Params], Params] = lambda params: params,
   frozen: tuple[Params, ...] = (),
   diagnose: divergence.Diagnose | None = None,
+  start: start_lib.Start | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
   """Trains, validates and draws samples. Holds the lock of the workdir. Prints paths of results.
 
@@ -44,7 +46,7 @@ def train(
   Returns:
     The final state, and the metrics of the last validation.
   """
-  start, mesh = time.monotonic(), resources.mesh
+  began, mesh = time.monotonic(), resources.mesh
 
   def evaluate(params: Params) -> dict[str, float]:
     with memory.explained(config, 'validation'):
@@ -73,9 +75,10 @@ def train(
       hooks=[_sample_hook(config, workdir, resources, model, sampling_params)],
       frozen=frozen,
       diagnose=diagnose,
+      start=start,
     ).train()
     curves = _draw_curves(config, workdir, writer)
-  terminal.print_result(f'Finished after {(time.monotonic() - start) / 60:.1f} minutes.')
+  terminal.print_result(f'Finished after {(time.monotonic() - began) / 60:.1f} minutes.')
   if config.train.sample_every:
     terminal.print_result(f'Samples: {_grid_path(workdir, config.train.steps)}')
   terminal.print_result(f'Curves:  {curves}')

@@ -7,11 +7,13 @@ import jax
 from absl import logging
 from etils import epath
 
+from farmer_jax import checkpoints
 from farmer_jax import config as config_lib
 from farmer_jax.data import base, pipeline, sources
 from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.distributed import processes
 from farmer_jax.errors import ConfigError, WorkdirError
+from farmer_jax.training import start as start_lib
 from farmer_jax.workdir import layout
 from farmer_jax.xla import host
 
@@ -71,9 +73,30 @@ def make_mesh(config: config_lib.Config, devices: list[jax.Device] | None = None
   return mesh
 
 
+def with_extensions(
+  config: config_lib.Config, workdir: epath.PathLike, start: start_lib.Start | None = None
+) -> config_lib.Config:
+  """Returns the configuration with the extensions of the run in the workdir, if there is one.
+
+  If `config.train.extend` extends the run, or the run of which this is a branch, the result has a
+  new extension. Writes nothing. The result is the same after process 0 has claimed the workdir.
+  """
+  path = layout.absolute(workdir)
+  if (path / layout.CONFIG_FILE).exists():
+    return layout.extension(config, layout.read_config(path), checkpoints.newest_step(path))
+  if start and start.branch and config.train.extend != 'none':
+    train = config.train.extending(start.source.config.train, start.branch[1])
+    return dataclasses.replace(config, train=train)
+  return config
+
+
 def claim_workdir(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
   """Claims the workdir on process 0. Returns the absolute path on all processes."""
-  processes.on_process_zero(lambda: layout.claim(config, workdir))
+
+  def claim() -> None:
+    layout.claim(config, workdir, checkpoints.newest_step(layout.absolute(workdir)))
+
+  processes.on_process_zero(claim)
   path = layout.open_run(config, workdir)
   host.enable_compilation_cache(path)
   return path

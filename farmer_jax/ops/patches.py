@@ -1,6 +1,8 @@
 """Conversion of images to tokens and back."""
 
 import einops
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
@@ -18,6 +20,26 @@ def unpatchify(
   return einops.rearrange(
     tokens, 'b (h w) (p q c) -> b (h p) (w q) c', h=side, w=side, p=patch_size, q=patch_size
   )
+
+
+def resize_positions(
+  positions: Float[Array, '*lead n width'], side: int, new_side: int
+) -> Float[Array, '*lead N width']:
+  """Interpolates embeddings of positions between square grids of patches, bilinearly.
+
+  The n = side² embeddings are in raster order, and so are the N = new_side² results. The order can
+  also be reversed, because it then is the raster order of the rotated grid. If n = side² - 1, the
+  last corner of the grid is extrapolated from its three neighbors. The centers of the outer patches
+  of a finer grid lie outside those of the coarse grid, and take the nearest values on the border.
+  """
+  if positions.shape[-2] < side**2:
+    left, above, diagonal = (positions[..., -i, :] for i in (1, side, side + 1))
+    corner = (left + above - diagonal)[..., None, :]
+    positions = jnp.concatenate([positions, corner], axis=-2)
+  *lead, _, width = positions.shape
+  grid = positions.reshape(*lead, side, side, width)
+  resized = jax.image.resize(grid, (*lead, new_side, new_side, width), 'linear', antialias=False)
+  return resized.reshape(*lead, new_side**2, width)
 
 
 def dct_basis(patch_size: int, channels: int) -> Float[np.ndarray, 'd d']:

@@ -20,6 +20,7 @@ from farmer_jax.nn import scaling
 from farmer_jax.training import divergence
 from farmer_jax.training import hooks as hooks_lib
 from farmer_jax.training import optimizer as optimizer_lib
+from farmer_jax.training import start as start_lib
 from farmer_jax.training import step as step_lib
 from farmer_jax.training import throughput as throughput_lib
 from farmer_jax.workdir import metrics as metrics_lib
@@ -44,6 +45,8 @@ class Trainer:
     hooks: additional hooks, which run after validation and before a checkpoint is written.
     frozen: parameters on the mesh that training does not change, such as teacher parameters.
     diagnose: see `divergence.DivergenceMonitor`.
+    start: the run from which this run starts, if not from random parameters. `init_params` then
+      takes its parameters as an additional argument.
   """
 
   config: config_lib.Config
@@ -58,6 +61,7 @@ class Trainer:
   hooks: Sequence[hooks_lib.Hook] = ()
   frozen: tuple[step_lib.Params, ...] = ()
   diagnose: divergence.Diagnose | None = None
+  start: start_lib.Start | None = None
 
   # Known once the state has shapes, and once the training step is compiled.
   _state_shapes: step_lib.TrainState | None = dataclasses.field(default=None, init=False)
@@ -88,7 +92,10 @@ class Trainer:
     self._schedule = optimizer_lib.learning_rate_schedule(train)
     self._initial_iterator_state = self.iterator.get_state()
     self._checkpointer = Checkpointer(self.workdir, train)
-    state, step = self._checkpointer.restore_latest(self._initial_state(), self.iterator)
+    init = step_lib.initializer(self.init_params, self._optimizer, train.ema_decay)
+    self._initial_args = jax.random.key(self.config.seed), *self.frozen
+    self._state_shapes = self.mesh.abstract(jax.eval_shape(init, *self._initial_args))
+    state, step = self._restore()
     if step:
       logging.info(f'Resuming from step {step} of {train.steps}.')
     else:
@@ -111,13 +118,24 @@ class Trainer:
     ]
     return state, step
 
-  def _initial_state(self) -> step_lib.TrainState:
-    """Returns the state before the first step, with all arrays sharded from the start."""
+  def _restore(self) -> tuple[step_lib.TrainState, int]:
+    """Returns the state of the newest valid checkpoint and its step, or the first state.
+
+    The first state has random parameters, or those or the state of another run, see `start`. All
+    arrays are sharded from the start.
+    """
+    state, step = self._checkpointer.restore_latest(self._state_shapes, self.iterator)
+    if step:
+      return state, step
+    if self.start and self.start.branch:
+      state, step = self._checkpointer.restore_other(*self.start.branch, state, self.iterator)
+      if self.config.train.checkpoint_every:
+        self._checkpointer.save(step, state, self.iterator)
+      return state, step
     init = step_lib.initializer(self.init_params, self._optimizer, self.config.train.ema_decay)
-    args = jax.random.key(self.config.seed), *self.frozen
-    self._state_shapes = self.mesh.abstract(jax.eval_shape(init, *args))
+    args = *self._initial_args, *([self.start.restore(self.mesh)] if self.start else [])
     shardings = jax.tree.map(lambda a: a.sharding, self._state_shapes)
-    return jax.jit(lambda *args: mesh_lib.unboxed(init(*args)), out_shardings=shardings)(*args)
+    return jax.jit(lambda *args: mesh_lib.unboxed(init(*args)), out_shardings=shardings)(*args), 0
 
   def _compile(self, state: step_lib.TrainState) -> jax.stages.Compiled:
     """Compiles the training step for the shapes of the next batch, and logs the compile time."""
@@ -149,9 +167,8 @@ class Trainer:
       if self._monitor.has_diverged(metrics):
         self._checkpointer.wait()
         self._monitor.report(step, state.params, batch)
-        # Frees the arrays. Two states may not fit in device memory.
-        state = _abstract(state)
-        state, step = self._roll_back(state)
+        del state  # Frees the arrays. Two states may not fit in device memory.
+        state, step = self._roll_back()
         continue
 
       with self._throughput.paused():
@@ -179,12 +196,10 @@ class Trainer:
       parts.append(memory.describe_program('training step', self._train_step))
     return f'per device: {", ".join(parts) or "unknown"}'
 
-  def _roll_back(self, abstract_state: step_lib.TrainState) -> tuple[step_lib.TrainState, int]:
-    """Restores the newest valid checkpoint or the initial state. Changes the order of the data."""
+  def _roll_back(self) -> tuple[step_lib.TrainState, int]:
+    """Restores the newest valid checkpoint or the first state. Changes the order of the data."""
     self.iterator.set_state(self._initial_iterator_state)
-    state, step = self._checkpointer.restore_latest(abstract_state, self.iterator)
-    if not step:
-      state = self._initial_state()
+    state, step = self._restore()
     self.iterator.change_order()
     logging.info(f'Resuming from step {step} with data order {self.iterator.order}.')
     self.writer.rewind(step)
@@ -214,8 +229,3 @@ class Trainer:
     self._profiler.close()
     self.writer.flush()
     self._checkpointer.close()
-
-
-def _abstract(state: step_lib.TrainState) -> step_lib.TrainState:
-  """Returns the shapes, dtypes and shardings of a state."""
-  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)

@@ -22,9 +22,29 @@ _WINDOW = 20
 
 
 def learning_rate_schedule(train: config_lib.Train) -> optax.Schedule:
-  """Returns a schedule over the update count: linear warm-up, then cosine decay."""
-  o = train.optimizer
-  last = max(train.steps - 1, 1)  # The first update has the count 0.
+  """Returns a schedule over the update count: linear warm-up, then cosine decay.
+
+  If the run was extended, the schedules of `config.Train.schedules` follow each other.
+  """
+  first, *others = train.schedules
+  rate = _curve(train.optimizer, first)
+  for later in others:
+    rate = functools.partial(_switch, later.start, rate, _curve(train.optimizer, later))
+  return rate
+
+
+def _switch(step: int, before: optax.Schedule, after: optax.Schedule, count: Any) -> Any:
+  """Returns the value of the schedule `before` below the count `step`, and `after` from it on."""
+  return jnp.where(count < step, before(count), after(count))
+
+
+def _curve(o: config_lib.Optimizer, schedule: config_lib.Schedule) -> optax.Schedule:
+  """Returns the learning rate of one of `config.Train.schedules`."""
+  last = max(schedule.steps - 1, 1)  # The first update has the count 0.
+  if schedule.kind == 'restart_cosine':
+    ratio, length = o.final_learning_rate / o.learning_rate, max(last - schedule.start, 1)
+    cosine = optax.cosine_decay_schedule(o.learning_rate, length, ratio)
+    return lambda count: cosine(jnp.maximum(count - schedule.start, 0))
   warmup = min(o.warmup_steps, last - 1)
   return optax.warmup_cosine_decay_schedule(
     init_value=o.learning_rate / max(warmup, 1),

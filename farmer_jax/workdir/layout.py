@@ -5,11 +5,13 @@ written into it.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 import re
 import socket
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -29,13 +31,19 @@ _CLASSES_FILE = 'classes.json'
 _RUN_FILE = 'run.json'
 # In config.json of an export: the version of its format, and the configuration of the run.
 EXPORT_FORMAT, _EXPORT_KEY = 1, 'export_format'
+_HISTORY_FILE = 'config_history.jsonl'
 _LOG_SUFFIXES = ('.err', '.log', '.out')
 
+# Keys that `config.train.extend` allows to change.
+EXTENSION_KEYS = ('train.steps', 'train.extensions')
 
-def claim(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
+
+def claim(config: config_lib.Config, path: epath.PathLike, step: int = 0) -> epath.Path:
   """Creates the workdir of a run, or opens it if it belongs to a run with this configuration.
 
-  Writes config.json and returns the absolute path. Writes nothing to a folder that is refused.
+  Also opens the workdir of a run that `config` extends, see `extension`. Writes config.json and, if
+  settings of the run change, adds a line to config_history.jsonl, with the `step` of the newest
+  checkpoint. Returns the absolute path. Writes nothing to a folder that is refused.
 
   Raises:
     WorkdirError: the folder belongs to a run with another configuration, contains other files, is
@@ -50,7 +58,11 @@ def claim(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
     )
   try:
     if file.exists():
-      open_run(config, workdir)
+      saved = read_config(workdir)
+      changed = changes(config, saved)
+      extends = 'train.extensions' in changed and extension(config, saved, step) == config
+      _check_same(config, saved, workdir, EXTENSION_KEYS if extends else ())
+      _record_changes(workdir, changed, step)
     elif workdir.exists() and not all(map(_is_harmless, workdir.iterdir())):
       raise WorkdirError(
         f'the workdir {workdir} has files but no {CONFIG_FILE}, so it is not the workdir of a run;'
@@ -87,12 +99,52 @@ def open_run(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
     WorkdirError: there is no run, or it has another configuration.
   """
   workdir = absolute(path)
-  if found := differences(config, read_config(workdir)):
+  _check_same(config, read_config(workdir), workdir)
+  return workdir
+
+
+def _check_same(
+  config: config_lib.Config,
+  saved: dict[str, Any],
+  workdir: epath.Path,
+  ignored: Collection[str] = (),
+) -> None:
+  """Raises `WorkdirError` if the configuration of a run has other settings, except `ignored`."""
+  found = differences(config, saved, ignored=ignored)
+  before, now = changes(config, saved).get('train.steps', (0, 0))
+  more = ''
+  if len(found) == 1 and now > before > 0:
+    more = ' (to continue it to more steps: --config.train.extend, see --config_help)'
+  if found:
     raise WorkdirError(
       f'the workdir {workdir} belongs to a run with another configuration ({"; ".join(found)});'
-      ' choose another --workdir, or use the settings of that run'
+      f' choose another --workdir, or use the settings of that run{more}'
     )
-  return workdir
+
+
+def extension(config: config_lib.Config, saved: dict[str, Any], step: int) -> config_lib.Config:
+  """Returns the configuration with the extensions of a run that has the configuration `saved`.
+
+  If `config.train` extends the run, the result has a new extension, from the checkpoint `step` on.
+  """
+  values = traverse_util.flatten_dict(saved, sep='.')
+  steps, former = values.get('train.steps'), values.get('train.extensions', '')
+  if not isinstance(steps, int) or not isinstance(former, str):
+    return config  # `claim` refuses this configuration.
+  train = dataclasses.replace(config.train, extensions=former)
+  if config.train.extend != 'none' and config.train.steps > steps:
+    train = train.extending(config_lib.Train(steps=steps, extensions=former), step)
+  return dataclasses.replace(config, train=train)
+
+
+def _record_changes(workdir: epath.Path, changed: Mapping[str, Any], step: int) -> None:
+  """Adds a line to config_history.jsonl: the time, the step, and {key: [old value, new value]}."""
+  if not changed:
+    return
+  file = workdir / _HISTORY_FILE
+  lines = file.read_text() if file.exists() else ''
+  now = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
+  write_text(file, f'{lines}{json.dumps({"time": now, "step": step, "changed": changed})}\n')
 
 
 def results_folder(config: config_lib.Config, workdir: epath.Path) -> epath.Path:
@@ -322,19 +374,31 @@ def optional_write(what: str) -> Iterator[None]:
 
 
 def differences(
-  config: config_lib.Config, saved: dict[str, Any], prefixes: Iterable[str] = ('',)
+  config: config_lib.Config,
+  saved: dict[str, Any],
+  prefixes: Iterable[str] = ('',),
+  ignored: Collection[str] = (),
 ) -> list[str]:
   """Describes the settings that affect results and differ from a saved configuration.
 
-  Only settings whose dotted path starts with one of the `prefixes` are compared. `saved` is a
-  result of `read_config`.
+  Only settings whose dotted path starts with one of the `prefixes`, and is not `ignored`, are
+  compared. `saved` is a result of `read_config`.
   """
-  # Earlier versions saved some keys under other names.
+  fixed = {path for path, key in config_lib.leaves() if not key.changeable} - {*ignored}
+  return [
+    f'{path} is {before!r} there and {now!r} here'
+    for path, (before, now) in changes(config, saved).items()
+    if path in fixed and path.startswith(tuple(prefixes))
+  ]
+
+
+def changes(config: config_lib.Config, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+  """Returns {dotted path: (saved value, value in `config`)} of all keys with different values."""
+  # Earlier versions saved some keys under other names. If the saved configuration lacks a key, the
+  # run had the default behavior.
   old = traverse_util.flatten_dict(config_lib.upgrade(saved), sep='.')
-  found = []
-  for path, key in config_lib.leaves():
-    # If the saved configuration lacks a key, the run had the default behavior.
-    before, now = old.get(path, key.default), config_lib.get(config, path)
-    if before != now and path.startswith(tuple(prefixes)) and not key.changeable:
-      found.append(f'{path} is {before!r} there and {now!r} here')
-  return found
+  pairs = {
+    path: (old.get(path, key.default), config_lib.get(config, path))
+    for path, key in config_lib.leaves()
+  }
+  return {path: (before, now) for path, (before, now) in pairs.items() if before != now}

@@ -29,6 +29,17 @@ class Config:
   """Job to run."""
   teacher: Changeable[str | None] = None
   """distill: workdir of the trained run that is the teacher."""
+  init_from: str | None = None
+  """pretrain: a trained run, or one of its checkpoints, RUN/checkpoints/STEP. Training starts from
+  its parameters (those of its EMA, if it has one), with a new optimizer, at step 0. The number of
+  classes and the image size can differ."""
+  init_parts: Literal['all', 'flow', 'prior'] = 'all'
+  """The parameters that init_from provides. flow: the prior starts from random parameters. prior:
+  the flow does."""
+  branch_from: str | None = None
+  """pretrain: a run, or one of its checkpoints, RUN/checkpoints/STEP, that this run continues in
+  its own workdir, with parameters, optimizer, data order and step. Settings of training, such as
+  the learning rate, the number of steps and the noise, can differ."""
   results: Changeable[str | None] = None
   """sample, likelihood and fidelity: folder for the results, for example if the run is read-only.
   None writes to the workdir."""

@@ -1,7 +1,8 @@
 """Keys of training, distillation, devices and compilation."""
 
 import dataclasses
-from typing import Literal
+import re
+from typing import Literal, NamedTuple
 
 from farmer_jax.config.fields import (
   BelowOne,
@@ -11,6 +12,19 @@ from farmer_jax.config.fields import (
   NonNegativeInt,
 )
 from farmer_jax.config.sections.model import Flow
+from farmer_jax.errors import ConfigError
+
+
+class Schedule(NamedTuple):
+  """A schedule of the learning rate, from step `start` (steps completed before it) to `steps`.
+
+  A schedule of the kind `restretch` is the one of a run that has `steps` steps from the beginning,
+  and is also a schedule of the noise. `restart_cosine` is a cosine that begins at `start`.
+  """
+
+  start: int
+  steps: int
+  kind: str = 'restretch'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +74,17 @@ class Train:
 
   steps: int = 1000
   """Number of optimizer steps."""
+  extend: Changeable[Literal['none', 'restart_cosine', 'keep_final', 'restretch']] = 'none'
+  """What happens if steps is larger than in the run in the workdir. none: the run is refused.
+  restart_cosine: from its newest checkpoint, the learning rate falls from learning_rate to
+  final_learning_rate along a new cosine without warm-up. keep_final: the learning rate stays at
+  final_learning_rate after the former number of steps. restretch: from its newest checkpoint, the
+  learning rate and the noise are those of a run that had the larger number from the start. With
+  restart_cosine and keep_final, the noise stays at its final value after the former number of
+  steps. With branch_from, other values than none do the same for the steps of the new run."""
+  extensions: str = ''
+  """The former extensions of this run, which training records: STEP:FORMER_STEPS:EXTEND, separated
+  by commas."""
   batch_size: int = 64
   """Images per step, over all devices."""
   accumulation_steps: int = 1
@@ -111,6 +136,33 @@ class Train:
   def evaluated_params(self) -> str:
     """Name, in `TrainState` and in checkpoints, of the parameters that evaluation uses."""
     return 'ema_params' if self.ema_decay else 'params'
+
+  def extending(self, former: 'Train', step: int) -> 'Train':
+    """Returns these settings, with the record that they continue `former` from `step` on."""
+    # A run without a checkpoint starts again, with the schedule of its new number of steps.
+    entry = f'{step}:{former.steps}:{self.extend if step else "restretch"}'
+    extensions = ','.join(filter(None, (former.extensions, entry)))
+    return dataclasses.replace(self, extensions=extensions)
+
+  @property
+  def schedules(self) -> tuple[Schedule, ...]:
+    """The schedules of the run in the order of their first steps. Each one replaces those before.
+
+    Raises:
+      ConfigError: `extensions` has another format.
+    """
+    entry = r'(\d{1,10}):(\d{1,10}):(restart_cosine|keep_final|restretch)'
+    texts = self.extensions.split(',') if self.extensions else []
+    matches = [re.fullmatch(entry, text) for text in texts]
+    if None in matches:
+      raise ConfigError(
+        f'config.train.extensions={self.extensions[:100]!r} must record former extensions, for'
+        ' example 1000:1000:keep_final; remove it'
+      )
+    entries = [(int(m[1]), int(m[2]), m[3]) for m in matches if m]
+    ends = [former for _, former, _ in entries] + [self.steps]
+    later = [Schedule(e[0], end, e[2]) for e, end in zip(entries, ends[1:], strict=True)]
+    return Schedule(0, ends[0]), *(s for s in later if s.kind != 'keep_final')
 
 
 @dataclasses.dataclass(frozen=True)
