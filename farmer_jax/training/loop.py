@@ -83,6 +83,9 @@ class Trainer:
       with contextlib.closing(self._throughput):
         if step == self.config.train.steps and self.config.train.validate_every:
           self.validation.evaluate(state.evaluation_params)  # A complete run reports again.
+        if self.start and not step and self.config.train.validate_every:
+          with self._throughput.paused():
+            self.validation(hooks_lib.StepInfo(0, state, {}, self._writer))
         return self._run_steps(state, step, listener)
 
   def _set_up(self) -> tuple[step_lib.TrainState, int]:
@@ -103,7 +106,7 @@ class Trainer:
       logging.info(f'Parameters:\n{overview}')
       logging.info(f'Kinds of parameters:\n{scaling.table(state.params, self.config)}')
     self._train_step = self._compile(state)
-    self.writer.rewind(step)
+    self.writer.rewind(step or -1)  # without metrics of step 0
     self._throughput = throughput_lib.Throughput(self.config, step)
     self._monitor = divergence.DivergenceMonitor(train, self.workdir, self.diagnose)
     self._profiler = hooks_lib.Profiler(self.config.profile, self.workdir)
@@ -202,7 +205,7 @@ class Trainer:
     state, step = self._restore()
     self.iterator.change_order()
     logging.info(f'Resuming from step {step} with data order {self.iterator.order}.')
-    self.writer.rewind(step)
+    self.writer.rewind(step or -1)  # without metrics of step 0
     self._throughput.rewind(step)
     return state, step
 

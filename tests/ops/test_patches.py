@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import fft
+from scipy import fft, ndimage
 
 from farmer_jax.ops import patches
 
@@ -60,3 +60,33 @@ def test_dct_basis_has_increasing_frequencies():
     for v in luminance
   ]
   assert frequencies == sorted(frequencies) and frequencies[-1] == 6
+
+
+@pytest.mark.parametrize('is_reversed', [False, True], ids=['raster', 'reversed'])
+@pytest.mark.parametrize('missing', [0, 1], ids=['all', 'last_missing'])
+@pytest.mark.parametrize(('side', 'new_side'), [(2, 4), (4, 2), (3, 7), (4, 4), (5, 3)])
+def test_positions_are_interpolated_on_the_grid(side, new_side, missing, is_reversed):
+  """Compares with SciPy's interpolation in float64, between the centers of the patches."""
+  positions = np.random.default_rng(0).normal(size=(2, side**2 - missing, 3))
+  found = patches.resize_positions(jnp.asarray(positions, jnp.float32), side, new_side)
+  order = slice(None, None, -1) if is_reversed else slice(None)
+  centers = (np.arange(new_side) + 0.5) * side / new_side - 0.5
+  for block in range(2):
+    tokens = positions[block]
+    if missing:
+      corner = tokens[-1] + tokens[-side] - tokens[-side - 1]
+      tokens = np.concatenate([tokens, corner[None]])
+    grid = tokens[order].reshape(side, side, 3)
+    expected = [
+      ndimage.map_coordinates(
+        grid[..., channel], np.meshgrid(centers, centers, indexing='ij'), order=1, mode='nearest'
+      ).ravel()
+      for channel in range(3)
+    ]
+    np.testing.assert_allclose(found[block], np.stack(expected, -1)[order], atol=2e-6)
+
+
+def test_corner_of_a_plane_is_extrapolated():
+  row, column = np.divmod(np.arange(16), 4)
+  plane = jnp.stack([2.0 * row - column, row + 5.0 * column], -1)
+  np.testing.assert_allclose(patches.resize_positions(plane[:-1], 4, 4), plane, atol=1e-6)

@@ -33,6 +33,13 @@ CONFIG = config_lib.Config(
 )
 
 
+def training_config(**train):
+  """Returns a configuration for training of 8 steps, with changes of the section `train`."""
+  changes = dict(steps=8, accumulation_steps=2, ema_decay=0.9, log_every=1)
+  changes |= dict(validate_every=4, checkpoint_every=2)
+  return models.replace(CONFIG, data=dict(flip=True), train=changes | train)
+
+
 def save_run(workdir, config=CONFIG):
   """Writes a workdir like the workdir of a finished training run, and returns it.
 

@@ -9,12 +9,7 @@ from farmer_jax.jobs import pretrain
 from tests.support import models, processes, runs
 
 STEPS = processes.STEPS
-
-
-def tiny(**train):
-  changes = dict(steps=STEPS, accumulation_steps=2, ema_decay=0.9, log_every=1)
-  changes |= dict(validate_every=4, checkpoint_every=2)
-  return models.replace(runs.CONFIG, data=dict(flip=True), train=changes | train)
+tiny = runs.training_config
 
 
 @pytest.fixture(name='uninterrupted', scope='module')
