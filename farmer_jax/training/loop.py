@@ -85,7 +85,7 @@ class Trainer:
           self.validation.evaluate(state.evaluation_params)  # A complete run reports again.
         if self.start and not step and self.config.train.validate_every:
           with self._throughput.paused():
-            self.validation(hooks_lib.StepInfo(0, state, {}, self._writer))
+            self.validation(hooks_lib.StepInfo(0, state, {}, self.writer))
         return self._run_steps(state, step, listener)
 
   def _set_up(self) -> tuple[step_lib.TrainState, int]:
