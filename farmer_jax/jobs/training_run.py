@@ -84,10 +84,13 @@ def with_extensions(
   path = layout.absolute(workdir)
   if (path / layout.CONFIG_FILE).exists():
     return layout.extension(config, layout.read_config(path), checkpoints.newest_step(path))
-  if start and start.branch and config.train.extend != 'none':
-    train = config.train.extending(start.source.config.train, start.branch[1])
-    return dataclasses.replace(config, train=train)
-  return config
+  if start is None:
+    return config
+  # The configuration may be that of the source, whose extensions are not those of the new run.
+  train = dataclasses.replace(config.train, extensions='')
+  if start.branch and config.train.extend != 'none':
+    train = train.extending(start.source.config.train, start.branch[1])
+  return dataclasses.replace(config, train=train)
 
 
 def claim_workdir(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:

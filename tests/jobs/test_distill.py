@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from farmer_jax import api, config, errors, sampling
+from farmer_jax import api, config, errors, sampling, teacher
 from farmer_jax.data import pipeline, sources
+from farmer_jax.distributed import mesh
 from farmer_jax.evaluation import classifier, validation
 from farmer_jax.jobs import distill, pretrain, sample
 from farmer_jax.nn import student as student_lib
@@ -255,6 +256,14 @@ def test_teacher_that_was_trained_again_or_lost_the_recorded_checkpoint(student)
   update_json(checkpoints.parent / 'config.json', seed=7)
   text = message(sample.run, configured(student), student)
   assert 'seed' in text and '--config.teacher=RUN' in text
+
+
+def test_teacher_can_be_extended(student):
+  file = student.parent / 'teacher' / 'config.json'
+  train = json.loads(file.read_text())['train']
+  update_json(file, train=train | {'steps': 90, 'extensions': '60:60:keep_final'})
+  _, record = teacher.restore_teacher(configured(student), student, mesh.LocalDevices())
+  assert record['step'] == 60
 
 
 def test_distillation_needs_a_flow_and_sampling_needs_a_student(runs):

@@ -1,5 +1,6 @@
 """Runs that continue to more steps: schedules, the record, refusals, and bit-exact resumption."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -10,8 +11,9 @@ from etils import epath
 
 from farmer_jax import checkpoints, errors, noise
 from farmer_jax import config as config_lib
-from farmer_jax.jobs import pretrain
+from farmer_jax.jobs import pretrain, training_run
 from farmer_jax.training import optimizer
+from farmer_jax.training import start as start_lib
 from farmer_jax.workdir import layout
 from tests.support import models, processes, runs
 from tests.support.processes import STEPS
@@ -198,6 +200,21 @@ def test_only_training_extends_a_run(run):
       function(config, run)
   with pytest.raises(errors.WorkdirError, match=r'train\.extensions'):
     layout.claim(models.replace(config, train=dict(extensions='3:4:restretch')), run, 4)
+
+
+def test_run_that_starts_from_an_extended_run_has_its_own_schedule(finished, workdir):
+  """Its configuration is that of its source, with changes."""
+  config = tiny(steps=9, extensions='4:4:restart_cosine')
+  config = dataclasses.replace(config, init_from=str(finished))
+  names = layout.read_class_names(finished)
+  start = start_lib.open_start(config, workdir, names)
+  assert not training_run.with_extensions(config, workdir, start).train.extensions
+  config = dataclasses.replace(config, init_from=None, branch_from=str(finished))
+  start = start_lib.open_start(config, workdir, names)
+  assert not training_run.with_extensions(config, workdir, start).train.extensions
+  config = models.replace(config, train=dict(extend='keep_final'))
+  extended = training_run.with_extensions(config, workdir, start)
+  assert extended.train.extensions == '4:4:keep_final'
 
 
 @pytest.mark.faults

@@ -17,6 +17,7 @@ from farmer_jax import errors
 from farmer_jax.jobs import pretrain
 from farmer_jax.nn import farmer
 from farmer_jax.training import start as start_lib
+from farmer_jax.workdir import layout
 from tests.support import models, processes, runs
 
 tiny = runs.training_config
@@ -348,11 +349,19 @@ def test_branch_records_its_changes(source, workdir):
   ],
 )
 def test_branch_with_another_state_or_data_is_refused(source, workdir, changes, named):
+  names = layout.read_class_names(source)
+  assert start_lib.open_start(branch(source, steps=9), workdir, names)
   config = models.replace(branch(source, steps=9), **changes)
   with pytest.raises(errors.ConfigError) as caught:
-    start_lib.open_start(config, workdir, ())
+    start_lib.open_start(config, workdir, names)
   message = str(caught.value)
   assert named in message and '--config.branch_from=' in message and '\n' not in message
+
+
+def test_branch_with_other_classes_is_refused(source, workdir):
+  names = layout.read_class_names(source)[::-1]
+  with pytest.raises(errors.ConfigError, match='classes of the data have other names'):
+    start_lib.open_start(branch(source, steps=9), workdir, names)
 
 
 @pytest.mark.faults
