@@ -84,6 +84,22 @@ def test_export_to_a_local_folder(killed, tmp_path):
   assert refused.codes() == [1] and 'config.export.path' in refused.log().splitlines()[-1]
 
 
+def test_runs_that_start_from_a_run_in_the_store(killed, store, tmp_path):
+  """A branch without changes ends like its source. A tuned run is extended."""
+  source, folder = killed[0], layout.absolute(store.url)
+  branch, tuned = folder / 'branch', folder / 'tuned'
+  setting = f'branch_from={source}/checkpoints/4'
+  processes.train(branch, setting, logs=tmp_path / 'branch', devices=1).finish()
+  found, expected = processes.final_state(branch), processes.final_state(source)
+  assert found.keys() == expected.keys()
+  assert all((found[path] == expected[path]).all() for path in found)
+  for steps in 2, 4:
+    settings = f'init_from={source}', f'train.steps={steps}', 'train.extend=keep_final'
+    processes.train(tuned, *settings, logs=tmp_path / 'tuned', devices=1).finish()
+  assert layout.read_config(tuned)['train']['extensions'] == '2:2:keep_final'
+  assert len((tuned / 'config_history.jsonl').read_text().splitlines()) == 1
+
+
 def test_student_of_a_teacher_in_the_store(killed, store, tmp_path):
   teacher, student = killed[0], layout.absolute(store.url) / 'student'
   overrides = f'teacher={teacher}', 'job=distill'
