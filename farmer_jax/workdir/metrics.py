@@ -23,9 +23,9 @@ _FILE = 'metrics.jsonl'
 
 
 class Writer(Protocol):
-  """A destination of metrics in process 0, called `name` in messages. `rewind` is called first."""
+  """A destination of metrics in process 0. `rewind` is called first."""
 
-  name: str
+  name: str  # what is written, for messages; a plural
 
   def rewind(self, step: int) -> None:
     """The run starts at the checkpoint of `step`, or returns to it: later metrics are obsolete."""
@@ -92,7 +92,7 @@ class MetricWriter:
       except Exception as error:  # TensorFlow and trackers raise their own types.
         self._others.remove(writer)
         logging.warning(
-          f'{writer.name}: metrics are no longer written ({_reason(error)}). Training continues.'
+          f'{writer.name} are no longer written ({_reason(error)}). Training continues.'
         )
 
 

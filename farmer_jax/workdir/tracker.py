@@ -27,7 +27,7 @@ class WandbRun:
     ConfigError: wandb is not installed, or nobody is logged in.
   """
 
-  name = 'Weights & Biases'
+  name = 'Metrics for Weights & Biases'
 
   def __init__(self, config: config_lib.Config, workdir: epath.Path):
     remedy = 'set --config.tracker.kind=none to train without a tracker'
@@ -56,14 +56,14 @@ class WandbRun:
         self._run = wandb.init(**arguments)
       except wandb.errors.CommError as error:
         reason = ' '.join(str(error).split())[:300]
-        logging.warning(f'{self.name} cannot be used ({reason}). The run is recorded offline.')
+        logging.warning(f'Weights & Biases cannot be used ({reason}). The run is recorded offline.')
         wandb.teardown()  # Its process, of version 0.31, still holds the id of the run.
         self._run = wandb.init(**arguments, mode='offline')
     except Exception as error:
       reason = ' '.join(str(error).split())
       raise ConfigError(f'config.tracker.kind=wandb failed ({reason}); or {remedy}') from error
     offline = f'upload the run with wandb sync {self._run.sync_dir}'
-    logging.info(f'{self.name}: {offline if self._run.offline else self._run.url}')
+    logging.info(f'Weights & Biases: {offline if self._run.offline else self._run.url}')
     # Charts have the training step as their axis. The own counter of wandb must increase, and a
     # job that resumes repeats the steps after its checkpoint.
     self._run.define_metric('*', step_metric='step')

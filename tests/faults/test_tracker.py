@@ -81,6 +81,6 @@ def test_training_continues_without_the_process_of_wandb(workdir):
   start = time.monotonic()
   job.finish()
   assert time.monotonic() - start < 200
-  assert job.log().count('Weights & Biases: metrics are no longer written') == 1
+  assert job.log().count('Metrics for Weights & Biases are no longer written') == 1
   steps = [r['step'] for r in processes.records(workdir) if r['split'] == 'train']
   assert steps == list(range(1, 61))
