@@ -75,7 +75,7 @@ setuptools.setup(
     'hub': ['huggingface_hub>=0.34'],
     # TensorBoard events, and the preparation of TFDS data sets. Reading them needs no TensorFlow.
     'tensorboard': ['tensorflow-cpu>=2.21', 'tensorboard>=2.21'],
-    # Weights & Biases: config.tracker.kind=wandb.
+    # Weights & Biases (config.tracker).
     'wandb': ['wandb>=0.31'],
     # The documentation site and the notebook.
     'docs': [

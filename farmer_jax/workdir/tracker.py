@@ -59,14 +59,14 @@ class WandbRun:
         logging.warning(f'Weights & Biases cannot be used ({reason}). The run is recorded offline.')
         wandb.teardown()  # Its process, of version 0.31, still holds the id of the run.
         self._run = wandb.init(**arguments, mode='offline')
+      # Charts have the training step as their axis. The own counter of wandb must increase, and a
+      # job that resumes repeats the steps after its checkpoint.
+      self._run.define_metric('*', step_metric='step')
     except Exception as error:
-      reason = ' '.join(str(error).split())
-      raise ConfigError(f'config.tracker.kind=wandb failed ({reason}); or {remedy}') from error
+      reason = ' '.join(str(error).split()).rstrip('.')
+      raise ConfigError(f'config.tracker.kind=wandb failed: {reason}; or {remedy}') from error
     offline = f'upload the run with wandb sync {self._run.sync_dir}'
     logging.info(f'Weights & Biases: {offline if self._run.offline else self._run.url}')
-    # Charts have the training step as their axis. The own counter of wandb must increase, and a
-    # job that resumes repeats the steps after its checkpoint.
-    self._run.define_metric('*', step_metric='step')
     self._image = wandb.Image
 
   def rewind(self, step: int) -> None:
@@ -80,7 +80,7 @@ class WandbRun:
     self._run.log({'step': step, name: self._image(Image.fromarray(pixels))})
 
   def flush(self) -> None:
-    """A process of wandb uploads at any time, and survives this process."""
+    """A process of wandb uploads metrics, or writes them to its file, every 15 seconds."""
 
   def close(self, exit_code: int) -> None:
     if exit_code == EXIT_CODE_PREEMPTED:
