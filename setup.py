@@ -51,7 +51,7 @@ setuptools.setup(
     'fsspec',
     'grain>=0.2.18,<0.3',
     'importlib_resources',
-    'jax>=0.10,<0.11',
+    'jax>=0.10,<0.13',
     'jaxtyping>=0.3.11',
     'matplotlib>=3.8',
     'ml_collections>=1.1',

@@ -59,7 +59,8 @@ def test_resumed_training_is_one_run(tmp_path):
   """The run ends after step 5 and resumes from step 4. Step 5 is logged again."""
   workdir = tmp_path / 'run'
   train = dict(steps=6, log_every=1, checkpoint_every=2, validate_every=3, sample_every=6)
-  config = models.replace(CONFIG, train=train)
+  grid = dict(inverse='sequential', grid_rows=1, grid_columns=1)
+  config = models.replace(CONFIG, train=train, sampling=grid)
   with runs.interrupted_after(batches=5):
     pretrain.run(config, workdir)
   pretrain.run(config, workdir)
