@@ -17,11 +17,12 @@ from farmer_jax.workdir import layout, stores
 
 # Keys of paths on the machine of the run, which are not published.
 _PATHS = (
-  *('data.path', 'results', 'likelihood.path', 'likelihood.ood_path', 'export.path'),
-  *('fidelity.samples', 'fidelity.reference', 'fidelity.weights'),
+  *('init_from', 'branch_from', 'data.path', 'results', 'likelihood.path', 'likelihood.ood_path'),
+  *('export.path', 'fidelity.samples', 'fidelity.reference', 'fidelity.weights'),
 )
 
-_TORCH_FILE = pathlib.Path(farmer_jax.__file__).parents[1] / 'examples' / model_card.TORCH_FILE
+# A symbolic link to examples/torch_farmer.py, so that wheels contain the file.
+_TORCH_FILE = pathlib.Path(exports.__file__).parent / model_card.TORCH_FILE
 
 
 def run(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
@@ -96,8 +97,7 @@ def _files(
     files[model_card.PICTURE_FILE] = samples[0].read_bytes()
   else:
     logging.warning(f'The card has no samples of step {step}. --job=sample draws some.')
-  if _TORCH_FILE.exists():
-    files[model_card.TORCH_FILE] = _TORCH_FILE.read_bytes()
+  files[model_card.TORCH_FILE] = _TORCH_FILE.read_bytes()
   data = model_run.workdir / 'data.json'
   described = layout.read_json(data, lambda v: isinstance(v, dict)) if data.exists() else {}
   text = model_card.render(config, record, count, described, results, samples and samples[1])

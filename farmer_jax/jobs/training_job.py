@@ -20,7 +20,7 @@ from farmer_jax.nn import farmer
 from farmer_jax.training import divergence, hooks, loop
 from farmer_jax.training import start as start_lib
 from farmer_jax.training.step import LossFn, Params, TrainState
-from farmer_jax.workdir import layout, metrics, tracker
+from farmer_jax.workdir import layout, lock, metrics, tracker
 from farmer_jax.xla import memory
 
 
@@ -58,7 +58,7 @@ def train(
     resources.train, config.data, config.train.batch_size, config.seed, *mesh.process_shard()
   )
   with contextlib.ExitStack() as stack, mesh.activate(), contextlib.closing(iterator):
-    processes.on_process_zero(lambda: stack.enter_context(layout.lock(workdir)))
+    processes.on_process_zero(lambda: stack.enter_context(lock.hold(workdir)))
     writer = stack.enter_context(metrics.MetricWriter(workdir))
     if create := tracker.TRACKERS.get(config.tracker.kind):
       processes.on_process_zero(lambda: writer.add(create(config, workdir)))

@@ -23,7 +23,7 @@ from etils import epath
 from flax import traverse_util
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from farmer_jax import checkpoints, errors
+from farmer_jax import checkpoints, errors, exports
 from farmer_jax import config as config_lib
 from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.distributed import processes
@@ -69,9 +69,9 @@ class Source:
 
 
 def open_source(path: epath.PathLike, step: int | None = None) -> Source:
-  """Opens a run, RUN, or one of its checkpoints, RUN/checkpoints/STEP. Reads no parameters.
+  """Opens a run, one of its checkpoints, RUN/checkpoints/STEP, or an export. Reads no parameters.
 
-  The default of `step` is the newest checkpoint of RUN.
+  The default of `step` is the newest checkpoint of a run. An export has one step.
 
   Raises:
     UserError: there is no such run or checkpoint, or it is a run of `--job=distill`.
@@ -81,18 +81,35 @@ def open_source(path: epath.PathLike, step: int | None = None) -> Source:
     workdir, step = workdir.parent.parent, int(workdir.name)
   config = config_lib.from_config_dict(layout.read_config(workdir))
   if config.teacher is not None:
-    raise errors.ConfigError(f'{workdir} is a run of --job=distill, which has only a student')
-  step = step or processes.gather(checkpoints.newest_step(workdir))[0]
-  if not step:
-    raise errors.CheckpointError(f'{workdir} has no checkpoint')
-  name, model = config.train.evaluated_params, farmer.build(config)
+    raise errors.ConfigError(f'{workdir} is a run of --job=distill; use its teacher')
+  name, export = config.train.evaluated_params, layout.read_export(workdir)
+  if export:
+    if step not in (None, export['step']):
+      raise errors.CheckpointError(
+        f'the export is of step {export["step"]} now, and was of step {step}; restore it, or use'
+        ' another --workdir'
+      )
+    step = export['step']
+
+    def restore(shapes: PyTree) -> PyTree:
+      return exports.restore_params(workdir, shapes)
+
+  else:
+    step = step or processes.gather(checkpoints.newest_step(workdir))[0]
+    if not step:
+      raise errors.CheckpointError(f'{workdir} has no checkpoint')
+
+    def restore(shapes: PyTree) -> PyTree:
+      return checkpoints.restore_params(workdir, name, shapes, step)[0]
+
+  init = functools.partial(farmer.init_boxed_params, model=farmer.build(config))
   return Source(
     config,
     layout.read_class_names(workdir),
-    jax.eval_shape(functools.partial(farmer.init_boxed_params, model=model), jax.random.key(0)),
-    lambda shapes: checkpoints.restore_params(workdir, name, shapes, step)[0],
+    jax.eval_shape(init, jax.random.key(0)),
+    restore,
     {'source': str(workdir), 'step': step, 'parameters': name},
-    (workdir, step),
+    None if export else (workdir, step),
   )
 
 
@@ -233,6 +250,8 @@ def open_start(
   try:
     source = open_source(path, step)
     if config.branch_from:
+      if not source.checkpoint:
+        raise errors.ConfigError('an export has no training state; use init_from')
       found = _differences_of_branch(config, source, class_names)
       start = Start(config, source, source.checkpoint)
     else:
@@ -296,7 +315,7 @@ def _differences_of_branch(
   config: config_lib.Config, source: Source, class_names: tuple[str, ...]
 ) -> list[str]:
   """Describes what forbids to continue the training state of a source."""
-  (_, step), saved = source.checkpoint or (None, 0), config_lib.to_dict(source.config)
+  step, saved = source.record['step'], config_lib.to_dict(source.config)
   found = layout.differences(config, saved, _BRANCH_SHARED, _BRANCH_IGNORED)
   found += _other_precision(config, source)
   if bool(config.train.ema_decay) != bool(source.config.train.ema_decay):

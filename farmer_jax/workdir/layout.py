@@ -1,4 +1,4 @@
-"""The layout of WORKDIR: config.json, class names, names of results, atomic writes, lock.
+"""The layout of WORKDIR: config.json, class names, names of results, atomic writes.
 
 The folder of an export (`farmer_jax.exports`) can stand in for the workdir of a run, but nothing is
 written into it.
@@ -6,7 +6,6 @@ written into it.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -24,7 +23,7 @@ from flax import traverse_util
 
 from farmer_jax import config as config_lib
 from farmer_jax.errors import WorkdirError
-from farmer_jax.workdir import hub, store_lock, stores
+from farmer_jax.workdir import hub, stores
 
 CONFIG_FILE = 'config.json'
 _CLASSES_FILE = 'classes.json'
@@ -318,50 +317,6 @@ def _atomic_path(file: epath.Path) -> Iterator[epath.Path]:
   temporary = file.with_name(file.name + '.tmp')
   yield temporary
   temporary.replace(file)
-
-
-@contextlib.contextmanager
-def lock(workdir: epath.Path) -> Iterator[None]:
-  """Context that locks WORKDIR/lock, so that one run trains in a workdir.
-
-  On file systems, the lock is a `flock`, which the kernel releases when the process ends for any
-  reason. Some network file systems have no locks. There, a warning is logged, and a second run is
-  not detected. For object stores, see `store_lock`.
-
-  Raises:
-    WorkdirError: another process holds the lock.
-  """
-  with contextlib.ExitStack() as stack:
-    if stores.is_store(workdir):
-      stack.enter_context(store_lock.hold(workdir))
-    else:
-      _lock(stack.enter_context(open(workdir / 'lock', 'a+')), workdir)
-    yield
-
-
-def _lock(file: IO[str], workdir: epath.Path) -> None:
-  """Locks an open file, and writes the name of this process into the file."""
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    file.seek(0)
-    owner = file.readline(200).strip() or 'another process'
-    raise WorkdirError(
-      f'{owner} is training in {workdir}; stop that process, or choose another --workdir'
-    ) from None
-  except OSError as error:
-    _warn_no_lock(workdir, error.strerror or str(error))
-    return
-  file.truncate(0)
-  file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
-  file.flush()
-
-
-def _warn_no_lock(workdir: epath.Path, reason: str) -> None:
-  logging.warning(
-    f'{workdir} cannot be locked ({reason}). Make sure that no other run trains in this workdir,'
-    ' because a second run is not detected.'
-  )
 
 
 @contextlib.contextmanager

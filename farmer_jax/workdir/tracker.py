@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -39,7 +40,7 @@ class WandbRun:
       ) from error
     tracker = config.tracker
     in_workdir = not stores.is_store(workdir) and 'WANDB_DIR' not in os.environ
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
       project=tracker.project,
       name=tracker.name or config.name,
       tags=[tag.strip() for tag in tracker.tags.split(',') if tag.strip()] or None,

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from farmer_jax.errors import WorkdirError
-from farmer_jax.workdir import layout, store_lock
+from farmer_jax.workdir import layout, lock, store_lock
 from tests.support import processes, stores
 
 pytest.importorskip('gcp_storage_emulator', reason='make stores installs the emulators')
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.stores
 
 HOLDER = """
 import sys, time
-from farmer_jax.workdir import layout
-with layout.lock(layout.absolute(sys.argv[1])):
+from farmer_jax.workdir import layout, lock
+with lock.hold(layout.absolute(sys.argv[1])):
   print('held', flush=True)
   time.sleep(600)
 """
@@ -51,7 +51,7 @@ def hold_in_other_process(workdir):
 
 def test_lock_is_released_at_the_end(workdir):
   for _ in range(2):
-    with layout.lock(workdir):
+    with lock.hold(workdir):
       assert (workdir / 'lock').exists()
     assert not (workdir / 'lock').exists()
 
@@ -80,11 +80,11 @@ def test_running_owner_is_named(workdir, monkeypatch):
   monkeypatch.setattr(store_lock, '_EXPIRY', 25.0)  # longer than the interval of renewals
   owner = hold_in_other_process(workdir)
   with pytest.raises(WorkdirError, match=f'process {owner.pid} on .* is training'):
-    layout.lock(workdir).__enter__()
+    lock.hold(workdir).__enter__()
   owner.kill()
   owner.wait()
   start = time.monotonic()
-  with layout.lock(workdir):  # The owner was a process of this machine and no longer exists.
+  with lock.hold(workdir):  # The owner was a process of this machine and no longer exists.
     assert time.monotonic() - start < 5
 
 
@@ -99,7 +99,7 @@ def test_lock_that_is_released_while_another_run_waits(workdir, monkeypatch):
 
   threading.Thread(target=hold).start()
   is_held.wait()
-  with layout.lock(workdir):
+  with lock.hold(workdir):
     assert 1 < time.monotonic() - start < 3
 
 
@@ -110,7 +110,7 @@ def test_lock_of_a_process_on_another_machine_expires(workdir, short_lease, monk
   monkeypatch.setattr(store_lock, '_identity', lambda: {'pid': 1, 'machine': 'another'})
   caplog.set_level('INFO')
   start = time.monotonic()
-  with layout.lock(workdir):
+  with lock.hold(workdir):
     assert time.monotonic() - start > 1
   assert f'process {owner.pid}' in caplog.text
 
@@ -118,7 +118,7 @@ def test_lock_of_a_process_on_another_machine_expires(workdir, short_lease, monk
 def test_owner_that_lost_the_lock_ends(workdir, short_lease):
   owner = hold_in_other_process(workdir)
   owner.send_signal(signal.SIGSTOP)  # like a machine that was suspended
-  with layout.lock(workdir):
+  with lock.hold(workdir):
     owner.send_signal(signal.SIGCONT)
     assert owner.wait(timeout=60) == 1
   assert 'has taken over' in owner.stderr.read()
@@ -126,5 +126,5 @@ def test_owner_that_lost_the_lock_ends(workdir, short_lease):
 
 def test_unreadable_lock_expires(workdir, short_lease):
   (workdir / 'lock').write_text('{"owner": ')
-  with layout.lock(workdir):
+  with lock.hold(workdir):
     pass

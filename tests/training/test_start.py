@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from farmer_jax import config as config_lib
 from farmer_jax import errors
-from farmer_jax.jobs import pretrain
+from farmer_jax.jobs import export, pretrain
 from farmer_jax.nn import farmer
 from farmer_jax.training import start as start_lib
 from farmer_jax.workdir import layout
@@ -238,6 +238,20 @@ def test_one_checkpoint_can_be_the_source(source, workdir):
   assert start.source.checkpoint[1] == 4
   with pytest.raises(errors.CheckpointError, match='no checkpoint of step 5'):
     pretrain.run(tuning(source / 'checkpoints' / '5'), workdir)
+
+
+def test_export_can_be_the_source(source, tuned, tmp_path):
+  """The result equals that of a run that starts from the exported run."""
+  folder, workdir = tmp_path / 'export', tmp_path / 'run'
+  settings = dataclasses.replace(tiny().export, path=str(folder))
+  export.run(dataclasses.replace(tiny(), job='export', export=settings), source)
+  pretrain.run(tuning(folder), workdir)
+  processes.assert_equal(tuned, workdir)
+  assert json.loads((workdir / 'init.json').read_text())['step'] == STEPS
+  with pytest.raises(errors.ConfigError, match='init_from'):
+    start_lib.open_start(branch(folder), tmp_path / 'branch', ())
+  with pytest.raises(errors.CheckpointError, match=f'step {STEPS} now, and was of step 4'):
+    start_lib.open_source(folder, 4)
 
 
 def test_source_is_read_until_the_first_checkpoint(source, tuned, tmp_path):

@@ -30,9 +30,9 @@ class Config:
   teacher: Changeable[str | None] = None
   """distill: workdir of the trained run that is the teacher."""
   init_from: str | None = None
-  """pretrain: a trained run, or one of its checkpoints, RUN/checkpoints/STEP. Training starts from
-  its parameters (those of its EMA, if it has one), with a new optimizer, at step 0. The number of
-  classes and the image size can differ. Validation also runs before the first step."""
+  """pretrain: a trained run, one of its checkpoints, RUN/checkpoints/STEP, or an export. Training
+  starts from its parameters (those of its EMA, if it has one), with a new optimizer, at step 0. The
+  number of classes and the image size can differ. Validation also runs before the first step."""
   init_parts: Literal['all', 'flow', 'prior'] = 'all'
   """The parameters that init_from provides. flow: the prior starts from random parameters. prior:
   the flow does."""
