@@ -285,7 +285,7 @@ def test_results_and_samples_of_the_card(run, tmp_path):
     count=12, batch_size=8, redundant_variance=0.5, inverse='sequential'
   )
   sample.run(settings, run)
-  (run / 'fidelity').mkdir()
+  (run / 'fidelity').mkdir(exist_ok=True)
   fidelity = dict(count=500, reference='/secret/digits-train', network='classifier')
   fidelity |= dict(classifier_frechet_distance=12.5, settings=dict(neighbors=5, weights='/secret'))
   fidelity |= dict(sampling=dataclasses.asdict(config.Sampling(redundant_variance=0.5)))

@@ -112,6 +112,7 @@ def history(workdir):
   return [json.loads(s) for s in (workdir / 'config_history.jsonl').read_text().splitlines()]
 
 
+@pytest.mark.faults
 def test_extended_run_resumes_bit_exactly_and_is_extended_again(finished, run, tmp_path):
   longer = tiny(steps=STEPS, extend='restart_cosine')
   expected = shutil.copytree(finished, tmp_path / 'expected')
@@ -141,6 +142,7 @@ def test_extended_run_resumes_bit_exactly_and_is_extended_again(finished, run, t
   assert third['step'] == 8 and third['changed']['train.steps'] == [8, 10]
 
 
+@pytest.mark.faults
 def test_interrupted_run_gets_the_schedule_of_more_steps(tmp_path):
   """From the checkpoint of step 4 on, the learning rates are those of a run of twelve steps."""
   interrupted, other = tmp_path / 'interrupted', tmp_path / 'other'
@@ -161,6 +163,7 @@ def test_interrupted_run_gets_the_schedule_of_more_steps(tmp_path):
   assert [r['loss'] for r in found] == [r['loss'] for r in expected]
 
 
+@pytest.mark.faults
 def test_run_without_a_checkpoint_starts_again(workdir):
   with runs.interrupted_after(batches=1):
     pretrain.run(tiny(steps=4), workdir)

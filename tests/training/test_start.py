@@ -254,6 +254,7 @@ def test_export_can_be_the_source(source, tuned, tmp_path):
     start_lib.open_source(folder, 4)
 
 
+@pytest.mark.faults
 def test_source_is_read_until_the_first_checkpoint(source, tuned, tmp_path):
   """The source has a newer checkpoint when the run starts again. Then it is missing."""
   moving, workdir = tmp_path / 'source', tmp_path / 'run'

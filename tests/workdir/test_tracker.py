@@ -55,6 +55,7 @@ def only(records, kind):
   return [getattr(r, kind) for r in records if r.WhichOneof('record_type') == kind]
 
 
+@pytest.mark.faults
 def test_resumed_training_is_one_run(tmp_path):
   """The run ends after step 5 and resumes from step 4. Step 5 is logged again."""
   workdir = tmp_path / 'run'
