@@ -1,5 +1,6 @@
 """The model card of an export: README.md, with the metadata of the Hugging Face hub."""
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -193,8 +194,21 @@ def _training(
     f'noise: {kinds[noise.kind]} in evaluation',
     f'{train.steps} steps of {train.batch_size} images, {train.optimizer.kind}, learning rate'
     f' {train.optimizer.learning_rate:g}',
+    *_origin(config),
     'all settings: `config.json`',
   ]
+
+
+def _origin(config: config_lib.Config) -> list[str]:
+  """Describes the run from which this run started, if there is one, without its folder."""
+  source = config.init_from or config.branch_from
+  if not source:
+    return []
+  source = re.sub(r'/checkpoints/(\d+)$', r' at step \1', source.rstrip('/')).rpartition('/')[-1]
+  parts = 'flow and the prior' if config.init_parts == 'all' else config.init_parts
+  if config.branch_from:
+    return [f'the run is a branch of the run `{source}`']
+  return [f'the {parts} started from the trained parameters of `{source}`']
 
 
 def _table(results: Sequence[Result]) -> str:

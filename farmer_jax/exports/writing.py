@@ -1,6 +1,7 @@
 """Writes exports, one file of weights at a time."""
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,9 +14,14 @@ from safetensors import numpy as safetensors
 
 from farmer_jax.errors import WorkdirError
 from farmer_jax.exports import tensors
-from farmer_jax.workdir import layout, stores
+from farmer_jax.workdir import hub, layout, stores
 
 _Tensor = tuple[str, Any, tensors.Index]
+
+# Files of an older export that the new one may not have.
+_OWN_FILES = re.compile(
+  r'model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|samples\.png'
+)
 
 
 def check_folder(path: epath.PathLike) -> epath.Path:
@@ -24,11 +30,11 @@ def check_folder(path: epath.PathLike) -> epath.Path:
   Raises:
     WorkdirError: the folder is in an object store, or has files and is not an export.
   """
-  folder = layout.absolute(path)
-  if stores.is_store(folder):
+  if hub.is_url(path) or stores.is_store(path):
     raise WorkdirError(
-      f'exports are written to local folders, not to {folder}; set --config.export.path=FOLDER'
+      f'exports are written to local folders, not to {path}; set --config.export.path=FOLDER'
     )
+  folder = layout.absolute(path)
   layout.check_no_pattern(folder, '--config.export.path')
   if folder.exists() and not (
     folder.is_dir() and (not any(folder.iterdir()) or layout.read_export(folder))
@@ -92,8 +98,9 @@ def _move(partial: epath.Path, folder: epath.Path) -> None:
     partial.replace(folder)
     return
   (folder / layout.CONFIG_FILE).unlink(missing_ok=True)
-  for file in folder.glob('model*.safetensors*'):
-    file.unlink()
+  for file in folder.iterdir():
+    if _OWN_FILES.fullmatch(file.name):
+      file.unlink()
   names = [file.name for file in partial.iterdir() if file.name != layout.CONFIG_FILE]
   for name in (*names, layout.CONFIG_FILE):
     (partial / name).replace(folder / name)

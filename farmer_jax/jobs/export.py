@@ -69,6 +69,7 @@ def _record(config: config_lib.Config, model_run: api.Run) -> dict[str, Any]:
     for key in sections:
       section = section[key]
     section[name] = None
+  values['init_parts'] = 'all'
   return {
     'model_type': 'farmer',
     'export_format': layout.EXPORT_FORMAT,

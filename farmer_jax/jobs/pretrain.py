@@ -20,6 +20,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   """Trains, validates and draws samples. Prints the results and their paths."""
   resources = training_run.Resources.load(config)
   start = start_lib.open_start(config, workdir, resources.train.class_names)
+  training_run.check_branch(start, resources)
   config = training_run.with_extensions(config, workdir, start)
   workdir = training_run.prepare_workdir(config, workdir, resources)
   if start:

@@ -1,5 +1,6 @@
 """What the training jobs prepare: data, mesh and workdir."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +15,7 @@ from farmer_jax.distributed import mesh as mesh_lib
 from farmer_jax.distributed import processes
 from farmer_jax.errors import ConfigError, WorkdirError
 from farmer_jax.training import start as start_lib
-from farmer_jax.workdir import layout
+from farmer_jax.workdir import layout, lock
 from farmer_jax.xla import host
 
 # Describes the training and the validation images of a run: number, classes, folder.
@@ -82,22 +83,55 @@ def with_extensions(
   new extension. Writes nothing. The result is the same after process 0 has claimed the workdir.
   """
   path = layout.absolute(workdir)
-  if (path / layout.CONFIG_FILE).exists():
+  is_branch = start is not None and start.branch is not None
+  if (path / layout.CONFIG_FILE).exists() and not is_branch:
     return layout.extension(config, layout.read_config(path), checkpoints.newest_step(path))
-  if start is None:
-    return config
-  # The configuration may be that of the source, whose extensions are not those of the new run.
+  if start is None and config.job != 'distill':
+    entries = filter(None, config.train.extensions.split(','))
+    ends = [*(int(entry.split(':')[1]) for entry in entries), config.train.steps]
+    if ends != sorted(set(ends)):
+      raise ConfigError(
+        f'--config.train.steps={config.train.steps} is not larger than the steps of the'
+        f' configuration before it was extended ({config.train.extensions}); set'
+        " --config.train.extensions='' for a plain schedule"
+      )
+    return config  # It repeats a run with all its extensions.
+  # The configuration may be that of the source or teacher, with extensions of its own.
   train = dataclasses.replace(config.train, extensions='')
-  if start.branch and config.train.extend != 'none':
+  if start and start.branch and config.train.extend != 'none':
     train = train.extending(start.source.config.train, start.branch[1])
   return dataclasses.replace(config, train=train)
+
+
+def check_branch(start: start_lib.Start | None, resources: Resources) -> None:
+  """Raises WorkdirError if the training images of a branch are not those of its source."""
+  if start is None or start.branch is None:
+    return
+  file = start.branch[0] / _DATA_FILE
+
+  def check() -> None:
+    saved = layout.read_json(file, lambda value: isinstance(value, dict)) if file.exists() else {}
+    found = base.describe(resources.train)
+    before = saved.get('training', found)
+    if not base.is_same_content(before['content'], found['content']):
+      raise WorkdirError(
+        f'the training images are not those of --config.branch_from ({file}: {before["images"]}'
+        f' images, now {found["images"]}); use its images, or start with --config.init_from'
+      )
+
+  processes.on_process_zero(check)
 
 
 def claim_workdir(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
   """Claims the workdir on process 0. Returns the absolute path on all processes."""
 
   def claim() -> None:
-    layout.claim(config, workdir, checkpoints.newest_step(layout.absolute(workdir)))
+    path = layout.absolute(workdir)
+    with contextlib.ExitStack() as stack:
+      # An extension must not change the configuration of a run that is training.
+      if config.train.extend != 'none' and (path / layout.CONFIG_FILE).exists():
+        stack.enter_context(lock.hold(path))
+      layout.claim(config, path, checkpoints.newest_step(path))
 
   processes.on_process_zero(claim)
   path = layout.open_run(config, workdir)

@@ -205,7 +205,7 @@ class Trainer:
     state, step = self._restore()
     self.iterator.change_order()
     logging.info(f'Resuming from step {step} with data order {self.iterator.order}.')
-    self.writer.rewind(step or -1)  # without metrics of step 0
+    self.writer.rewind(step)
     self._throughput.rewind(step)
     return state, step
 

@@ -58,7 +58,7 @@ def claim(config: config_lib.Config, path: epath.PathLike, step: int = 0) -> epa
   try:
     if file.exists():
       saved = read_config(workdir)
-      changed = changes(config, saved)
+      changed = {k: v for k, v in changes(config, saved).items() if k != 'train.extend'}
       extends = 'train.extensions' in changed and extension(config, saved, step) == config
       _check_same(config, saved, workdir, EXTENSION_KEYS if extends else ())
       _record_changes(workdir, changed, step)
@@ -67,7 +67,9 @@ def claim(config: config_lib.Config, path: epath.PathLike, step: int = 0) -> epa
         f'the workdir {workdir} has files but no {CONFIG_FILE}, so it is not the workdir of a run;'
         ' choose another --workdir'
       )
-    write_json(file, config_lib.to_dict(config))
+    # Once recorded in `extensions`, `extend` must not apply to a further change of `steps`.
+    train = dataclasses.replace(config.train, extend='none')
+    write_json(file, config_lib.to_dict(dataclasses.replace(config, train=train)))
     if not (workdir / _RUN_FILE).exists():
       write_json(workdir / _RUN_FILE, {'id': uuid.uuid4().hex})
   except OSError as error:
@@ -98,7 +100,8 @@ def open_run(config: config_lib.Config, path: epath.PathLike) -> epath.Path:
     WorkdirError: there is no run, or it has another configuration.
   """
   workdir = absolute(path)
-  _check_same(config, read_config(workdir), workdir)
+  # The command that extended a run does not set its extensions.
+  _check_same(config, read_config(workdir), workdir, ['train.extensions'])
   return workdir
 
 
@@ -157,6 +160,8 @@ def results_folder(config: config_lib.Config, workdir: epath.Path) -> epath.Path
     raise WorkdirError(
       f'{workdir} is an export, which stays as it is; set --config.results=FOLDER for the results'
     )
+  if hub.is_url(config.results or ''):
+    raise WorkdirError(f'--config.results={config.results} is on the hub; give a folder')
   folder = absolute(config.results) if config.results else workdir
   check_no_pattern(folder, '--config.results')
   file, owner = folder / _RUN_FILE, {'workdir': str(workdir), 'id': run_id(workdir)}

@@ -177,6 +177,31 @@ def test_refused_folders(run, folder, tmp_path):
   assert 'step 8' in message
 
 
+def test_export_of_a_run_that_took_a_part_of_another(run, tmp_path):
+  saved = layout.read_config(run) | {'init_from': '/secret/RUN/checkpoints/4', 'init_parts': 'flow'}
+  (run / 'config.json').write_text(json.dumps(saved))
+  folder = exported(run, tmp_path / 'e')
+  assert farmer_jax.load(folder, overrides=SETTINGS).sample([0]).shape == (1, 8, 8, 1)
+  config.check(config.from_config_dict(layout.read_config(folder)))
+  assert 'the flow started from the trained parameters of `RUN at step 4`' in card(folder)[1]
+
+
+def test_new_export_keeps_files_of_others(run, tmp_path):
+  folder = exported(run, tmp_path / 'e')
+  (folder / 'model_mine.safetensors').write_text('mine')
+  (folder / 'samples.png').write_text('of an older checkpoint')
+  exported(run, folder)
+  assert (folder / 'model_mine.safetensors').read_text() == 'mine'
+  assert not (folder / 'samples.png').exists()
+
+
+def test_nothing_is_written_to_the_hub(run, hub):
+  message = refusal(errors.WorkdirError, exported, run, 'hf://someone/digits')
+  assert 'config.export.path' in message and not hub
+  settings = configured(run, 'sample', results='hf://someone/digits')
+  assert 'config.results' in refusal(errors.WorkdirError, sample.run, settings, run)
+
+
 def test_exports_are_not_written_to_stores(run, monkeypatch):
   monkeypatch.setattr(layout.stores, 'check', lambda path: None)
   message = refusal(errors.WorkdirError, exported, run, 'gs://bucket/export')

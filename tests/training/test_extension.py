@@ -1,6 +1,7 @@
 """Runs that continue to more steps: schedules, the record, refusals, and bit-exact resumption."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
@@ -14,7 +15,7 @@ from farmer_jax import config as config_lib
 from farmer_jax.jobs import pretrain, training_run
 from farmer_jax.training import optimizer
 from farmer_jax.training import start as start_lib
-from farmer_jax.workdir import layout
+from farmer_jax.workdir import layout, lock
 from tests.support import models, processes, runs
 from tests.support.processes import STEPS
 
@@ -163,6 +164,33 @@ def test_interrupted_run_gets_the_schedule_of_more_steps(tmp_path):
   assert [r['loss'] for r in found] == [r['loss'] for r in expected]
 
 
+def test_extension_of_a_run_that_trains_is_refused(run):
+  before = (run / 'config.json').read_bytes()
+  with lock.hold(epath.Path(run)), pytest.raises(errors.WorkdirError, match='is training'):
+    pretrain.run(tiny(steps=6, extend='restart_cosine'), run)
+  assert (run / 'config.json').read_bytes() == before
+  assert not (run / 'config_history.jsonl').exists()
+
+
+def test_extend_applies_once(run, finished, tmp_path):
+  """The configuration of a run does not extend it, or a branch of it, again."""
+  claim = functools.partial(layout.claim, path=run, step=4)
+  claim(training_run.with_extensions(tiny(steps=6, extend='keep_final'), run))
+  saved = config_lib.from_config_dict(layout.read_config(run))
+  assert saved.train.extensions == '4:4:keep_final' and saved.train.extend == 'none'
+  with pytest.raises(errors.WorkdirError, match='train.steps is 6 there and 8 here'):
+    claim(training_run.with_extensions(models.replace(saved, train=dict(steps=8)), run))
+  assert layout.open_run(tiny(steps=6, extend='keep_final'), run) == run  # The same command.
+
+  def first(**changes):
+    return training_run.with_extensions(models.replace(saved, **changes), tmp_path / 'new')
+
+  assert first() == saved  # A new run can repeat both schedules.
+  assert not first(job='distill').train.extensions
+  with pytest.raises(errors.ConfigError, match=r'train\.extensions'):
+    first(train=dict(steps=4))
+
+
 @pytest.mark.faults
 def test_run_without_a_checkpoint_starts_again(workdir):
   with runs.interrupted_after(batches=1):
@@ -216,8 +244,11 @@ def test_run_that_starts_from_an_extended_run_has_its_own_schedule(finished, wor
   start = start_lib.open_start(config, workdir, names)
   assert not training_run.with_extensions(config, workdir, start).train.extensions
   config = models.replace(config, train=dict(extend='keep_final'))
-  extended = training_run.with_extensions(config, workdir, start)
-  assert extended.train.extensions == '4:4:keep_final'
+  for claimed in None, dataclasses.replace(config, job='compile'):  # `compile` can be first.
+    if claimed:
+      layout.claim(claimed, workdir)
+    extended = training_run.with_extensions(config, workdir, start)
+    assert extended.train.extensions == '4:4:keep_final'
 
 
 @pytest.mark.faults

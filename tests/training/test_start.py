@@ -334,6 +334,17 @@ def test_branch_without_changes_equals_its_source(source, tmp_path):
     assert {k: a[k] for k in names} == {k: b[k] for k in names}
 
 
+def test_branch_with_other_images_is_refused(source, workdir):
+  """The record of the images of the source names other images."""
+  moved = shutil.copytree(source, workdir.with_name('source'))
+  record = json.loads((moved / 'data.json').read_text())
+  record['training']['content'] = [f'{text}x' for text in record['training']['content']]
+  (moved / 'data.json').write_text(json.dumps(record))
+  with pytest.raises(errors.WorkdirError, match='images are not those of --config.branch_from'):
+    pretrain.run(branch(moved / 'checkpoints' / '4'), workdir)
+  assert not workdir.exists()
+
+
 def test_branch_records_its_changes(source, workdir):
   config = branch(source / 'checkpoints' / '6', steps=7, extend='restart_cosine')
   config = models.replace(config, train=dict(optimizer=dict(learning_rate=1e-3)))
