@@ -133,14 +133,12 @@ def test_extended_run_resumes_bit_exactly_and_is_extended_again(finished, run, t
   saved = config_lib.from_config_dict(layout.read_config(run))
   assert saved.train.steps == 10
   assert saved.train.extensions == '4:4:restart_cosine,8:8:keep_final'
-  first, second, third = history(run)
+  first, second = history(run)
   assert first['step'] == 4 and first['changed'] == {
     'train.steps': [4, STEPS],
-    'train.extend': ['none', 'restart_cosine'],
     'train.extensions': ['', '4:4:restart_cosine'],
   }
-  assert second['changed'] == {'train.extend': ['restart_cosine', 'none']}
-  assert third['step'] == 8 and third['changed']['train.steps'] == [8, 10]
+  assert second['step'] == 8 and second['changed']['train.steps'] == [8, 10]
 
 
 @pytest.mark.faults
@@ -251,6 +249,7 @@ def test_run_that_starts_from_an_extended_run_has_its_own_schedule(finished, wor
     assert extended.train.extensions == '4:4:keep_final'
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_extended_run_of_two_processes_that_is_killed_ends_like_one_that_is_not(tmp_path):
   pair = dict(devices=1, processes=2)
