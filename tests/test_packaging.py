@@ -33,7 +33,7 @@ def _wheel(tmp_path_factory):
   pytest.importorskip('setuptools')
   folder = tmp_path_factory.mktemp('package')
   source = folder / 'source'
-  for name in ('farmer_jax', 'configs'):
+  for name in ('farmer_jax', 'configs', 'examples'):
     ignored = shutil.ignore_patterns('__pycache__')
     shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
   for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
