@@ -6,12 +6,15 @@ This file needs PyTorch, NumPy and safetensors, and nothing else of farmer_jax. 
     import torch, torch_farmer
 
     model = torch_farmer.load('FOLDER')        # the folder of an export, or a copy from the hub
-    labels = torch.tensor([0, 1, 2])           # None in place of labels means "no class"
+    labels = torch.tensor([0, 1, 2])           # the number of classes means "no class"
     values = model.sample(labels)              # real values, [3, C, H, W], black -1 and white 1
     images = model.to_uint8(values)
     model.log_prob(model.from_uint8(images), labels)  # nats, [3]
     z, log_dets = model.encode(values, labels)        # latents [3, N, d]; log|det| of blocks [T, 3]
     model.decode(z, labels)                           # equals `values`
+
+None in place of labels also means "no class", except for `sample`. Python finds this file in the
+current folder, or in a folder of PYTHONPATH.
 
 `model.sampling` has the settings of sampling, for example `model.sampling['guidance']['scale']`.
 
@@ -66,7 +69,10 @@ def load(folder: str, dtype: torch.dtype = torch.float32, device: str = 'cpu') -
   path = pathlib.Path(folder)
   exported = json.loads((path / 'config.json').read_text())
   if exported.get('export_format') != EXPORT_FORMAT:
-    raise ValueError(f'{path}: this file reads export_format {EXPORT_FORMAT} of farmer_jax only')
+    raise ValueError(
+      f'{path} is not an export of this format; this file reads export_format {EXPORT_FORMAT},'
+      ' which --job=export of farmer_jax writes'
+    )
   index = path / 'model.safetensors.index.json'
   files = {'model.safetensors'}
   if index.exists():

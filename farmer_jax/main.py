@@ -67,7 +67,7 @@ _WORKDIR = flags.DEFINE_string(
   None,
   'Folder of the run, for checkpoints, metrics and results. If it contains a run with the same'
   ' configuration, the job resumes that run. Default: runs/NAME, where NAME is the key name of the'
-  ' configuration.',
+  ' configuration, and RUN with --config=from_run:RUN.',
 )
 
 
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
   if _DISTRIBUTED.value or any(value is not None for value in process):
     processes.start(*process)
   try:
-    jobs.run(config, _WORKDIR.value or f'runs/{config.name}')
+    jobs.run(config, _WORKDIR.value or _default_workdir(config.name))
   except preemption.Preempted as preempted:
     print(preempted, file=sys.stderr)
     sys.exit(errors.EXIT_CODE_PREEMPTED)
@@ -215,6 +215,15 @@ def _config_path(value: str) -> str:
     hint = f'; use --config=from_run:{run}' if file.endswith('config.json') else ''
     raise errors.ConfigError(f'the --config file {file} is not a Python file{hint}')
   return file + colon + variant
+
+
+def _default_workdir(name: str) -> str:
+  """Returns RUN for --config=from_run:RUN, and runs/NAME for other configurations.
+
+  Two runs with the same name can exist, so the name does not identify RUN.
+  """
+  file, _, variant = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
+  return variant if os.path.basename(file) == 'from_run.py' else f'runs/{name}'
 
 
 # Paths of the keys that overrides set to None.

@@ -113,6 +113,8 @@ def test_help_describes_every_flag(command):
     ([f'--config={__file__.removesuffix(".py")}'], 'no such file'),
     ([f'--config={command_line.ROOT}/Makefile'], 'not a Python file'),
     ([QUICKSTART, '--config.name=None'], 'config.name cannot be None'),
+    ([QUICKSTART, '--config.train.step=3'], 'Did you mean train.steps?'),
+    ([f'--config=from_run:{command_line.ROOT}/checkpoints/3'], f'the workdir {command_line.ROOT}'),
   ],
 )
 def test_user_error_is_one_line(run, arguments, named):
@@ -149,7 +151,9 @@ def test_from_run_reads_the_configuration_of_a_run(run, tmp_path, from_run, old_
   (tmp_path / 'config.json').write_text(json.dumps(values))
   outcome = run(f'--config={from_run}:{tmp_path}')
   assert outcome.code == 0, outcome.err
-  assert outcome.jobs[0][0] == saved
+  assert outcome.jobs[0] == (saved, str(tmp_path))  # not runs/earlier, which can be another run
+  assert run(f'--config={from_run}:{tmp_path}', '--workdir=w').jobs[0][1] == 'w'
+  assert run(QUICKSTART).jobs[0][1] == 'runs/quickstart'
 
 
 def test_user_error_of_a_process_leaves_no_workdir(tmp_path):

@@ -42,7 +42,7 @@ _MODULES = {
   'training': ('Training', ['training']),
   'data': ('Data', ['data']),
   'checkpoints': ('Checkpoints', ['checkpoints']),
-  'workdir': ('Workdirs', ['workdir']),
+  'workdir': ('Workdirs and exports', ['workdir', 'exports']),
   'distributed': ('Processes and devices', ['distributed']),
   'xla': ('Compiler output', ['xla']),
   'jobs': ('Jobs', ['jobs']),
@@ -146,8 +146,9 @@ def _modules_page(title: str, names: list[str]) -> str:
 
 
 def _module_names(name: str) -> Iterator[str]:
-  """Yields a module, or all modules of a package."""
+  """Yields a module, or all modules of a package, without links to examples."""
   files = sorted((ROOT / 'farmer_jax' / name).glob('[!_]*.py'))
+  files = [file for file in files if not file.is_symlink()]
   yield from (f'{name}.{file.stem}' for file in files)
   if not files:
     yield name

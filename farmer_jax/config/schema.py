@@ -110,7 +110,11 @@ def unknown_key(path: str) -> str:
   if not siblings:  # The section does not exist: list all sections.
     prefix, siblings = '', paths
   same_name = [p for p in paths if p.rpartition('.')[2] == name]
-  close = difflib.get_close_matches(path, same_name or paths, n=1, cutoff=0.7) or same_name
+  close = (
+    difflib.get_close_matches(path, siblings, n=1, cutoff=0.9)  # a typo of a key of this section
+    or difflib.get_close_matches(path, same_name or paths, n=1, cutoff=0.7)
+    or same_name
+  )
   hint = f' Did you mean {close[0]}?' if close else ''
   listed = dict.fromkeys(prefix + p.removeprefix(prefix).partition('.')[0] for p in siblings)
   return f'config.{path} is not a key.{hint} Known keys: {", ".join(listed)}'

@@ -48,6 +48,11 @@ def load(data: config.Data, split: str, class_names: Sequence[str] = ()) -> base
   if data.source == 'folder':
     source = folder.load(data, split, class_names)
   else:
+    if data.path and data.source in ('digits', 'synthetic'):
+      logging.warning(
+        f'--config.data.path={data.path} has no effect with --config.data.source={data.source}. To'
+        ' read image files, set --config.data.source=folder.'
+      )
     source = _LOADERS.get(data.source, tfds.load)(data, split)
     source = base.with_classes(source, tuple(class_names), data)
   if not len(source):

@@ -235,7 +235,7 @@ def _usage(config: config_lib.Config, record: Mapping[str, Any]) -> str:
     run.log_prob(images, {labels}).nats
     ```
 
-    In PyTorch, `{TORCH_FILE}` needs no other file of farmer_jax:
+    In PyTorch, `{TORCH_FILE}` needs no other file of farmer_jax. Copy it beside your program:
 
     ```python
     import torch

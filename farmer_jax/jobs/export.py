@@ -49,7 +49,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
   files = _files(config, model_run, record, count)
   with model_run.activate():
     exports.write(folder, params, record, files, settings.max_file_gigabytes * 1e9)
-  terminal.print_result(f'{count:,} parameters of step {record["step"]}: {folder}')
+  terminal.print_result(f'{count:,} parameters of {workdir}, step {record["step"]}: {folder}')
   terminal.print_result(f'To publish them: hf upload USER/NAME {folder}')
   return folder
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from absl import logging
@@ -122,16 +123,31 @@ def check_branch(start: start_lib.Start | None, resources: Resources) -> None:
   processes.on_process_zero(check)
 
 
-def claim_workdir(config: config_lib.Config, workdir: epath.PathLike) -> epath.Path:
-  """Claims the workdir on process 0. Returns the absolute path on all processes."""
+def claim_workdir(
+  config: config_lib.Config, workdir: epath.PathLike, resources: Resources | None = None
+) -> epath.Path:
+  """Claims the workdir on process 0. Returns the absolute path on all processes.
+
+  With `resources`, also checks and records the data, see `prepare_workdir`. Nothing is written to a
+  workdir that is refused.
+  """
 
   def claim() -> None:
     path = layout.absolute(workdir)
+    is_run = (path / layout.CONFIG_FILE).exists()
+    if config.train.extend != 'none' and not is_run and not config.branch_from:
+      logging.warning(f'config.train.extend has no effect: {path} has no run yet.')
     with contextlib.ExitStack() as stack:
       # An extension must not change the configuration of a run that is training.
-      if config.train.extend != 'none' and (path / layout.CONFIG_FILE).exists():
+      if config.train.extend != 'none' and is_run:
         stack.enter_context(lock.hold(path))
-      layout.claim(config, path, checkpoints.newest_step(path))
+      step = checkpoints.newest_step(path)
+      layout.check_claim(config, path, step)
+      data = _checked_data(path, resources) if resources else {}
+      layout.claim(config, path, step)
+      if resources:
+        layout.write_class_names(path, resources.train.class_names)
+        layout.write_json(path / _DATA_FILE, data)
 
   processes.on_process_zero(claim)
   path = layout.open_run(config, workdir)
@@ -147,13 +163,11 @@ def prepare_workdir(
   Raises:
     WorkdirError: the run was started with other classes or with other training images.
   """
-  path = claim_workdir(config, workdir)
-  processes.on_process_zero(lambda: _record_data(path, resources))
-  return path
+  return claim_workdir(config, workdir, resources)
 
 
-def _record_data(workdir: epath.Path, resources: Resources) -> None:
-  """Writes classes.json and data.json, or compares the data with those of the first start."""
+def _checked_data(workdir: epath.Path, resources: Resources) -> dict[str, Any]:
+  """Compares the data with those of the first start. Returns the content of data.json."""
   data = {'training': base.describe(resources.train)}
   if resources.valid is not None:
     data['validation'] = base.describe(resources.valid)
@@ -165,7 +179,6 @@ def _record_data(workdir: epath.Path, resources: Resources) -> None:
       f' {", ".join(missing) or "none"}; new: {", ".join(new) or "none"}); restore the classes, or'
       ' train into another --workdir'
     )
-  layout.write_class_names(workdir, names)
   file = workdir / _DATA_FILE
   saved = layout.read_json(file, lambda value: isinstance(value, dict)) if file.exists() else {}
   for split, found in data.items():
@@ -179,4 +192,4 @@ def _record_data(workdir: epath.Path, resources: Resources) -> None:
     if split == 'training':
       raise WorkdirError(f'{problem}; restore the images, or train into another --workdir')
     logging.warning(f'{problem}. Validation losses cannot be compared with earlier ones.')
-  layout.write_json(file, data | saved)  # The first start counts.
+  return data | saved  # The first start counts.

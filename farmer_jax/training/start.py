@@ -95,9 +95,14 @@ def open_source(path: epath.PathLike, step: int | None = None) -> Source:
       return exports.restore_params(workdir, shapes)
 
   else:
-    step = step or processes.gather(checkpoints.newest_step(workdir))[0]
-    if not step:
+    steps = processes.gather(checkpoints.list_steps(workdir))[0]
+    if not steps:
       raise errors.CheckpointError(f'{workdir} has no checkpoint')
+    if step not in (None, *steps):
+      raise errors.CheckpointError(
+        f'{workdir} has no checkpoint of step {step}; it has {", ".join(map(str, steps))}'
+      )
+    step = step or max(steps)
 
     def restore(shapes: PyTree) -> PyTree:
       return checkpoints.restore_params(workdir, name, shapes, step)[0]
@@ -323,7 +328,10 @@ def _differences_of_branch(
   if class_names != source.class_names:
     found.append('the classes of the data have other names')
   if config.train.steps <= step:
-    found.append(f'train.steps is {config.train.steps}, and the checkpoint has step {step}')
+    raise errors.ConfigError(
+      f'train.steps is {config.train.steps}, and the checkpoint has step {step}; set a larger'
+      ' number of steps, or name an earlier checkpoint'
+    )
   return found
 
 

@@ -48,35 +48,52 @@ def claim(config: config_lib.Config, path: epath.PathLike, step: int = 0) -> epa
     WorkdirError: the folder belongs to a run with another configuration, contains other files, is
       not writable, or its path contains one of the characters * ? [ ].
   """
+  workdir, changed = absolute(path), check_claim(config, path, step)
+  with _unwritable(workdir):
+    _record_changes(workdir, changed, step)
+    # Once recorded in `extensions`, `extend` must not apply to a further change of `steps`.
+    train = dataclasses.replace(config.train, extend='none')
+    write_json(workdir / CONFIG_FILE, config_lib.to_dict(dataclasses.replace(config, train=train)))
+    if not (workdir / _RUN_FILE).exists():
+      write_json(workdir / _RUN_FILE, {'id': uuid.uuid4().hex})
+  return workdir
+
+
+def check_claim(
+  config: config_lib.Config, path: epath.PathLike, step: int = 0
+) -> dict[str, tuple[Any, Any]]:
+  """Raises the `WorkdirError` of `claim`, and writes nothing. Returns the settings that change."""
   workdir = absolute(path)
   check_no_pattern(workdir, '--workdir')
-  file = workdir / CONFIG_FILE
   if read_export(workdir):
     raise WorkdirError(
       f'{workdir} is an export, which cannot be trained further; choose another --workdir'
     )
+  if (workdir / CONFIG_FILE).exists():
+    saved = read_config(workdir)
+    changed = {k: v for k, v in changes(config, saved).items() if k != 'train.extend'}
+    extends = 'train.extensions' in changed and extension(config, saved, step) == config
+    _check_same(config, saved, workdir, EXTENSION_KEYS if extends else ())
+    return changed
+  with _unwritable(workdir):
+    is_new = not workdir.exists() or all(map(_is_harmless, workdir.iterdir()))
+  if not is_new:
+    raise WorkdirError(
+      f'the workdir {workdir} has files but no {CONFIG_FILE}, so it is not the workdir of a run;'
+      ' choose another --workdir'
+    )
+  return {}
+
+
+@contextlib.contextmanager
+def _unwritable(workdir: epath.Path) -> Iterator[None]:
+  """Context in which an error of the file system is a `WorkdirError`."""
   try:
-    if file.exists():
-      saved = read_config(workdir)
-      changed = {k: v for k, v in changes(config, saved).items() if k != 'train.extend'}
-      extends = 'train.extensions' in changed and extension(config, saved, step) == config
-      _check_same(config, saved, workdir, EXTENSION_KEYS if extends else ())
-      _record_changes(workdir, changed, step)
-    elif workdir.exists() and not all(map(_is_harmless, workdir.iterdir())):
-      raise WorkdirError(
-        f'the workdir {workdir} has files but no {CONFIG_FILE}, so it is not the workdir of a run;'
-        ' choose another --workdir'
-      )
-    # Once recorded in `extensions`, `extend` must not apply to a further change of `steps`.
-    train = dataclasses.replace(config.train, extend='none')
-    write_json(file, config_lib.to_dict(dataclasses.replace(config, train=train)))
-    if not (workdir / _RUN_FILE).exists():
-      write_json(workdir / _RUN_FILE, {'id': uuid.uuid4().hex})
+    yield
   except OSError as error:
     raise WorkdirError(
       f'cannot write to the workdir {workdir} ({error.strerror or error}); choose another --workdir'
     ) from error
-  return workdir
 
 
 def check_no_pattern(path: epath.PathLike, setting: str) -> None:
@@ -215,7 +232,9 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
   """Returns the configuration of a run as a nested dict, or raises `WorkdirError`."""
   file = absolute(workdir) / CONFIG_FILE
   if not file.exists():
-    raise WorkdirError(f'{workdir} is not the workdir of a run: it has no {CONFIG_FILE}')
+    is_checkpoint = file.parent.parent.name == 'checkpoints'
+    hint = f'; it is in the workdir {file.parent.parent.parent}' if is_checkpoint else ''
+    raise WorkdirError(f'{workdir} is not the workdir of a run: it has no {CONFIG_FILE}{hint}')
   values = read_json(file, lambda values: isinstance(values, dict))
   return _checked_export(values, file)['config'] if _EXPORT_KEY in values else values
 

@@ -45,6 +45,13 @@ def test_digits_are_split_and_agree_with_scikit_learn():
   assert len(sources.load(config.Data(valid_fraction=0.5), 'valid')) == round(1797 / 2)
 
 
+def test_a_path_that_is_not_read_is_reported(caplog):
+  sources.load(config.Data(source='digits'), 'valid')
+  assert 'data.source=folder' not in caplog.text
+  sources.load(config.Data(source='digits', path='/photos'), 'valid')
+  assert '/photos' in caplog.text and 'data.source=folder' in caplog.text
+
+
 def test_digits_resized_in_color_without_labels():
   data = config.Data(source='digits', image_size=16, channels=3, num_classes=0)
   source = sources.load(data, 'valid')

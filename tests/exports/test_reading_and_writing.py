@@ -1,5 +1,6 @@
 """The files of exports: names, several files, damaged files, and folders that are not exports."""
 
+import contextlib
 import json
 
 import jax
@@ -136,21 +137,13 @@ def test_remains_of_a_killed_export_are_removed(params, tmp_path):
   assert len(list((tmp_path / 'export').iterdir())) == 2
 
 
-class refused:  # noqa: N801
+@contextlib.contextmanager
+def refused(error, *texts):
   """Expects an error of one line that contains all texts."""
-
-  def __init__(self, error, *texts):
-    self._error, self._texts = error, texts
-
-  def __enter__(self):
-    self._raises = pytest.raises(self._error)
-    self._caught = self._raises.__enter__()
-
-  def __exit__(self, *exception):
-    result = self._raises.__exit__(*exception)
-    message = str(self._caught.value)
-    assert '\n' not in message and all(text in message for text in self._texts), message
-    return result
+  with pytest.raises(error) as caught:
+    yield
+  message = str(caught.value)
+  assert '\n' not in message and all(text in message for text in texts), message
 
 
 def test_other_folders_are_not_overwritten(tmp_path):

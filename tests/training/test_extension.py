@@ -170,6 +170,19 @@ def test_extension_of_a_run_that_trains_is_refused(run):
   assert not (run / 'config_history.jsonl').exists()
 
 
+def test_refused_data_change_nothing(run):
+  """The checks of the configuration, of the classes and of the images come before all writing."""
+  record = json.loads((run / 'data.json').read_text())
+  record['training']['content'] = [f'{text}x' for text in record['training']['content']]
+  (run / 'data.json').write_text(json.dumps(record))
+  before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+  with pytest.raises(errors.WorkdirError, match='training images are not those'):
+    pretrain.run(tiny(steps=6, extend='keep_final'), run)
+  lock_file = run / 'lock'
+  after = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+  assert {**after, lock_file: b''} == {**before, lock_file: b''}
+
+
 def test_extend_applies_once(run, finished, tmp_path):
   """The configuration of a run does not extend it, or a branch of it, again."""
   claim = functools.partial(layout.claim, path=run, step=4)

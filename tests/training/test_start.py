@@ -334,6 +334,12 @@ def test_branch_without_changes_equals_its_source(source, tmp_path):
     assert {k: a[k] for k in names} == {k: b[k] for k in names}
 
 
+def test_branch_of_a_missing_checkpoint_leaves_no_workdir(source, workdir):
+  with pytest.raises(errors.CheckpointError, match='no checkpoint of step 5; it has 2, 4, 6, 8'):
+    pretrain.run(branch(source / 'checkpoints' / '5'), workdir)
+  assert not workdir.exists()
+
+
 def test_branch_with_other_images_is_refused(source, workdir):
   """The record of the images of the source names other images."""
   moved = shutil.copytree(source, workdir.with_name('source'))

@@ -22,7 +22,7 @@ class Config:
   """The configuration of a run and of the jobs on it."""
 
   name: str = 'farmer'
-  """Name of the run. The default workdir is runs/<name>."""
+  """Name of the run. The default workdir is runs/<name>, and RUN with --config=from_run:RUN."""
   job: Changeable[
     Literal['pretrain', 'distill', 'sample', 'likelihood', 'fidelity', 'compile', 'export']
   ] = 'pretrain'
