@@ -1,6 +1,7 @@
 """Packaging. requirements.txt pins the tested versions; this file lists the supported ranges.
 
-farmer_jax/configs is a symbolic link to configs/, so that wheels contain the configurations.
+farmer_jax/configs is a symbolic link to configs/, and farmer_jax/exports/torch_farmer.py to
+examples/torch_farmer.py, so that wheels contain these files.
 """
 
 import pathlib
