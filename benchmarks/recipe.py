@@ -68,6 +68,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'one condition copy': {'model.prior.condition_copies': 1},
   'gated MLP': {'model.mlp': 'gated'},
   'normalized queries and keys': {'model.qk_norm': True},
+  'neighborhood': {'model.neighborhood': True},
   'no final permutation': {'model.flow.final_permutation': False},
 }
 

@@ -37,6 +37,7 @@ def get_config(variant: str = '32-p4') -> ConfigDict:
   c.data.num_classes = 0
   c.model.patch_size = int(patch)
   c.model.label_dropout = 0.0
+  c.model.neighborhood = True
   c.model.flow.blocks = 3
   c.model.flow.width = c.model.prior.width = _VARIANTS[variant][0]
   c.model.prior.informative_channels = _VARIANTS[variant][1]

@@ -44,6 +44,7 @@ PRIOR = ('kind', *SIZES, 'condition_copies', 'components', 'informative_channels
 REDUNDANT = ('redundant_kind', 'redundant_components')
 KEYS = {
   *('patch_size', 'patch_basis', 'label_dropout', 'dtype', 'mlp', 'qk_norm'),
+  'neighborhood',
   *('attention', 'remat', 'scan_unroll'),  # without effect here
   *(f'flow.{key}' for key in FLOW),
   *(f'prior.{key}' for key in (*PRIOR, *REDUNDANT)),
@@ -52,6 +53,7 @@ VALUES: dict[str, tuple] = {
   'patch_basis': ('dct', 'pixels'),
   'mlp': ('gelu', 'gated'),
   'qk_norm': (False, True),
+  'neighborhood': (False, True),
   'flow.kind': ('autoregressive', 'coupling'),
   'prior.kind': ('mixture', 'normal'),
   'prior.redundant_kind': ('mixture', 'normal'),
@@ -196,6 +198,23 @@ class Transformer(nn.Module):
     return hidden, new
 
 
+def row_length(model: dict[str, Any], tokens: int) -> int:
+  """Returns the number of tokens per row of the image, or 0 without neighborhoods."""
+  return math.isqrt(tokens) if model.get('neighborhood') else 0
+
+
+def neighborhoods(x: Tensor, row: int, count: int) -> Tensor:
+  """Concatenates the last `count` tokens [B, n, d] with neighbors of the tokens after them.
+
+  The neighbors are in the row before. Tokens before the first token are zeros. With row = 0, there
+  are no neighbors.
+  """
+  if not row:
+    return x[:, x.shape[1] - count :]
+  x, first = functional.pad(x, (0, 0, row, 0)), x.shape[1] - count
+  return torch.cat([x[:, first + i : first + i + count] for i in (row, min(row, 2), 1, 0)], -1)
+
+
 class Block(Transformer):
   """A flow block: z = (x - shift) / scale, where a transformer computes shift and scale."""
 
@@ -228,22 +247,26 @@ class AutoregressiveBlock(Block):
   """Transforms each token given the tokens before it, and reverses the order of the tokens."""
 
   def __init__(self, section: dict[str, Any], model: dict[str, Any], tokens: int, channels: int):
-    super().__init__(section, model, channels, channels, tokens - 1)
+    row = row_length(model, tokens)
+    super().__init__(section, model, channels * (4 if row else 1), channels, tokens - 1)
+    self.row = row
 
   def forward(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns z and log|det dz/dx|. The first token does not change."""
-    shift, log_scale, _ = self.affine(x[:, :-1], condition)
+    inputs = neighborhoods(x[:, :-1], self.row, x.shape[1] - 1)
+    shift, log_scale, _ = self.affine(inputs, condition)
     z = torch.cat([x[:, :1], (x[:, 1:] - shift) * torch.exp(-log_scale)], 1)
     return z.flip(1), -log_scale.sum((1, 2))
 
   def inverse(self, z: Tensor, condition: Tensor | None) -> Tensor:
     """Inverts `forward` token by token."""
     z = z.flip(1)
-    tokens, cache = [z[:, :1]], None
+    x, cache = z[:, :1], None
     for i in range(1, z.shape[1]):
-      shift, log_scale, cache = self.affine(tokens[-1], condition, i - 1, cache)
-      tokens.append(z[:, i : i + 1] * torch.exp(log_scale) + shift)
-    return torch.cat(tokens, 1)
+      inputs = neighborhoods(x, self.row, 1)
+      shift, log_scale, cache = self.affine(inputs, condition, i - 1, cache)
+      x = torch.cat([x, z[:, i : i + 1] * torch.exp(log_scale) + shift], 1)
+    return x
 
 
 class CouplingBlock(Block):
@@ -390,7 +413,9 @@ class Prior(Transformer):
     section = model['prior']
     informative = section['informative_channels'] or channels
     copies, width = section['condition_copies'], section['width']
-    super().__init__(section, model, informative, copies + tokens, True)
+    row = row_length(model, tokens)
+    super().__init__(section, model, informative * (4 if row else 1), copies + tokens, True)
+    self.row = row
     self.class_embedding = Embedding(num_classes, width)
     self.copies, self.tokens, self.sizes = copies, tokens, (informative, channels - informative)
     floor = section['scale_floor']
@@ -403,7 +428,8 @@ class Prior(Transformer):
   def mixtures(self, informative: Tensor, labels: Tensor) -> tuple[Mixture, Mixture | None]:
     """Returns mixtures [B, N] of the informative and [B, 1] of the redundant channels (or None)."""
     condition = self.class_embedding(labels)[:, None].expand(-1, self.copies, -1)
-    hidden, _ = self.run(torch.cat([condition, self.in_proj(informative)], 1) + self.positions)
+    inputs = self.in_proj(neighborhoods(informative, self.row, informative.shape[1]))
+    hidden, _ = self.run(torch.cat([condition, inputs], 1) + self.positions)
     shared = self.redundant_head(hidden[:, -1:]) if self.redundant_head else None
     return self.informative_head(hidden[:, self.copies - 1 : -1]), shared
 
@@ -423,7 +449,8 @@ class Prior(Transformer):
     for i in range(self.tokens):
       mixtures = self.informative_head(hidden[:, -1])
       tokens.append(draws.token(_split(mixtures, streams), i, self.tokens))
-      embedded = self.in_proj(tokens[-1]).repeat(streams, 1, 1) + self.positions[self.copies + i]
+      inputs = self.in_proj(neighborhoods(torch.cat(tokens, 1), self.row, 1))
+      embedded = inputs.repeat(streams, 1, 1) + self.positions[self.copies + i]
       hidden, cache = self.run(embedded, cache)
     if self.redundant_head:
       shared = _split(self.redundant_head(hidden[:, -1]), streams)

@@ -25,7 +25,7 @@ RECORD_FILE = 'teacher.json'
 # Key prefixes of the settings that a student and its teacher must share.
 _SHARED_SETTINGS = (
   *('model.patch_size', 'model.patch_basis', 'model.label_dropout', 'model.flow.', 'model.prior.'),
-  *('model.mlp', 'model.qk_norm', 'noise.kind', 'noise.std_end'),
+  *('model.mlp', 'model.qk_norm', 'model.neighborhood', 'noise.kind', 'noise.std_end'),
   *('data.image_size', 'data.channels', 'data.num_classes'),
 )
 

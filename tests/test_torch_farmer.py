@@ -54,7 +54,9 @@ VARIANTS = {
   'layers': variant(dict(max_log_scale=0.5), mlp='gated', qk_norm=True, patch_basis='pixels'),
   'class in the flow': variant(dict(class_conditional=True), dict(condition_copies=1)),
   'normal redundant channels': variant(prior=dict(redundant_kind='normal')),
-  'all informative': variant(prior=dict(informative_channels=0, components=1, scale_floor=0.0)),
+  'all informative': variant(
+    prior=dict(informative_channels=0, components=1, scale_floor=0.0), neighborhood=True
+  ),
   'tarflow': variant(dict(class_conditional=True), dict(kind='normal'), patch_basis='pixels'),
   'coupling': variant(dict(kind='coupling'), data=dict(channels=1), patch_size=4),
   'two couplings': variant(dict(kind='coupling', blocks=2, class_conditional=True)),

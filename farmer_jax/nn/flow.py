@@ -114,6 +114,12 @@ class FlowBlock(AffineBlock):
   def setup(self) -> None:
     self._make_layers(self.num_tokens - 1, self.channels)
 
+  @property
+  def causal_inputs(self) -> transformer.CausalInputs:
+    if not self.causal:  # The transformer of a student reads all tokens.
+      return transformer.CausalInputs(0)
+    return transformer.CausalInputs.create(self.stack_config, self.num_tokens)
+
   def __call__(self, x: Tokens, condition: Condition) -> tuple[Tokens, PerImage]:
     """Returns z_i = (x_i - shift_i) / scale_i in reversed order, and log|det dz/dx| in nats."""
     (z, log_det), _ = self.map_tokens(affine.affine_forward, x, condition)
@@ -142,26 +148,29 @@ class FlowBlock(AffineBlock):
     layer_params = self.transformer.layer_params()
 
     def solve_chunk(carry: Any, inputs: Any) -> Any:
-      last, cache = carry  # the token before the chunk; the cache of all earlier tokens
+      past, cache = carry  # the tokens before the chunk; the cache of all earlier tokens
       z, x, positions, is_token, first = inputs
 
       def update(x: Array, cache: Any) -> tuple[Array, Any]:
-        inputs = jnp.concatenate([last[:, None], x[:, :-1]], axis=1)
+        inputs = self.causal_inputs.read(jnp.concatenate([past, x[:, :-1]], axis=1))
         hidden = self._embed(inputs, condition, positions)
         hidden, cache = self.transformer.extend(hidden, layer_params, cache, first)
         x = affine.affine_inverse(z, *self._project(hidden))
         return jnp.where(is_token, x, 0), cache
 
       solution = fixed_point.solve(update, x, cache, tolerance, max_rounds)
-      return (solution.x[:, -1], solution.aux), (solution.x, solution.residual, solution.rounds)
+      past = jnp.concatenate([past, solution.x], axis=1)[:, -past.shape[1] :]
+      return (past, solution.aux), (solution.x, solution.residual, solution.rounds)
 
     is_token = jnp.ones((unknown, 1), bool)  # False for the padding of the last chunk
     chunked = [
       _split_chunks(a, chunk_size) for a in (z[:, 1:], start[:, 1:], self.positions, is_token)
     ]
     cache = self.transformer.init_cache(batch, 0) if num_chunks > 1 else None
+    chunks = (*chunked, chunk_size * jnp.arange(num_chunks))
+    past = self.causal_inputs.pad(z[:, :1])
     _, (x, residual, rounds) = attention.scan_with_cache(
-      solve_chunk, z[:, 0], cache, (*chunked, chunk_size * jnp.arange(num_chunks)), chunk_size
+      solve_chunk, past, cache, chunks, chunk_size
     )
     x = jnp.moveaxis(x, 0, 1).reshape(batch, num_chunks * chunk_size, -1)[:, :unknown]
     # A round is one pass over one chunk. The mean over chunks is in passes over all tokens.
@@ -186,7 +195,8 @@ class FlowBlock(AffineBlock):
     # such as 255 cause repeated copies. In short sequences the token costs more than the copies.
     n = self.num_tokens if self.causal and self.num_tokens > _MAX_CUT_TOKENS else unknown
     positions = jnp.pad(self.positions, ((0, n - unknown), (0, 0)))
-    return self.transformer(self._embed(x[:, :n], condition, positions))
+    inputs = self.causal_inputs.read(self.causal_inputs.pad(x[:, :n]))
+    return self.transformer(self._embed(inputs, condition, positions))
 
   def _shift_and_log_scale(self, hidden: Float[Array, 'B n width']) -> tuple[Tokens, Tokens]:
     """Returns shift and log-scale of all tokens. They are zero for the first token.

@@ -89,6 +89,10 @@ class Prior(nn.Module):
     return self.prior.num_informative_channels(self.channels)
 
   @property
+  def causal_inputs(self) -> transformer.CausalInputs:
+    return transformer.CausalInputs.create(self.stack_config, self.num_tokens)
+
+  @property
   def _has_redundant_mixture(self) -> bool:
     return self.prior.has_redundant_mixture(self.channels)
 
@@ -119,6 +123,7 @@ class Prior(nn.Module):
     inputs = informative if self._has_redundant_mixture else informative[:, :-1]
     condition = self.class_embedding(labels)[:, None]
     condition = jnp.broadcast_to(condition, (len(informative), copies, width))
+    inputs = self.causal_inputs.read(self.causal_inputs.pad(inputs))
     hidden = jnp.concatenate([condition, self.in_proj(inputs)], axis=1)
     positions = self.positions[: hidden.shape[1]].astype(self.stack_config.dtype)
     hidden = self.transformer(hidden + positions)
@@ -174,14 +179,18 @@ class Prior(nn.Module):
       return jax.tree.map(lambda a: a.swapaxes(0, 1), split)
 
     def next_token(carry: Any, i: Array) -> tuple[Any, tuple[Array, Array | None]]:
-      hidden, cache = carry
+      (hidden, past), cache = carry
       token, fraction = draws.token(split_streams(self.informative_head(hidden)), i)
-      embedded = jnp.repeat(self.in_proj(token), num_streams, axis=0) + positions[copies + i]
-      hidden, cache = self.transformer.extend(embedded[:, None], layer_params, cache, copies + i)
-      return (hidden[:, 0], cache), (token, fraction)
+      past = jnp.concatenate([past[:, 1:], token[:, None].astype(past.dtype)], axis=1)
+      embedded = self.in_proj(self.causal_inputs.read(past)) + positions[copies + i]
+      embedded = jnp.repeat(embedded, num_streams, axis=0)
+      hidden, cache = self.transformer.extend(embedded, layer_params, cache, copies + i)
+      return ((hidden[:, 0], past), cache), (token, fraction)
 
-    hidden, drawn = attention.scan_with_cache(
-      next_token, hidden[:, -1], cache, jnp.arange(self.num_tokens)
+    wide = layers.param_dtype(self.stack_config.dtype)
+    past = self.causal_inputs.pad(jnp.zeros((batch, 1, self.informative_channels), wide))
+    (hidden, _), drawn = attention.scan_with_cache(
+      next_token, (hidden[:, -1], past), cache, jnp.arange(self.num_tokens)
     )
     informative, fractions = jax.tree.map(lambda a: a.swapaxes(0, 1), drawn)
     shared_fraction = None

@@ -5,6 +5,7 @@ Axis letters: B batch, N tokens of a sequence, n tokens of a call.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from farmer_jax import config as config_lib
 from farmer_jax.nn import attention, attention_kernels, layers, scaling
+from farmer_jax.ops import patches
 from farmer_jax.ops.arrays import Hidden, Index
 
 NewHidden = Float[Array, 'B n width']
@@ -35,6 +37,7 @@ class StackConfig:
   in_loop: bool = False  # whether a compiled loop applies the stack
   gated: bool = False  # whether MLPs are gated
   qk_norm: bool = False  # whether queries and keys are normalized
+  neighborhood: bool = False  # whether the input for a token contains neighbors, see `CausalInputs`
 
   @classmethod
   def create(
@@ -52,7 +55,27 @@ class StackConfig:
       attention=model.attention,
       gated=model.mlp == 'gated',
       qk_norm=model.qk_norm,
+      neighborhood=model.neighborhood,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalInputs:
+  """What a causal transformer reads at a token: the token, and neighbors of the next token."""
+
+  row: int  # tokens per row of the image, or 0 without neighbors
+
+  @classmethod
+  def create(cls, stack: StackConfig, num_tokens: int) -> 'CausalInputs':
+    return cls(math.isqrt(num_tokens) if stack.neighborhood else 0)
+
+  def pad(self, tokens: Float[Array, 'B n d']) -> Float[Array, 'B M d']:
+    """Adds a row of zeros before the first token, so that M = row + n."""
+    return jnp.pad(tokens, ((0, 0), (self.row, 0), (0, 0)))
+
+  def read(self, tokens: Float[Array, 'B M d']) -> Float[Array, 'B n inputs']:
+    """Returns the inputs at the last n tokens."""
+    return patches.neighborhoods(tokens, self.row) if self.row else tokens
 
 
 def default_unroll(num_layers: int, remat: str) -> int:

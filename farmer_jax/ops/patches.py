@@ -22,6 +22,19 @@ def unpatchify(
   )
 
 
+def neighborhoods(tokens: Float[Array, 'B M d'], row: int) -> Float[Array, 'B n 4*d']:
+  """Returns the known neighbors of the tokens that follow each of the last n tokens.
+
+  `row` is the number of tokens per row of the image, and the first `row` of the M = row + n tokens
+  are those before the n tokens. In raster order, the neighbors of token i are the tokens i - 1
+  (on its left), i - row + 1, i - row, and i - row - 1 (above it). At the ends of a row, some of
+  these tokens belong to other rows.
+  """
+  n = tokens.shape[1] - row
+  starts = (row, min(row, 2), 1, 0)
+  return jnp.concatenate([tokens[:, start : start + n] for start in starts], axis=-1)
+
+
 def resize_positions(
   positions: Float[Array, '*lead n width'], side: int, new_side: int
 ) -> Float[Array, '*lead N width']:

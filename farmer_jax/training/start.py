@@ -35,7 +35,10 @@ _RECORD_FILE = 'init.json'
 
 # Settings that a run must share with the source of its parameters, in addition to the sections of
 # the parts that it takes.
-_SHARED = ('data.channels', 'model.patch_size', 'model.patch_basis', 'model.mlp', 'model.qk_norm')
+_SHARED = (
+  *('data.channels', 'model.patch_size', 'model.patch_basis', 'model.mlp', 'model.qk_norm'),
+  'model.neighborhood',
+)
 # Settings that a branch must share with its source, by prefix, and exceptions. The others are those
 # of training, which do not change the shapes of the state or the order of the images.
 _BRANCH_SHARED = ('seed', 'data.', 'model.', 'train.batch_size', 'train.optimizer.kind')

@@ -70,7 +70,7 @@ def chip(device_kind: str) -> Chip:
 def forward(config: config_lib.Config) -> int:
   """Returns the FLOPs of the log-density of one image."""
   prior = _prior(config.model, config.num_tokens, config.token_channels)
-  return _flow(config, config.model.flow) + prior
+  return _flow(config, config.model.flow, _neighbors(config.model)) + prior
 
 
 def training_step(config: config_lib.Config) -> int:
@@ -82,15 +82,23 @@ def training_step(config: config_lib.Config) -> int:
   image = 3 * forward(config)
   if config.job == 'distill':
     flow, distill = config.model.flow, config.distill
-    image = _flow(config, flow) + 3 * _flow(config, distill.student_flow(flow), distill.all_tokens)
+    student = _flow(config, distill.student_flow(flow), all_tokens=distill.all_tokens)
+    image = _flow(config, flow, _neighbors(config.model)) + 3 * student
   return image * config.train.batch_size
 
 
-def _flow(config: config_lib.Config, flow: config_lib.Flow, all_tokens: bool = False) -> int:
+def _neighbors(model: config_lib.Model) -> int:
+  """Returns the number of tokens in an input of a causal transformer."""
+  return 4 if model.neighborhood else 1
+
+
+def _flow(
+  config: config_lib.Config, flow: config_lib.Flow, neighbors: int = 1, all_tokens: bool = False
+) -> int:
   """Returns the FLOPs of one pass of a flow, or of a student that has the sizes `flow`."""
   tokens, channels = config.num_tokens, config.token_channels
   # The tokens and the channels that the transformer of a block reads, and those that it transforms.
-  inputs, read, changed = tokens - (not all_tokens), channels, channels
+  inputs, read, changed = tokens - (not all_tokens), neighbors * channels, channels
   if flow.kind == 'coupling':
     inputs, read, changed = tokens, channels - channels // 2, channels // 2
   block = _transformer(config.model, flow, inputs) + _product(inputs, read, flow.width)
@@ -106,7 +114,7 @@ def _prior(model: config_lib.Model, tokens: int, channels: int) -> int:
   has_mixture = prior.has_redundant_mixture(channels)
   # The last token is an input only for the redundant mixture, which depends on all tokens.
   inputs = tokens if has_mixture else tokens - 1
-  total = _product(inputs, informative, prior.width)
+  total = _product(inputs, _neighbors(model) * informative, prior.width)
   total += _transformer(model, prior, prior.condition_copies + inputs)
   total += _product(tokens, prior.width, prior.components * (1 + 2 * informative))
   if has_mixture:

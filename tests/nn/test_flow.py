@@ -137,6 +137,49 @@ def test_block_is_causal_and_does_not_change_the_first_token():
   assert (abs(log_det_gradient[:, :-1]) > 1e-6).all()
 
 
+@pytest.fixture(scope='module')
+def nine(x64):
+  """A flow of 3×3 tokens with neighborhoods, and its outputs for an input."""
+  x = tiny.normals(2, 9, D)
+  model = tiny.Compiled(tiny.make_flow(9, D, blocks=2, neighborhood=True), x, LABELS[:2])
+  z, log_dets = model()(x, LABELS[:2])
+  return types.SimpleNamespace(model=model, x=x, z=z, log_dets=log_dets)
+
+
+def test_log_det_with_neighborhoods_equals_the_jacobian(nine):
+  jacobian = np.asarray(jacobian_of(nine.model.apply)(nine.x, LABELS[:2]))
+  expected = np.linalg.slogdet(jacobian.reshape(2, 9 * D, 9 * D))[1]
+  assert abs(expected).min() > 0.01
+  np.testing.assert_allclose(nine.log_dets.sum(0), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize('chunk_size', [1, 3, 8])
+def test_inverse_with_neighborhoods(nine, chunk_size):
+  """A chunk needs tokens of the row before it, which are in earlier chunks."""
+  chunks = (chunk_size,) * 2
+  x, _ = nine.model.apply(nine.z, LABELS[:2], chunks, 0.0, method='inverse')
+  np.testing.assert_allclose(x, nine.x, atol=1e-10)
+
+
+def test_neighborhoods_are_inputs(nine):
+  """Without attention to other tokens, a token depends on its left, right and upper neighbors."""
+  x = nine.x[:1]
+  block = tiny.make_block(9, D, layers=1, neighborhood=True)
+  params = tiny.filled_parameters(block, x, None)
+  params['transformer'] = jax.tree.map(jnp.zeros_like, params['transformer'])  # only residuals
+
+  def shifts(x):
+    return block.apply({'params': params}, x, None, method='affine_parameters')[0][0]
+
+  depends = (np.asarray(jax.jit(jax.jacfwd(shifts))(x)) != 0).any((1, 2, 4))
+  expected = np.zeros((9, 9), bool)
+  for i in range(1, 9):
+    for j in (i - 1, i - 2, i - 3, i - 4):  # left, above on the right, above, above on the left
+      if j >= 0:
+        expected[i, j] = True
+  np.testing.assert_array_equal(depends, expected)
+
+
 @pytest.mark.parametrize('final_permutation', [True, False])
 def test_token_order_alternates_between_blocks(final_permutation):
   """If only one block is not the identity, the Jacobian is triangular in its token order."""

@@ -125,7 +125,7 @@ def test_scale_floor(model, z):
 
 SAMPLED = {
   'redundant mixture': dict(),
-  'one condition copy': dict(redundant_kind='normal', condition_copies=1),
+  'one condition copy': dict(redundant_kind='normal', condition_copies=1, neighborhood=True),
   'no redundant channels': dict(informative_channels=3, layers=2),
 }
 

@@ -35,6 +35,21 @@ def test_raster_order_of_tokens_and_pixels(height, width):
       np.testing.assert_array_equal(tokens[:, token], np.stack(expected, axis=-1))
 
 
+@pytest.mark.parametrize('side', [1, 2, 5])
+def test_neighborhoods(side):
+  """Written out for the rows and columns of the predicted token. Tokens at ends of rows wrap."""
+  tokens = np.random.default_rng(0).normal(size=(2, side**2, 3))
+  padded = np.concatenate([np.zeros((2, side, 3)), tokens], axis=1)
+  result = np.asarray(patches.neighborhoods(jnp.asarray(padded), side))
+  assert result.shape == (2, side**2, 12)
+  for predicted in range(1, side**2):
+    row, column = divmod(predicted, side)
+    places = [(row, column - 1), (row - 1, column + 1), (row - 1, column), (row - 1, column - 1)]
+    index = [r * side + c for r, c in places]
+    expected = [tokens[:, i] if i >= 0 else np.zeros((2, 3)) for i in index]
+    np.testing.assert_allclose(result[:, predicted - 1], np.concatenate(expected, -1), rtol=1e-6)
+
+
 @pytest.mark.parametrize('channels', [1, 3])
 @pytest.mark.parametrize('patch', [1, 2, 4])
 def test_dct_basis_is_orthonormal_and_equals_scipy(patch, channels):

@@ -44,6 +44,7 @@ def compiled_flops(config):
     ({}, dict(redundant_kind='normal'), {}),
     (dict(kind='coupling'), dict(kind='normal'), {}),
     ({}, dict(kind='normal'), dict(mlp='gated')),
+    ({}, {}, dict(neighborhood=True)),
   ],
   ids=str,
 )

@@ -164,6 +164,9 @@ class Model:
   qk_norm: bool = False
   """Normalize the queries and keys of each attention head. This bounds the attention logits, which
   can grow in long runs of large models."""
+  neighborhood: bool = False
+  """Causal transformers read, at each token, also the three neighbors of the predicted token in the
+  row of tokens above it, and need not learn to attend to them. False: as published."""
   attention: Changeable[Literal['auto', 'xla', 'cudnn', 'splash']] = 'auto'
   """Attention over full sequences. cudnn: flash attention of cuDNN, on NVIDIA GPUs. splash: JAX's
   Pallas splash attention, on TPUs. xla: without a kernel. auto: the kernel of the devices, if the
