@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
   c.data.flip = True
   c.noise.kind = 'gaussian'
   c.model.patch_size = 4
+  c.model.neighborhood = True
   c.model.flow.blocks = 8
   c.model.flow.layers = 4
   c.model.flow.width = 384
