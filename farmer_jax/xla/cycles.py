@@ -21,7 +21,7 @@ _CALLED = re.compile(r'(?:calls|to_apply|\w+_computation)=%?([\w.\-]+)')
 
 @dataclasses.dataclass
 class Cost:
-  """The cost of a program, or of one of its computations, on one device."""
+  """The cost of a program on one device."""
 
   cycles: int = 0  # estimated, without collectives
   unknown_loops: int = 0  # loops without a known trip count, whose bodies count once
@@ -34,19 +34,10 @@ class Cost:
   # Number of collectives by the bytes that a device sends, in all and to other hosts.
   sent: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
-  def add(self, other: 'Cost', times: int = 1) -> None:
-    """Adds `times` executions of `other`."""
-    self.cycles += times * other.cycles
-    self.unknown_loops += other.unknown_loops
-    self.unknown_cycles += times * other.unknown_cycles
-    for name in ('operations', 'count', 'bytes', 'sent'):
-      for kind, value in getattr(other, name).items():
-        getattr(self, name)[kind] += times * value
-
 
 def cost(program: hlo.Program, num_devices: int = 1, per_host: int | None = None) -> Cost:
   """Returns the cost of a program for `num_devices`, with `per_host` of them in each host."""
-  known: dict[tuple[int, bool], Cost] = {}
+  total = Cost()
   # An asynchronous collective occurs in several fusions with one channel. The first one counts.
   parsed: dict[hlo.Instruction, collectives.Collective] = {}
   channels = set()
@@ -57,33 +48,29 @@ def cost(program: hlo.Program, num_devices: int = 1, per_host: int | None = None
       parsed[instruction] = found
       channels.add(channel)
 
-  def visit(computation: hlo.Computation, with_cycles: bool) -> Cost:
-    """Returns the cost of a computation. The estimate of a fusion includes the cycles inside."""
-    key = id(computation), with_cycles
-    if key in known:
-      return known[key]
-    known[key] = total = Cost()
+  def visit(computation: hlo.Computation, times: int, with_cycles: bool) -> None:
+    """Adds executions of a computation. The estimate of a fusion includes the cycles inside."""
     for instruction in computation.values():
       cycles = _CYCLES.search(instruction.text)
       if cycles and int(cycles[1]) == _NO_ESTIMATE:
-        total.unknown_cycles += 1
+        total.unknown_cycles += times
       elif cycles and with_cycles:
-        total.cycles += int(cycles[1])
-        total.operations[operation(instruction)] += int(cycles[1])
+        total.cycles += times * int(cycles[1])
+        total.operations[operation(instruction)] += times * int(cycles[1])
       if instruction in parsed:
         kind, result_bytes, *sent = parsed[instruction]
-        total.count[kind] += 1
-        total.bytes[kind] += result_bytes
-        total.sent[tuple(sent)] += 1
-      times = program.trip_count(instruction) if instruction.opcode == 'while' else 1
-      total.unknown_loops += times is None
+        total.count[kind] += times
+        total.bytes[kind] += times * result_bytes
+        total.sent[tuple(sent)] += times
+      trips = program.trip_count(instruction) if instruction.opcode == 'while' else 1
+      total.unknown_loops += trips is None
       called = program.called(instruction)
       called += [program[name] for name in _CALLED.findall(instruction.text) if name in program]
       for inner in {id(c): c for c in called}.values():
-        total.add(visit(inner, with_cycles and not cycles), times or 1)
-    return total
+        visit(inner, times * (trips or 1), with_cycles and not cycles)
 
-  return visit(program.entry, True)
+  visit(program.entry, 1, True)
+  return total
 
 
 def operation(instruction: hlo.Instruction) -> str:

@@ -19,8 +19,6 @@ _OPERAND = re.compile(r'%?([\w.\-]+)(?:,|$)')
 _COMMENT = re.compile(r'/\*.*?\*/')
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
-# Collectives and copies that run at the same time as other instructions.
-_DONE = '-done'
 
 
 class Array(NamedTuple):

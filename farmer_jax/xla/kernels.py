@@ -104,15 +104,11 @@ def seconds(program: hlo.Program, chip: flops.Chip) -> tuple[float, int]:
 
 def attention(computation: hlo.Computation, instruction: hlo.Instruction) -> Attention | None:
   """Returns the work of an attention kernel, or None if the instruction calls no known one."""
-  kernel = name(instruction)
-  if kernel is None or not is_attention(instruction):
-    return None
-  operands = computation.operands(instruction)
+  kernel, operands = name(instruction) or '', computation.operands(instruction)
   if kernel.startswith('cudnn'):
     return Attention(_cudnn_flops(instruction, operands))
   phase = _SPLASH.match(kernel)
-  assert phase
-  return _splash(phase[1], computation, instruction, operands)
+  return _splash(phase[1], computation, instruction, operands) if phase else None
 
 
 def _cudnn_flops(instruction: hlo.Instruction, operands: list[hlo.Instruction]) -> float:

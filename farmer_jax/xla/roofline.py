@@ -49,9 +49,7 @@ def bound(program: hlo.Program, cost: cycles.Cost, chip: flops.Chip) -> dict[str
     row = dict(zip(_COLUMNS, values, strict=True))
     kinds[kind].update({key: times * value for key, value in row.items()})
     operations[f'{kind}, {cycles.operation(instruction)}'] += times * seconds
-  total: collections.Counter = collections.Counter()
-  for subtotal in kinds.values():
-    total.update(subtotal)
+  total = sum(kinds.values(), collections.Counter())
   seconds, links = total['seconds'], _collective_seconds(cost, chip)
   return {
     'kinds': {kind: dict(row) for kind, row in kinds.items()},

@@ -7,6 +7,7 @@ import re
 from typing import NamedTuple
 
 import jax
+from jax.experimental import topologies
 
 from farmer_jax import errors
 
@@ -116,8 +117,6 @@ def _is_installed(module: str) -> bool:
 
 
 def _tpus(topology: str) -> list[jax.Device]:
-  from jax.experimental import topologies
-
   # libtpu must neither wait for a metadata server nor lock a device.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
@@ -125,8 +124,6 @@ def _tpus(topology: str) -> list[jax.Device]:
 
 
 def _gpus(chip: str, axes: list[str]) -> list[jax.Device]:
-  from jax.experimental import topologies
-
   target = _TARGET.format(**_GPUS[chip]._asdict())
   # NVLink domains, hosts of each, and GPUs of each.
   shape = '1x' + 'x'.join(['1', *axes][-2:])
