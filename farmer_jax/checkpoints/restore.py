@@ -70,14 +70,9 @@ def restore_params(
     CheckpointError: the checkpoint does not exist, is corrupt, cannot be read, or belongs to
       another model or version of farmer_jax.
   """
-  target = {name: shapes}
-  restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-  item = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
 
   def read(folder: epath.Path) -> PyTree:
-    manifest, restored = _on_all_processes(_read, folder, {STATE: item}, target)
-    _on_all_processes(_verify, manifest, checksums.of_tree(restored[STATE]))
-    return restored[STATE][name]
+    return _read_part(folder, {name: shapes})[name]
 
   if step is not None:
     return _restore_step(workdir, step, read), step
@@ -97,13 +92,9 @@ def read_back(workdir: epath.Path, step: int, state: PyTree) -> bool:
   """
   leaves = checksums.leaves_by_path(jax.tree.map(ocp.tree.to_shape_dtype_struct, state))
   params = {path: leaf for path, leaf in leaves.items() if path.startswith('params/')}
-  target = traverse_util.unflatten_dict(params, sep='/')
-  restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-  item = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
   folder = workdir / FOLDER / str(step)
   try:
-    manifest, restored = _on_all_processes(_read, folder, {STATE: item}, target)
-    _on_all_processes(_verify, manifest, checksums.of_tree(restored[STATE]))
+    _read_part(folder, traverse_util.unflatten_dict(params, sep='/'))
   except CorruptCheckpoint as error:
     raise errors.CheckpointError(
       f'the first checkpoint of this run, {folder}, cannot be read back ({error}); check the disk,'
@@ -115,6 +106,15 @@ def read_back(workdir: epath.Path, step: int, state: PyTree) -> bool:
     logging.warning(f'Checkpoint {step} cannot be read back now ({error}). Training continues.')
     return False
   return True
+
+
+def _read_part(folder: epath.Path, target: PyTree) -> PyTree:
+  """Returns the arrays of `target`, a part of the state, from a checkpoint, and verifies them."""
+  restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+  item = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+  manifest, restored = _on_all_processes(_read, folder, {STATE: item}, target)
+  _on_all_processes(_verify, manifest, checksums.of_tree(restored[STATE]))
+  return restored[STATE]
 
 
 def list_steps(workdir: epath.Path) -> list[int]:
