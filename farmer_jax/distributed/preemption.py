@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -49,12 +49,11 @@ class PreemptionListener:
     # calls it.
     if jax.process_count() > 1 and threading.current_thread() is threading.main_thread():
       self._jax_handler = _c_handler()
-    self._previous = _set_handlers(self._on_signal, _SIGNALS)
+    self._previous = _set_handlers(dict.fromkeys(_SIGNALS, self._on_signal))
     return self
 
   def __exit__(self, *exception: object) -> None:
-    for number, handler in self._previous.items():
-      _set_handlers(handler, (number,))
+    _set_handlers(self._previous)
 
   def _on_signal(self, number: int, _: FrameType | None) -> None:
     self._num_signals += 1
@@ -85,16 +84,15 @@ def exit_on_signals() -> Iterator[None]:
   Ctrl-C raises KeyboardInterrupt, so that it does not end a notebook.
   """
   signals = [number for number in _SIGNALS if number != signal.SIGINT]
-  previous = _set_handlers(lambda number, frame: os._exit(EXIT_CODE), signals)
+  previous = _set_handlers(dict.fromkeys(signals, lambda number, frame: os._exit(EXIT_CODE)))
   try:
     yield
   finally:
-    for number, handler in previous.items():
-      _set_handlers(handler, (number,))
+    _set_handlers(previous)
 
 
-def _set_handlers(handler: Any, signals: Iterable[int]) -> dict[int, Any]:
-  """Sets the handler of signals. Returns the previous handlers, None if one is unknown.
+def _set_handlers(handlers: Mapping[int, Any]) -> dict[int, Any]:
+  """Sets the handlers of signals. Returns the previous handlers, None if one is unknown.
 
   Python allows signal handlers only in the main thread. A job in another thread, for example in a
   notebook, handles no signals. Ignored signals stay ignored: nohup ignores SIGHUP.
@@ -103,7 +101,7 @@ def _set_handlers(handler: Any, signals: Iterable[int]) -> dict[int, Any]:
     return {}
   return {
     number: signal.signal(number, handler or signal.SIG_DFL)
-    for number in signals
+    for number, handler in handlers.items()
     if signal.getsignal(number) is not signal.SIG_IGN
   }
 

@@ -44,15 +44,11 @@ def _lock_file(file: IO[str], workdir: epath.Path) -> None:
       f'{owner} is training in {workdir}; stop that process, or choose another --workdir'
     ) from None
   except OSError as error:
-    _warn_no_lock(workdir, error.strerror or str(error))
+    logging.warning(
+      f'{workdir} cannot be locked ({error.strerror or error}). Make sure that no other run trains'
+      ' in this workdir, because a second run is not detected.'
+    )
     return
   file.truncate(0)
   file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
   file.flush()
-
-
-def _warn_no_lock(workdir: epath.Path, reason: str) -> None:
-  logging.warning(
-    f'{workdir} cannot be locked ({reason}). Make sure that no other run trains in this workdir,'
-    ' because a second run is not detected.'
-  )
