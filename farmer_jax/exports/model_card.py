@@ -40,7 +40,7 @@ def read_results(config: config_lib.Config, folder: epath.Path, step: int) -> It
     yield from _validation(config, metrics.read(folder), step)
   for kind, read in (('likelihood', _likelihood), ('fidelity', _fidelity)):
     for file in sorted((folder / kind).glob('*.json')):
-      report = layout.read_json(file, lambda value: isinstance(value, dict))
+      report = layout.read_dict(file)
       if report.get('checkpoint_step') == step:
         yield from read(config, report)
 
@@ -49,7 +49,7 @@ def find_samples(folder: epath.Path, step: int) -> tuple[epath.Path, str] | None
   """Returns a grid of samples of a checkpoint and its settings: the newest grid of --job=sample."""
   found = []
   for file in (folder / 'samples').glob('*/samples.json'):
-    report = layout.read_json(file, lambda value: isinstance(value, dict))
+    report = layout.read_dict(file)
     if report.get('checkpoint_step') == step and (file.parent / 'grid.png').exists():
       settings = _not_default(config_lib.Sampling, report.get('sampling', {}))
       found.append((file.stat().mtime, file.parent / 'grid.png', settings))

@@ -99,7 +99,6 @@ def _files(
   else:
     logging.warning(f'The card has no samples of step {step}. --job=sample draws some.')
   files[model_card.TORCH_FILE] = _TORCH_FILE.read_bytes()
-  data = model_run.workdir / 'data.json'
-  described = layout.read_json(data, lambda v: isinstance(v, dict)) if data.exists() else {}
+  described = layout.read_dict(model_run.workdir / 'data.json')
   text = model_card.render(config, record, count, described, results, samples and samples[1])
   return files | {'README.md': text.encode()}

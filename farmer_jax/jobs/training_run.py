@@ -111,9 +111,8 @@ def check_branch(start: start_lib.Start | None, resources: Resources) -> None:
   file = start.branch[0] / _DATA_FILE
 
   def check() -> None:
-    saved = layout.read_json(file, lambda value: isinstance(value, dict)) if file.exists() else {}
     found = base.describe(resources.train)
-    before = saved.get('training', found)
+    before = layout.read_dict(file).get('training', found)
     if not base.is_same_content(before['content'], found['content']):
       raise WorkdirError(
         f'the training images are not those of --config.branch_from ({file}: {before["images"]}'
@@ -123,13 +122,16 @@ def check_branch(start: start_lib.Start | None, resources: Resources) -> None:
   processes.on_process_zero(check)
 
 
-def claim_workdir(
+def prepare_workdir(
   config: config_lib.Config, workdir: epath.PathLike, resources: Resources | None = None
 ) -> epath.Path:
   """Claims the workdir on process 0. Returns the absolute path on all processes.
 
-  With `resources`, also checks and records the data, see `prepare_workdir`. Nothing is written to a
-  workdir that is refused.
+  With `resources`, also checks, logs and records the data. Nothing is written to a workdir that is
+  refused.
+
+  Raises:
+    WorkdirError: the run was started with other classes or with other training images.
   """
 
   def claim() -> None:
@@ -155,17 +157,6 @@ def claim_workdir(
   return path
 
 
-def prepare_workdir(
-  config: config_lib.Config, workdir: epath.PathLike, resources: Resources
-) -> epath.Path:
-  """Claims the workdir, and logs and records the data. Returns the absolute path.
-
-  Raises:
-    WorkdirError: the run was started with other classes or with other training images.
-  """
-  return claim_workdir(config, workdir, resources)
-
-
 def _checked_data(workdir: epath.Path, resources: Resources) -> dict[str, Any]:
   """Compares the data with those of the first start. Returns the content of data.json."""
   data = {'training': base.describe(resources.train)}
@@ -180,7 +171,7 @@ def _checked_data(workdir: epath.Path, resources: Resources) -> dict[str, Any]:
       ' train into another --workdir'
     )
   file = workdir / _DATA_FILE
-  saved = layout.read_json(file, lambda value: isinstance(value, dict)) if file.exists() else {}
+  saved = layout.read_dict(file)
   for split, found in data.items():
     before = saved.get(split, found)
     if base.is_same_content(before['content'], found['content']):

@@ -195,7 +195,7 @@ def results_folder(config: config_lib.Config, workdir: epath.Path) -> epath.Path
     raise WorkdirError(
       f'cannot write results to {folder} ({error.strerror or error}); set --config.results=FOLDER'
     ) from error
-  if folder != workdir and read_json(file, lambda value: isinstance(value, dict)) != owner:
+  if folder != workdir and read_dict(file) != owner:
     raise WorkdirError(
       f'--config.results={folder} has results of another run ({file.name} is not {owner}); choose'
       ' another folder'
@@ -204,11 +204,11 @@ def results_folder(config: config_lib.Config, workdir: epath.Path) -> epath.Path
 
 
 def run_id(workdir: epath.Path) -> str | None:
-  """Returns the random name of a run, which a new run in the same workdir does not have."""
-  file = workdir / _RUN_FILE
-  if not file.exists():  # The run was started by an earlier version.
-    return None
-  return read_json(file, lambda value: isinstance(value, dict)).get('id')
+  """Returns the random name of a run, which a new run in the same workdir does not have.
+
+  A run that an earlier version started has no name.
+  """
+  return read_dict(workdir / _RUN_FILE).get('id')
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -235,7 +235,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     is_checkpoint = file.parent.parent.name == 'checkpoints'
     hint = f'; it is in the workdir {file.parent.parent.parent}' if is_checkpoint else ''
     raise WorkdirError(f'{workdir} is not the workdir of a run: it has no {CONFIG_FILE}{hint}')
-  values = read_json(file, lambda values: isinstance(values, dict))
+  values = read_dict(file)
   return _checked_export(values, file)['config'] if _EXPORT_KEY in values else values
 
 
@@ -245,7 +245,7 @@ def read_export(folder: epath.PathLike) -> dict[str, Any] | None:
   See `farmer_jax.exports` for the keys. Raises `WorkdirError` if the file is not valid.
   """
   file = absolute(folder) / CONFIG_FILE
-  values = read_json(file, lambda values: isinstance(values, dict)) if file.exists() else {}
+  values = read_dict(file)
   return _checked_export(values, file) if _EXPORT_KEY in values else None
 
 
@@ -273,6 +273,11 @@ def read_json(file: epath.Path, is_valid: Callable[[Any], bool]) -> Any:
     raise WorkdirError(f'cannot read {file}: it is nested too deeply') from None
   except (ValueError, OSError) as error:
     raise WorkdirError(f'cannot read {file}: {error}') from error
+
+
+def read_dict(file: epath.Path) -> dict[str, Any]:
+  """Returns the dict in a JSON file, or {} if there is no file. Raises errors like `read_json`."""
+  return read_json(file, lambda value: isinstance(value, dict)) if file.exists() else {}
 
 
 def results_name(prefix: object, section: Any, ignored: Collection[str]) -> str:
