@@ -8,6 +8,11 @@ traceback. Any other exception except `preemption.Preempted` is a bug.
 EXIT_CODE_PREEMPTED = 75
 
 
+def reason(error: BaseException) -> str:
+  """Returns the message of an exception in one line of at most 200 characters, or its type."""
+  return ' '.join(str(error).split())[:200] or type(error).__name__
+
+
 class UserError(Exception):
   """The job cannot run until a setting, a file or a machine changes."""
 

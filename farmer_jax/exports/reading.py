@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 
 from farmer_jax import config as config_lib
-from farmer_jax.errors import CheckpointError
+from farmer_jax.errors import CheckpointError, reason
 from farmer_jax.exports import tensors
 from farmer_jax.workdir import layout, stores
 
@@ -46,8 +46,9 @@ def restore_params(path: epath.PathLike, target: PyTree) -> PyTree:
         lambda path, leaf: _restore_leaf(handles, folder, path, leaf), target
       )
   except (OSError, SafetensorError) as error:
-    reason = ' '.join(str(error).split())[:200]
-    raise CheckpointError(f'cannot read the export {folder} ({reason}); copy it again') from error
+    raise CheckpointError(
+      f'cannot read the export {folder} ({reason(error)}); copy it again'
+    ) from error
 
 
 def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import re
 
 from etils import epath
 
-from farmer_jax.errors import WorkdirError
+from farmer_jax.errors import WorkdirError, reason
 
 _SCHEME = 'hf://'
 
@@ -37,8 +37,7 @@ def download(url: str) -> str:
   try:
     return huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
   except Exception as error:  # The client and its HTTP library have many types.
-    reason = ' '.join(str(error).split())[:200] or type(error).__name__
     raise WorkdirError(
-      f'cannot download {url} ({reason}); check the name, the network and, for a private'
+      f'cannot download {url} ({reason(error)}); check the name, the network and, for a private'
       ' repository, HF_TOKEN'
     ) from error

@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 
 from farmer_jax import terminal
-from farmer_jax.errors import WorkdirError
+from farmer_jax.errors import WorkdirError, reason
 from farmer_jax.workdir import stores
 
 _RENEWAL, _EXPIRY = 20.0, 60.0  # seconds
@@ -64,14 +64,19 @@ class _Lock:
     self._owner = {'owner': name, 'id': uuid.uuid4().hex} | _identity()
 
   def acquire(self) -> None:
-    with _store_errors(self._workdir):
+    try:
       generation, owner = self._read()
       if owner and not _has_ended(owner):
         generation = self._wait_for_expiry(generation, owner)
-      if not self._write(generation):
-        raise WorkdirError(
-          f'another process has just started in {self._workdir}; choose another --workdir'
-        )
+      is_taken = not self._write(generation)
+    except WorkdirError:
+      raise
+    except Exception as error:  # TensorStore raises ValueError with its status code.
+      raise WorkdirError(f'cannot lock {self._workdir} ({reason(error)})') from error
+    if is_taken:
+      raise WorkdirError(
+        f'another process has just started in {self._workdir}; choose another --workdir'
+      )
 
   def _wait_for_expiry(self, generation: bytes, owner: dict[str, Any]) -> bytes:
     """Returns the generation of the expired lock, or of no lock if the owner has released it."""
@@ -154,14 +159,3 @@ def _has_ended(owner: dict[str, Any]) -> bool:
   if not this or owner.get('machine') != this['machine'] or not isinstance(owner.get('pid'), int):
     return False
   return not os.path.exists(f'/proc/{owner["pid"]}')
-
-
-@contextlib.contextmanager
-def _store_errors(workdir: epath.Path) -> Iterator[None]:
-  try:
-    yield
-  except WorkdirError:
-    raise
-  except Exception as error:  # TensorStore raises ValueError with its status code.
-    reason = ' '.join(str(error).split())[:200]
-    raise WorkdirError(f'cannot lock {workdir} ({reason})') from error

@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from farmer_jax.errors import WorkdirError
+from farmer_jax.errors import WorkdirError, reason
 
 # Without this variable, etils uses TensorFlow's client if TensorFlow is installed.
 os.environ.setdefault('EPATH_USE_TF', 'false')
@@ -124,8 +124,7 @@ def _connect(scheme: str) -> Any:
     except (FileNotFoundError, FileExistsError, StoreError):
       raise
     except Exception as error:  # Each client has its own types.
-      reason = ' '.join(str(error).split())[:200] or type(error).__name__
-      raise StoreError(f'the object store failed: {reason}') from error
+      raise StoreError(f'the object store failed: {reason(error)}') from error
 
   def init(self: Any, *args: Any, **kwargs: Any) -> None:
     # Another process may have changed a folder that this process has listed.

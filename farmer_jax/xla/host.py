@@ -7,7 +7,7 @@ import os
 import jax
 from etils import epath
 
-from farmer_jax.errors import ConfigError
+from farmer_jax.errors import ConfigError, reason
 
 # Options that change random numbers or results, or that make JAX refuse operations of this program.
 # The environment can set them, for example by JAX_ENABLE_X64.
@@ -32,10 +32,9 @@ def configure_jax(enable_x64: bool) -> None:
   try:
     jax.devices()
   except Exception as error:  # The type depends on the platform.
-    reason = ' '.join(str(error).split())[:200] or type(error).__name__
     platforms = jax.config.values['jax_platforms']
     raise ConfigError(
-      f'JAX cannot use JAX_PLATFORMS={platforms} ({reason}); install JAX for'
+      f'JAX cannot use JAX_PLATFORMS={platforms} ({reason(error)}); install JAX for'
       ' this platform, for example with pip install "jax[cuda12]", or set JAX_PLATFORMS=cpu'
     ) from error
 

@@ -80,9 +80,8 @@ def devices(topology: str | None) -> list[jax.Device]:
   try:
     return _gpus(chip, axes) if is_gpu else _tpus(topology)
   except Exception as error:  # The type depends on the cause.
-    reason = ' '.join(str(error).split())[:200]
     raise errors.ConfigError(
-      f'cannot compile for --config.compile.topology={topology} ({reason})'
+      f'cannot compile for --config.compile.topology={topology} ({errors.reason(error)})'
     ) from error
 
 
