@@ -1,9 +1,9 @@
 """Writes exports, one file of weights at a time."""
 
-import contextlib
+import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -51,8 +51,8 @@ def write(
   record: Mapping[str, Any],
   files: Mapping[str, bytes],
   max_bytes: float,
-) -> int:
-  """Writes an export, and returns its number of parameters. Replaces the files of an older export.
+) -> None:
+  """Writes an export. Replaces the files of an older export.
 
   Without config.json, a folder is not an export. This file arrives last. The host holds the weights
   of one file at a time.
@@ -66,30 +66,21 @@ def write(
   """
   folder = check_folder(folder)
   partial = folder.with_name(f'.{folder.name}.partial')
+  shutil.rmtree(partial, ignore_errors=True)  # A killed job can have left it.
   try:
-    with _removed(partial):
-      partial.mkdir(parents=True)
-      layout.write_json(partial / layout.CONFIG_FILE, dict(record))
-      for name, content in files.items():
-        (partial / name).write_bytes(content)
-      count = _write_weights(partial, params, record, max_bytes)
-      _move(partial, folder)
+    partial.mkdir(parents=True)
+    layout.write_json(partial / layout.CONFIG_FILE, dict(record))
+    for name, content in files.items():
+      (partial / name).write_bytes(content)
+    _write_weights(partial, params, record, max_bytes)
+    _move(partial, folder)
   except OSError as error:
     raise WorkdirError(
       f'cannot write the export {folder} ({stores.describe(error)}); choose another'
       ' --config.export.path'
     ) from error
-  return count
-
-
-@contextlib.contextmanager
-def _removed(folder: epath.Path) -> Iterator[None]:
-  """Context without a temporary folder before and after it. A killed job can have left one."""
-  shutil.rmtree(folder, ignore_errors=True)
-  try:
-    yield
   finally:
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _move(partial: epath.Path, folder: epath.Path) -> None:
@@ -108,19 +99,17 @@ def _move(partial: epath.Path, folder: epath.Path) -> None:
 
 def _write_weights(
   folder: epath.Path, params: PyTree, record: Mapping[str, Any], max_bytes: float
-) -> int:
+) -> None:
   """Writes the tensors into one or more files, with an index of several files."""
   groups: list[list[_Tensor]] = []
-  total, count = 0, 0
-  size = np.inf
+  total, size = 0, np.inf
   for name, leaf, index in tensors.sliced(params):
-    elements = int(np.prod(leaf.shape[len(index) :], dtype=int))
-    num_bytes = elements * leaf.dtype.itemsize
+    num_bytes = math.prod(leaf.shape[len(index) :]) * leaf.dtype.itemsize
     if size + num_bytes > max_bytes:
       groups.append([])
       size = 0
     groups[-1].append((name, leaf, index))
-    size, total, count = size + num_bytes, total + num_bytes, count + elements
+    size, total = size + num_bytes, total + num_bytes
   names = ('farmer_jax_version', 'step', 'parameters')
   metadata = {'format': 'flax'} | {name: str(record[name]) for name in names}
   stem, _, suffix = tensors.WEIGHTS_FILE.partition('.')
@@ -135,7 +124,6 @@ def _write_weights(
   if len(groups) > 1:
     index_file = {'metadata': {'total_size': total}, 'weight_map': weight_map}
     layout.write_json(folder / tensors.INDEX_FILE, index_file)
-  return count
 
 
 def _host_arrays(group: list[_Tensor]) -> dict[str, np.ndarray]:

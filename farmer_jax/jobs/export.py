@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from absl import logging
 from etils import epath
+from flax import traverse_util
 
 import farmer_jax
 from farmer_jax import api, exports, terminal
@@ -62,14 +63,8 @@ def _record(config: config_lib.Config, model_run: api.Run) -> dict[str, Any]:
     # The export contains the teacher, so that the name has no effect.
     config = dataclasses.replace(config, teacher=layout.absolute(config.teacher).name)
   config = dataclasses.replace(config, job=model_run.trained_config.job)
-  values = config_lib.to_dict(config)
-  for path in _PATHS:
-    *sections, name = path.split('.')
-    section = values
-    for key in sections:
-      section = section[key]
-    section[name] = None
-  values['init_parts'] = 'all'
+  values = traverse_util.flatten_dict(config_lib.to_dict(config), sep='.')
+  values |= {**dict.fromkeys(_PATHS), 'init_parts': 'all'}
   return {
     'model_type': 'farmer',
     'export_format': layout.EXPORT_FORMAT,
@@ -78,7 +73,7 @@ def _record(config: config_lib.Config, model_run: api.Run) -> dict[str, Any]:
     'teacher_step': teacher_step,
     'parameters': config.train.evaluated_params,
     'class_names': list(model_run.class_names),
-    'config': values,
+    'config': traverse_util.unflatten_dict(values, sep='.'),
   }
 
 
