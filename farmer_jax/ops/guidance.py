@@ -48,13 +48,10 @@ class GuidedDraws:
     self, mixtures: mixture.Mixture, i: Int[Array, '']
   ) -> tuple[Float[Array, 'B d_I'], PerImage | None]:
     """Draws the informative channels of token i from mixtures [S, B, ...]."""
-
-    def draw_one(
-      key: PRNGKeyArray, mixtures: mixture.Mixture
-    ) -> tuple[Float[Array, 'd_I'], Fraction]:
-      return draw_token(jax.random.fold_in(key, i), mixtures, self._scales[i], self._guidance)
-
-    return jax.vmap(draw_one, (0, 1))(self._informative_keys, mixtures)
+    return jax.vmap(
+      lambda key, m: draw_token(jax.random.fold_in(key, i), m, self._scales[i], self._guidance),
+      in_axes=(0, 1),
+    )(self._informative_keys, mixtures)
 
   def shared(
     self, mixtures: mixture.Mixture, num_tokens: int
@@ -63,15 +60,9 @@ class GuidedDraws:
 
     The guidance scale is the scale of the last token.
     """
-
-    def draw_one(
-      key: PRNGKeyArray, mixtures: mixture.Mixture
-    ) -> tuple[Float[Array, 'N d_R'], Fraction]:
-      return draw_shared(
-        key, mixtures, self._scales[-1], self._guidance, num_tokens, self._variance
-      )
-
-    return jax.vmap(draw_one, (0, 1))(self._redundant_keys, mixtures)
+    arguments = self._scales[-1], self._guidance, num_tokens, self._variance
+    draw = jax.vmap(lambda key, m: draw_shared(key, m, *arguments), in_axes=(0, 1))
+    return draw(self._redundant_keys, mixtures)
 
   def normal(self, num_tokens: int, channels: int) -> Tokens:
     """Draws from a normal distribution with mean 0 and the variance of the redundant channels."""
