@@ -7,8 +7,6 @@ Examples:
 
 import contextlib
 import difflib
-import functools
-import operator
 import os
 import pathlib
 import re
@@ -260,9 +258,7 @@ def _config_values() -> ml_collections.ConfigDict:
     file = config_flags.get_config_filename(flags.FLAGS['config'])
     reason = error.strerror or str(error).rpartition('[Errno')[2].partition('] ')[2] or error
     raise errors.ConfigError(f'cannot read the --config file {file}: {reason}') from error
-  for path in _none_overrides:
-    *sections, name = path.split('.')
-    functools.reduce(operator.getitem, sections, values)[name] = None
+  values.update_from_flattened_dict(dict.fromkeys(_none_overrides))
   return values
 
 

@@ -190,10 +190,6 @@ class LocalDevices(Mesh):
     fsdp, tensor = sizes['fsdp'], sizes['tensor']
     super().__init__(dataclasses.replace(mesh, data=0, fsdp=fsdp, tensor=tensor), devices)
 
-  def replicate(self, tree: PyTree) -> PyTree:
-    """Copies arrays to each device."""
-    return jax.device_put(tree, self.replicated)
-
   def shard(self, tree: PyTree) -> PyTree:
     """Shards arrays along their first axis."""
     return jax.device_put(tree, self.sharded)

@@ -53,7 +53,8 @@ class FeatureNetwork:
   def __post_init__(self) -> None:
     self.identity = inception.checksum(traverse_util.flatten_dict(self.params, sep='/'))
     self._devices = mesh.LocalDevices()
-    self._params, self._apply = self._devices.replicate(self.params), jax.jit(self.apply)
+    self._params = jax.device_put(self.params, self._devices.replicated)
+    self._apply = jax.jit(self.apply)
     self._size = self._devices.round_up(self.batch_size)
 
   def statistics(
