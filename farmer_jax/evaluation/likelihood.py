@@ -70,11 +70,11 @@ class Scorer:
     result = {name: values.mean(0) for name, values in scores.items()}
     dims, discrete = images[0].size, noise.has_bits_per_dim
     if discrete and self.draws > 1:
-      result['loss_importance'] = -_log_mean_exp(-scores['loss'] * dims) / dims
+      result['loss_importance'] = -jax.nn.logmeanexp(-scores['loss'] * dims, axis=0) / dims
     if log_classes is not None:
       # The mean density over draws estimates the probability of a discrete image. Draws of Gaussian
       # noise are different images, so their log-densities are averaged.
-      joint = _log_mean_exp(log_classes) if discrete else log_classes.mean(0)
+      joint = jax.nn.logmeanexp(log_classes, axis=0) if discrete else log_classes.mean(0)
       result['predicted'] = joint.argmax(-1)
     return result
 
@@ -115,13 +115,9 @@ def _marginalize(densities: farmer.LogDensity, dims: int) -> Scores:
   entropy = jax.scipy.special.entr(posterior).sum(0)
   return {
     **jax.tree.map(average, terms),
-    'loss': -_log_mean_exp(log_classes) / dims,
+    'loss': -jax.nn.logmeanexp(log_classes, axis=0) / dims,
     'nll_class': (math.log(len(log_classes)) - entropy) / dims,
     'log_dets': -average(densities.log_dets.swapaxes(1, 2)) / dims,
     'tokens': -average(densities.tokens),
     'log_classes': log_classes.T,
   }
-
-
-def _log_mean_exp(values: Float[Array, 'k ...']) -> Float[Array, '...']:
-  return jax.nn.logsumexp(values, axis=0) - math.log(len(values))

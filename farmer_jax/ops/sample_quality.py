@@ -121,18 +121,13 @@ def inception_score(
     raise ValueError(f'cannot make {splits} splits of {n} images')
   if seed is not None:
     logits = logits[np.random.RandomState(seed).permutation(n)]
-  log_p = logits - _log_sum_exp(logits, 1)
+  log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
   scores = []
   for i in range(splits):
     part = log_p[i * n // splits : (i + 1) * n // splits]
-    log_mean = _log_sum_exp(part, 0) - np.log(len(part))
+    log_mean = np.logaddexp.reduce(part) - np.log(len(part))
     scores.append(np.exp((np.exp(part) * (part - log_mean)).sum(1).mean()))
   return float(np.mean(scores)), float(np.std(scores))
-
-
-def _log_sum_exp(x: np.ndarray, axis: int) -> np.ndarray:
-  shift = x.max(axis, keepdims=True)
-  return shift + np.log(np.exp(x - shift).sum(axis, keepdims=True))
 
 
 def precision_recall(

@@ -85,10 +85,8 @@ def calls(program: hlo.Program) -> collections.Counter:
 
 def family(names: collections.Counter) -> str:
   """Returns the attention kernels of a program: cudnn, splash, or xla if there are none."""
-  for start in ('cudnn', 'splash'):
-    if any(kernel.startswith(start) for kernel in names):
-      return start
-  return 'xla'
+  starts = [s for s in ('cudnn', 'splash') if any(kernel.startswith(s) for kernel in names)]
+  return [*starts, 'xla'][0]
 
 
 def seconds(program: hlo.Program, chip: flops.Chip) -> tuple[float, int]:
