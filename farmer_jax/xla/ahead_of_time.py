@@ -8,9 +8,6 @@ import jax
 from farmer_jax.xla import cycles, flops, hlo, kernels, roofline, targets
 from farmer_jax.xla import memory as memory_lib
 
-# Number of operations whose fraction of the time is reported.
-_COSTLIEST_OPERATIONS = 25
-
 
 def compile_and_measure(
   name: str,
@@ -49,7 +46,7 @@ def compile_and_measure(
     'instructions_without_estimate': cost.unknown_cycles,
     'costliest': {
       operation: count / cost.cycles
-      for operation, count in cost.operations.most_common(_COSTLIEST_OPERATIONS)
+      for operation, count in cost.operations.most_common(roofline.NUM_COSTLIEST)
     },
     'roofline': roofline.bound(program, cost, chip),
   }

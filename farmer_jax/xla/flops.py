@@ -31,10 +31,10 @@ class Chip(NamedTuple):
     Products of float32 operands run in TensorFloat-32 on GPUs and in bfloat16 on TPUs, unless
     they are exact: with the precision HIGHEST, GPUs use no matrix units, and TPUs need six passes.
     """
-    if None in (self.peak_flops, self.memory_bandwidth, self.vector_flops):
+    peak, memory, vector = self.peak_flops, self.memory_bandwidth, self.vector_flops
+    if peak is None or memory is None or vector is None:
       return {}
-    peak, vector = self.peak_flops or 0, self.vector_flops or 0
-    rates = {DENSE: peak, VECTOR: vector, MEMORY: self.memory_bandwidth or 0}
+    rates = {DENSE: peak, VECTOR: vector, MEMORY: memory}
     if self.matrix_unit:
       return rates | {FLOAT32: peak, EXACT_FLOAT32: peak / 6}
     return rates | {FLOAT32: peak / 2, EXACT_FLOAT32: vector}

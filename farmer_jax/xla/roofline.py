@@ -22,7 +22,7 @@ _FREE = {
 }
 _FREE_CALLS = 'custom_call_target="ConcatBitcast"', 'custom_call_target="AllocateBuffer"'
 _COLUMNS = 'kernels', 'flops', 'bytes_read', 'bytes_written', 'seconds'
-_NUM_COSTLIEST = 25
+NUM_COSTLIEST = 25  # operations whose fraction of the time is reported
 
 
 def bound(program: hlo.Program, cost: cycles.Cost, chip: flops.Chip) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def bound(program: hlo.Program, cost: cycles.Cost, chip: flops.Chip) -> dict[str
     'bound_seconds': max(seconds, links) if rates else None,
     'bound_seconds_without_overlap': seconds + links if rates else None,
     'costliest': {
-      name: value / seconds for name, value in operations.most_common(_NUM_COSTLIEST) if value
+      name: value / seconds for name, value in operations.most_common(NUM_COSTLIEST) if value
     },
   }
 
