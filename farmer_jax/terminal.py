@@ -50,6 +50,7 @@ def print_result(text: str) -> None:
   """Prints a result on stdout, in process 0."""
   if _is_process_zero():
     tqdm.tqdm.write(text)
+    sys.stdout.flush()  # A pipe of both streams has all lines in order.
 
 
 def print_status(text: str) -> None:
@@ -131,10 +132,12 @@ class _ProtectedStream:
 
 
 class _LineStream:
-  """Writes to stderr for a progress bar outside a terminal, one line per update."""
+  """Writes the updates of a progress bar to stderr as whole lines."""
 
   def write(self, text: str) -> None:
-    sys.stderr.write(text.replace('\r', '\n'))
+    # tqdm returns to the start of the line, moves the cursor, and overwrites text with spaces.
+    if line := text.replace('\x1b[A', '').strip():
+      sys.stderr.write(f'{line}\n')
 
   def flush(self) -> None:
     sys.stderr.flush()

@@ -88,3 +88,37 @@ def test_progress_bar_prints_lines_in_process_zero(monkeypatch, capsys, process)
     assert err == ''
   else:
     assert re.search('^.*training.*4/10', err, re.MULTILINE) and '10/10' in err
+
+
+def test_output_to_a_pipe_is_whole_lines_in_order(capsys):
+  """Messages are not behind or inside the text of a progress bar, also with two bars."""
+  terminal.configure_logging()
+  with (
+    terminal.progress_bar('training', 'step', 10) as outer,
+    terminal.progress_bar('samples', 'image', 4) as inner,
+  ):
+    log(INFO)
+    outer.update(3)
+    outer.refresh()
+    log(WARNING)
+    inner.update(2)
+    inner.refresh()
+    log(INFO)
+  _, err = capsys.readouterr()
+  assert '\r' not in err and '\x1b' not in err and err.endswith('\n')
+  found = [re.sub(r'(\w+):.*?(\d+/\d+) .*', r'\1 \2', line) for line in err.splitlines()]
+  bars = ['samples 2/4', 'training 3/10']  # the last lines, when the bars close
+  expected = ['training 0/10', 'samples 0/4', 'message', 'training 3/10', 'WARNING: message']
+  assert found == [*expected, 'samples 2/4', 'message', *bars]
+
+
+def test_results_and_log_lines_share_a_pipe_in_order(monkeypatch, tmp_path):
+  """A pipe of both streams does not show the results of the job at its end."""
+  terminal.configure_logging()
+  with open(tmp_path / 'pipe', 'a') as out, open(tmp_path / 'pipe', 'a', buffering=1) as err:
+    monkeypatch.setattr('sys.stdout', out)
+    monkeypatch.setattr('sys.stderr', err)
+    terminal.print_result('first')
+    log(WARNING)
+    terminal.print_status('third')
+  assert (tmp_path / 'pipe').read_text() == 'first\nWARNING: message\nthird\n'
