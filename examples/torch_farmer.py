@@ -596,6 +596,11 @@ class Farmer(nn.Module):
   @torch.no_grad()
   def sample_latents(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draws latents from the prior, with guidance."""
+    if labels is None:
+      raise ValueError(
+        'sampling needs one label per image; for images of "no class", pass'
+        f' torch.full((count,), {self.num_classes})'
+      )
     draws = Draws(self.sampling, generator)
     if self.prior is None:
       return draws.normal(self.basis.new_empty(len(labels), self.tokens, self.channels))

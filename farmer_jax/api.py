@@ -59,12 +59,13 @@ def load(
 
   `path` can also be an export of --job=export (its folder, or a file of weights in it), or an
   export on the Hugging Face hub, hf://USER/NAME, which needs the package huggingface_hub.
-  `step` None selects the newest valid checkpoint. `overrides` are settings by key, for example
-  `{'sampling.guidance.scale': 1.5}`.
+  `step` None selects the checkpoint that is the newest valid one at the first use. `overrides` are
+  settings by key, for example `{'sampling.guidance.scale': 1.5}`.
 
   Raises:
     WorkdirError: `path` is not the workdir of a run or an export, it cannot be downloaded, or an
       override affects training.
+    CheckpointError: there is no checkpoint of `step`.
     ConfigError: an override has an unknown key or an invalid value.
   """
   workdir = layout.absolute(path)
@@ -91,10 +92,12 @@ class Run:
 
     Raises:
       WorkdirError: `workdir` is not the workdir of a run, or `config` changes another setting.
+      CheckpointError: there is no checkpoint of `step`.
       ConfigError: the model needs float64, and the 64-bit mode of JAX is off, or the mesh does not
         fit the devices of this process.
     """
     self.workdir, self.config, self._step = layout.open_run(config, workdir), config, step
+    teacher.check_step(self.workdir, step)
     _require_x64('config.model.dtype', config.model.dtype)
     self.class_names: tuple[str, ...] = layout.read_class_names(self.workdir)
     self.trained_config = config_lib.from_config_dict(layout.read_config(self.workdir))
@@ -197,6 +200,10 @@ class Run:
     self, labels: Labels, seed: int, guidance: float | config_lib.Guidance | None
   ) -> tuple[sampling.Sampler, tuple[np.ndarray, np.ndarray]]:
     """Returns the sampler of `sample`, and the labels and indices of the images."""
+    if labels is None:
+      raise errors.DataError(
+        'sampling needs one label per image; for images of "no class", pass [None] * num_images'
+      )
     configured = self.config.sampling.guidance
     if guidance is None:
       guidance = configured

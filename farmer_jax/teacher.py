@@ -89,14 +89,22 @@ def restore_params(
   init_params = functools.partial(module.init_boxed_params, model=module.build(config))
   shapes = jax.eval_shape(init_params, jax.random.key(0))
   shapes, name = mesh.abstract(shapes), config.train.evaluated_params
+  check_step(workdir, step)
   with memory.attributed(functools.partial(memory.of_arrays, 'parameters per device', shapes)):
     if export := layout.read_export(workdir):
-      if step not in (None, export['step']):
-        raise errors.CheckpointError(
-          f'the export {workdir} is of step {export["step"]}, not {step}'
-        )
       return exports.restore_params(workdir, shapes), export['step']
     return checkpoints.restore_params(workdir, name, shapes, step)
+
+
+def check_step(workdir: epath.Path, step: int | None) -> None:
+  """Raises CheckpointError if a run or an export has no parameters of `step`, unless it is None."""
+  if step is None:
+    return
+  if export := layout.read_export(workdir):
+    if step != export['step']:
+      raise errors.CheckpointError(f'the export {workdir} is of step {export["step"]}, not {step}')
+  else:
+    checkpoints.check_step(workdir, step)
 
 
 def _is_record(value: Any) -> bool:

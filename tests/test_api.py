@@ -122,8 +122,19 @@ def test_wrong_overrides_runs_and_checkpoints(trained, tmp_path):
       farmer_jax.load(trained, overrides=overrides)
   with pytest.raises(errors.WorkdirError, match=str(tmp_path)):
     farmer_jax.load(tmp_path)
-  with pytest.raises(errors.CheckpointError, match='7'):
-    farmer_jax.load(trained, step=7).params  # noqa: B018
+
+
+def test_missing_checkpoint_is_reported_when_the_run_is_loaded(trained):
+  with pytest.raises(errors.CheckpointError, match=r'step 7 \(it has 3\)') as caught:
+    farmer_jax.load(trained, step=7)
+  assert '\n' not in str(caught.value)
+  assert farmer_jax.load(trained, step=3).step == 3
+
+
+@pytest.mark.parametrize('method', ['sample', 'sample_with_log_prob'])
+def test_samples_need_labels(loaded, method):
+  with pytest.raises(errors.DataError, match=r'\[None\] \* num_images'):
+    getattr(loaded, method)(None)
 
 
 def test_samples_without_noise_have_no_density(trained):

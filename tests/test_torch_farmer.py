@@ -191,6 +191,17 @@ def test_labels_default_to_no_class(build):
   assert (pair.torch.log_prob(images) != pair.torch.log_prob(images, no_class * 0)).all()
 
 
+@pytest.mark.parametrize('name', ['default', 'tarflow', 'no classes'])
+def test_samples_need_labels(build, name):
+  """They give the number of images."""
+  model = build(name).torch
+  with pytest.raises(ValueError, match=r'torch\.full\(\(count,\), \d\)') as caught:
+    model.sample(None)
+  assert str(caught.value).endswith(f'torch.full((count,), {model.num_classes})')
+  images = model.sample(torch.full((2,), model.num_classes))
+  assert len(images) == 2 and images.isfinite().all()
+
+
 def test_gradients_reach_all_parameters(build):
   pair = build('default')
   pair.torch.log_prob(*pair.tensors).sum().backward()

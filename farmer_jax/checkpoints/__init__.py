@@ -18,6 +18,7 @@ checkpoint, the file format, and retention policies. This package adds:
 """
 
 from farmer_jax.checkpoints.checkpointer import Checkpointer as Checkpointer
+from farmer_jax.checkpoints.restore import check_step as check_step
 from farmer_jax.checkpoints.restore import list_steps as list_steps
 from farmer_jax.checkpoints.restore import newest_step as newest_step
 from farmer_jax.checkpoints.restore import restore_params as restore_params

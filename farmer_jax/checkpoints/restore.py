@@ -122,6 +122,16 @@ def list_steps(workdir: epath.Path) -> list[int]:
   return sorted(ocp.utils.checkpoint_steps(workdir / FOLDER))
 
 
+def check_step(workdir: epath.Path, step: int) -> None:
+  """Raises CheckpointError, which names the stored steps, if there is no checkpoint of `step`."""
+  steps = processes.gather(list_steps(workdir))[0]
+  if step not in steps:
+    raise errors.CheckpointError(
+      f'{workdir} has no checkpoint of step {step} (it has {", ".join(map(str, steps)) or "none"});'
+      ' --config.train.keep_checkpoints and --config.train.keep_every define which steps are stored'
+    )
+
+
 def newest_step(workdir: epath.Path) -> int:
   """Returns the step of the newest complete checkpoint, even a corrupt one, or 0."""
   return max(list_steps(workdir), default=0)
@@ -176,12 +186,7 @@ def _newest_valid(
 
 def _restore_step(workdir: epath.Path, step: int, read: Callable[[epath.Path], T]) -> T:
   """Returns `read(folder)` of one checkpoint. Converts every failure to a `CheckpointError`."""
-  steps = processes.gather(list_steps(workdir))[0]
-  if step not in steps:
-    raise errors.CheckpointError(
-      f'{workdir} has no checkpoint of step {step} (it has {", ".join(map(str, steps)) or "none"});'
-      ' --config.train.keep_checkpoints and --config.train.keep_every define which steps are stored'
-    )
+  check_step(workdir, step)
   folder = workdir / FOLDER / str(step)
   try:
     return read(folder)
