@@ -145,9 +145,9 @@ def test_block_with_all_tokens_written_out():
   np.testing.assert_allclose(states, np.roll(hidden, 1, 1), atol=1e-12)
 
 
-def new_student(**settings):
+def new_student(neighborhood=False, **settings):
   """Returns a model, random parameters of a teacher of three layers, and those of a student."""
-  config = tiny.model_config(dict(layers=3), dict(kind='normal'))
+  config = tiny.model_config(dict(layers=3), dict(kind='normal'), neighborhood=neighborhood)
   model = student.StudentFarmer(SIZE, 1, 3, config, config_lib.Distill(**settings))
   teacher = tiny.filled_parameters(model, jnp.zeros((1, SIZE, SIZE, 1)), LABELS[:1])
   boxed = jax.jit(lambda key: student.from_teacher(key, teacher['flow'], model))(jax.random.key(0))
@@ -173,6 +173,20 @@ def test_smaller_student_copies_layers_at_equal_distances():
   layers = params['stack'].pop('transformer'), teacher['flow']['stack'].pop('transformer')
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[:, ::2]), *layers)
   jax.tree.map(np.testing.assert_array_equal, params, teacher['flow'])
+
+
+@pytest.mark.parametrize('all_tokens', [False, True])
+def test_student_does_not_read_the_neighborhoods_of_the_teacher(all_tokens):
+  """The student starts with the part of the teacher's matrix that reads the token itself."""
+  model, teacher, params = new_student(neighborhood=True, all_tokens=all_tokens)
+  kernel = teacher['flow']['stack']['in_proj']['kernel']
+  assert kernel.shape[1] == 4 * D
+  np.testing.assert_array_equal(params['stack']['in_proj']['kernel'], kernel[:, :D])
+  z = tiny.normals(3, N, D)
+  both = {'params': {'flow': teacher['flow'], 'student': params}}
+  images, _ = model.apply(both, z, LABELS, 0.0, N, method='decode_with_student')
+  exact, _ = model.apply(both, z, LABELS, method='decode')
+  np.testing.assert_allclose(images, exact, atol=1e-10)
 
 
 def test_student_of_another_width_starts_as_the_identity():
