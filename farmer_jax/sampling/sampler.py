@@ -108,8 +108,7 @@ class Sampler:
   ):
     self._model, self._config = in_sampling_dtype(model, config.sampling), config
     self._chunk_sizes = chunk_sizes
-    self._latents = jax.jit(lambda *args: self._draw(*args)[0], out_shardings=out_shardings)
-    self._effective_sizes = jax.jit(lambda *args: self._draw(*args)[1])
+    self._latents_and_sizes = jax.jit(self._draw, out_shardings=out_shardings)
     self._images = jax.jit(self._decode, out_shardings=out_shardings)
     self._densities = jax.jit(self._nll_terms, out_shardings=out_shardings)
 
@@ -126,13 +125,13 @@ class Sampler:
     variance: float | None = None,
   ) -> Tokens:
     """Draws latents z. `scales` and `variance`, see `draw_latents`, replace configured values."""
-    return self._latents(params, *self._arguments(labels, indices, scales, variance))
+    return self._latents_and_sizes(params, *self._arguments(labels, indices, scales, variance))[0]
 
   def effective_sizes(
     self, params: PyTree, labels: Labels, indices: Labels
   ) -> guidance_lib.EffectiveSizes:
     """Returns the effective sizes of the pools from which `latents` chooses, with guidance."""
-    return self._effective_sizes(params, *self._arguments(labels, indices))
+    return self._latents_and_sizes(params, *self._arguments(labels, indices))[1]
 
   def images(self, params: PyTree, z: Tokens, labels: Labels) -> Samples:
     """Inverts the flow. Returns the samples with latents z."""
@@ -145,10 +144,10 @@ class Sampler:
   def lower(self, params: PyTree, labels: jax.ShapeDtypeStruct) -> dict[str, jax.stages.Lowered]:
     """Traces the programs `prior` and `inverse` for ahead-of-time compilation."""
     arguments = params, labels, labels, np.zeros(2, np.float32), np.float32(1)
-    z = jax.eval_shape(self._latents, *arguments)
+    z, _ = jax.eval_shape(self._latents_and_sizes, *arguments)
     z = jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=labels.sharding)
     return {
-      'prior': self._latents.lower(*arguments),
+      'prior': self._latents_and_sizes.lower(*arguments),
       'inverse': self._images.lower(params, z, labels),
     }
 

@@ -1,12 +1,19 @@
 """The sampler: reproducibility, guidance, non-finite images, and inverses of the flow."""
 
+import json
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from farmer_jax import config, sampling
+from farmer_jax.distributed import mesh
 from farmer_jax.nn import farmer
+from farmer_jax.sampling import inverse
+from farmer_jax.sampling import sampler as sampler_lib
 from tests.support import models
 
 STACK = dict(layers=1, width=16, head_dim=8)
@@ -107,6 +114,15 @@ def test_effective_sizes_of_the_pools(params):
   assert not jax.tree.leaves(PLAIN_SAMPLER.effective_sizes(params, LABELS, NUMBERS))
 
 
+def test_latents_and_effective_sizes_are_one_program(params, monkeypatch):
+  draw = mock.Mock(wraps=sampler_lib.draw_latents)  # is called when the program is traced
+  monkeypatch.setattr(sampler_lib, 'draw_latents', draw)
+  sampler = sampling.Sampler(MODEL, GUIDED)
+  jax.eval_shape(sampler.latents, params, LABELS, NUMBERS)
+  jax.eval_shape(sampler.effective_sizes, params, LABELS, NUMBERS)
+  assert draw.call_count == 1
+
+
 def test_redundant_variance_scales_redundant_channels_only(params, z):
   none, one, four = (
     np.asarray(PLAIN_SAMPLER.latents(params, LABELS, NUMBERS, variance=variance))
@@ -182,6 +198,21 @@ def test_planned_inverse_matches_the_sequential_one(params, z, inverse):
     expected = PLAIN_SAMPLER.images(params, z, LABELS)
     np.testing.assert_allclose(planned.values, expected.values, atol=1e-4)
     assert planned.passes.shape == (2, 60)
+
+
+@pytest.mark.parametrize('denoises', [False, True])
+def test_student_that_differs_from_the_exact_inverse_is_reported(tmp_path, caplog, denoises):
+  """A student that removes the noise always differs: refinement does not make it exact."""
+  built = CONFIG.with_sampling(inverse='student')
+  built = models.replace(built, distill=dict(denoise=denoises))
+  devices = mesh.LocalDevices()
+  key = inverse._plan_key(built.sampling, 3, devices)
+  plan = {'difference': 0.1, 'psnr': 30.0, 'speedup': 2.0}
+  (tmp_path / 'inverse_plan.json').write_text(json.dumps({key: plan}))
+  found = sampling.cached_measurement(
+    built, epath.Path(tmp_path), MODEL, {}, step=3, labels=[0], devices=devices
+  )
+  assert found == plan and ('exceeds' in caplog.text) != denoises
 
 
 def test_bfloat16_models_are_inverted_in_float32(params):
