@@ -10,9 +10,11 @@ from etils import epath
 
 import farmer_jax
 from farmer_jax import config, errors, noise
+from farmer_jax.configs import from_run
 from farmer_jax.data import pipeline, sources
 from farmer_jax.evaluation import scoring, validation
 from farmer_jax.ops import units
+from farmer_jax.workdir import layout
 from tests.support.runs import CONFIG, save_run
 
 SETTINGS = {'sampling.batch_size': 8, 'likelihood.batch_size': 20}
@@ -129,6 +131,18 @@ def test_missing_checkpoint_is_reported_when_the_run_is_loaded(trained):
     farmer_jax.load(trained, step=7)
   assert '\n' not in str(caught.value)
   assert farmer_jax.load(trained, step=3).step == 3
+
+
+@pytest.mark.parametrize('job', ['sample', 'likelihood', 'fidelity', 'export'])
+def test_jobs_on_a_tuned_run_do_not_need_its_source(run, job):
+  """`init_from` and `init_parts` have no effect on jobs that do not train."""
+  saved = layout.read_config(run) | {'init_from': '/missing/RUN', 'init_parts': 'flow'}
+  layout.write_json(epath.Path(run) / 'config.json', saved)
+  values = from_run.get_config(str(run))
+  values.job = job
+  found = config.from_config_dict(values)
+  config.check(found)
+  assert farmer_jax.Run(run, found).params['prior']
 
 
 @pytest.mark.parametrize('method', ['sample', 'sample_with_log_prob'])

@@ -29,6 +29,7 @@ def run(config: config_lib.Config, workdir: epath.PathLike) -> None:
   """Compiles the programs, prints a report and writes it to a JSON file in WORKDIR/compile."""
   devices = targets.devices(config.compile.topology)
   mesh, kind = training_run.make_mesh(config, devices), devices[0].device_kind
+  config = training_run.with_recorded_extensions(config, workdir)
   workdir = training_run.prepare_workdir(config, workdir)
   if jax.process_index():
     return

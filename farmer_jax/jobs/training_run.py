@@ -104,6 +104,17 @@ def with_extensions(
   return dataclasses.replace(config, train=train)
 
 
+def with_recorded_extensions(
+  config: config_lib.Config, workdir: epath.PathLike
+) -> config_lib.Config:
+  """Returns the configuration with the extensions of the run in the workdir, without a new one."""
+  path = layout.absolute(workdir)
+  if not (path / layout.CONFIG_FILE).exists():
+    return config
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, extend='none'))
+  return layout.extension(config, layout.read_config(path), checkpoints.newest_step(path))
+
+
 def check_branch(start: start_lib.Start | None, resources: Resources) -> None:
   """Raises WorkdirError if the training images of a branch are not those of its source."""
   if start is None or start.branch is None:
@@ -144,7 +155,9 @@ def prepare_workdir(
       if config.train.extend != 'none' and is_run:
         stack.enter_context(lock.hold(path))
       step = checkpoints.newest_step(path)
-      layout.check_claim(config, path, step)
+      changed = layout.check_claim(config, path, step)
+      if config.train.extend != 'none' and is_run and 'train.extensions' not in changed:
+        _warn_if_not_extended(config.train, step)
       data = _checked_data(path, resources) if resources else {}
       layout.claim(config, path, step)
       if resources:
@@ -155,6 +168,20 @@ def prepare_workdir(
   path = layout.open_run(config, workdir)
   host.enable_compilation_cache(path)
   return path
+
+
+def _warn_if_not_extended(train: config_lib.Train, step: int) -> None:
+  """Warns that `train.extend` does not extend a run of `train.steps` steps, now at `step`.
+
+  A command that extended a run and was interrupted can be started again without a warning.
+  """
+  if step < train.steps and train.extensions.endswith(f':{train.extend}'):
+    return
+  state = 'has finished its' if step == train.steps else 'already has'
+  logging.warning(
+    f'config.train.extend has no effect: the run {state} {train.steps} steps. To continue it'
+    ' further, set a larger --config.train.steps.'
+  )
 
 
 def _checked_data(workdir: epath.Path, resources: Resources) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from etils import epath
 
 from farmer_jax import checkpoints, errors, noise
 from farmer_jax import config as config_lib
+from farmer_jax.jobs import compile as compile_job
 from farmer_jax.jobs import pretrain, training_run
 from farmer_jax.training import optimizer
 from farmer_jax.training import start as start_lib
@@ -200,6 +202,39 @@ def test_extend_applies_once(run, finished, tmp_path):
   assert not first(job='distill').train.extensions
   with pytest.raises(errors.ConfigError, match=r'train\.extensions'):
     first(train=dict(steps=4))
+
+
+def claimed(workdir, **train):
+  """Claims the workdir as training does."""
+  config = training_run.with_extensions(tiny(**train), workdir)
+  return training_run.claim_workdir(config, workdir)
+
+
+def test_extend_without_more_steps_says_what_to_change(run, caplog):
+  claimed(run, steps=4, extend='keep_final')
+  (record,) = caplog.records
+  assert 'has finished its 4 steps' in record.message
+  assert 'larger --config.train.steps' in record.message and '\n' not in record.message
+  caplog.clear()
+  for kind in 'keep_final', 'keep_final':  # It is extended, and the command is started again.
+    claimed(run, steps=6, extend=kind)
+  assert not caplog.records
+  claimed(run, steps=6, extend='restretch')
+  assert 'already has 6 steps' in caplog.text
+
+
+def test_extended_run_is_compiled_with_the_command_that_extended_it(run, monkeypatch):
+  """The programs have its schedule. Compilation does not extend a run."""
+  config = dataclasses.replace(tiny(steps=6, extend='keep_final'), job='compile')
+  lower = mock.Mock(side_effect=InterruptedError)
+  monkeypatch.setattr(compile_job, '_lower', lower)
+  with pytest.raises(errors.WorkdirError, match='train.steps is 4 there and 6 here'):
+    compile_job.run(config, run)
+  claimed(run, steps=6, extend='keep_final')
+  for command in config, models.replace(config, train=dict(extend='none')):
+    with pytest.raises(InterruptedError):
+      compile_job.run(command, run)
+    assert lower.call_args[0][0].train.extensions == '4:4:keep_final'
 
 
 @pytest.mark.faults
