@@ -1,6 +1,7 @@
 """Trackers: services that show the metrics of runs. A tracker is a `metrics.Writer`."""
 
 import os
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,7 +59,9 @@ class WandbRun:
       except wandb.errors.CommError as error:
         reason = ' '.join(str(error).split())[:300]
         logging.warning(f'Weights & Biases cannot be used ({reason}). The run is recorded offline.')
-        wandb.teardown()  # Its process, of version 0.31, still holds the id of the run.
+        # The process of wandb still holds the id of the run, and `wandb.teardown`, which frees it,
+        # would break other runs of this process. The record therefore has an id of its own.
+        arguments['id'] = uuid.uuid4().hex
         self._run = wandb.init(**arguments, mode='offline')
       # Charts have the training step as their axis. The own counter of wandb must increase, and a
       # job that resumes repeats the steps after its checkpoint.
@@ -66,7 +69,7 @@ class WandbRun:
     except Exception as error:
       reason = ' '.join(str(error).split()).rstrip('.')
       raise ConfigError(f'config.tracker.kind=wandb failed: {reason}; or {remedy}') from error
-    offline = f'upload the run with wandb sync {self._run.sync_dir}'
+    offline = f'upload the run with wandb sync --id {layout.run_id(workdir)} {self._run.sync_dir}'
     logging.info(f'Weights & Biases: {offline if self._run.offline else self._run.url}')
     self._image = wandb.Image
 

@@ -208,6 +208,26 @@ def test_unreachable_service_records_offline(claimed, monkeypatch, caplog):
   assert wandb_files.history(recorded(claimed)[-1]) == [{'step': 1, 'train/loss': 2}]
 
 
+def test_unreachable_service_leaves_other_runs_of_the_process(
+  claimed, monkeypatch, caplog, tmp_path
+):
+  caplog.set_level('INFO')
+  use_server(monkeypatch, 'http://127.0.0.1:1')
+  monkeypatch.setenv('WANDB_INIT_TIMEOUT', '1')
+  (tmp_path / 'other').mkdir()
+  other = wandb.init(mode='offline', dir=tmp_path / 'other', reinit='create_new')
+  other.log({'before': 1})
+  with opened(claimed) as writer:
+    writer.write(1, 'train', {'loss': 2})
+    other.log({'after': 2})
+  other.finish()
+  assert 'connection refused' in caplog.text
+  assert f'wandb sync --id {layout.run_id(claimed)} {claimed}/wandb/offline-run-' in caplog.text
+  assert wandb_files.history(recorded(claimed)[-1]) == [{'step': 1, 'train/loss': 2}]
+  (records,) = wandb_files.read(tmp_path / 'other')
+  assert wandb_files.history(records) == [{'before': 1}, {'after': 2}]
+
+
 @pytest.mark.parametrize('missing', ['package', 'login'])
 def test_unusable_tracker_is_a_user_error(claimed, monkeypatch, missing):
   if missing == 'package':
