@@ -40,11 +40,8 @@ class FidelityEvaluator:
     class_names: Sequence[str],
     workdir: epath.Path,
   ):
-    """Loads the network and the statistics of the real images in process 0.
-
-    WORKDIR/fidelity stores both. `mesh` must be active when samples are drawn, but not here.
-    """
-    folder = workdir / 'fidelity'
+    """`mesh` must be active when samples are drawn, but not here."""
+    self._folder, self._class_names = workdir / 'fidelity', class_names
     fidelity = dataclasses.replace(config.fidelity, network=config.training_feature_network)
     self._config = config = dataclasses.replace(config, fidelity=fidelity)
     self._scales = config_lib.guidance_scales(config.train.fidelity_scales)
@@ -60,13 +57,23 @@ class FidelityEvaluator:
       )
       for scale in (0.0, 1.0)
     )
+    self._network: feature_networks.FeatureNetwork | None = None  # in process 0, once loaded
+    self._reference: Any = None
 
-    def load() -> None:
+  def load(self) -> None:
+    """Loads the network and the statistics of the real images in process 0, unless they are loaded.
+
+    WORKDIR/fidelity stores both. The first call of this object loads them otherwise.
+    """
+    processes.on_process_zero(self._load)
+
+  def _load(self) -> None:
+    if self._network is None:
+      config, folder = self._config, self._folder
       with memory.explained(config, 'fidelity'):
-        self._network = feature_networks.load(config, folder, class_names)
-        self._reference, _ = feature_networks.load_reference(config, self._network, folder)
-
-    processes.on_process_zero(load)
+        network = feature_networks.load(config, folder, self._class_names)
+        self._reference, _ = feature_networks.load_reference(config, network, folder)
+      self._network = network
 
   def __call__(self, params: PyTree) -> dict[str, float]:
     """Returns, in all processes, the metrics of samples with the given parameters.
@@ -83,6 +90,7 @@ class FidelityEvaluator:
       def compare(images: Images = images, scale: float = scale) -> None:
         # No program of a feature network spans processes.
         with memory.explained(self._config, 'fidelity'), mesh_lib.LocalDevices().activate():
+          self._load()
           found = self._compare(images)
         metrics.update({f'{name}_scale_{scale:g}': value for name, value in found.items()})
 
@@ -108,6 +116,7 @@ class FidelityEvaluator:
     return images, finite
 
   def _compare(self, images: Images) -> dict[str, float]:
+    assert self._network is not None
     fidelity, count = self._config.fidelity, len(images)
     samples = image_sets.ImageSet('samples', None, images.__getitem__, count, self._labels)
     statistics = self._network.statistics(samples, 'samples', fidelity.pairwise_images)

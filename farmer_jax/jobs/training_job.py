@@ -10,8 +10,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from farmer_jax import checkpoints, sampling, terminal
 from farmer_jax import config as config_lib
-from farmer_jax import sampling, terminal
 from farmer_jax.data import pipeline
 from farmer_jax.distributed import processes
 from farmer_jax.evaluation import figures, training_fidelity
@@ -110,6 +110,9 @@ def _fidelity_hook(
   measure = training_fidelity.FidelityEvaluator(
     config, model, resources.mesh, resources.train.class_names, workdir
   )
+  # Errors are found before training. A finished run measures nothing.
+  if processes.gather(checkpoints.newest_step(workdir))[0] < config.train.steps:
+    measure.load()
   return hooks.Validation(
     lambda params: measure(sampling_params(params)), 'fidelity', training_fidelity.lowest_distance
   )

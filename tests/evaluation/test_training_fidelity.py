@@ -1,13 +1,16 @@
 """Sample quality during training, on tiny runs with a classifier that is trained for few steps."""
 
 import json
+import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from farmer_jax.evaluation import classifier, training_fidelity
+from farmer_jax.evaluation import classifier, feature_networks, training_fidelity
 from farmer_jax.jobs import fidelity, pretrain
+from farmer_jax.training import loop
 from tests.support import models, processes, runs
 
 NAMES = [f'classifier_{name}' for name in ('frechet_distance', 'precision', 'recall')]
@@ -70,6 +73,19 @@ def test_score_is_the_lowest_distance_over_the_scales():
     'recall_scale_1': 0.0,
   }
   assert training_fidelity.lowest_distance(metrics) == 2.0
+
+
+def test_finished_run_loads_no_network(trained_run, tmp_path, monkeypatch):
+  """A run that resumes loads it before the training step is compiled."""
+  load = mock.Mock(side_effect=InterruptedError)
+  monkeypatch.setattr(feature_networks, 'load', load)
+  workdir = shutil.copytree(trained_run, tmp_path / 'run')
+  pretrain.run(tiny(), workdir)
+  assert not load.called
+  shutil.rmtree(workdir / 'checkpoints' / str(processes.STEPS))
+  monkeypatch.setattr(loop.Trainer, 'train', lambda self: pytest.fail('training starts'))
+  with pytest.raises(InterruptedError):
+    pretrain.run(tiny(), workdir)
 
 
 @pytest.mark.parametrize('scale', [0.0, 1.5])
