@@ -30,8 +30,8 @@ TIMES = {'time', 'step_seconds', 'images_per_second', 'input_wait_seconds'}
 
 def environment(devices):
   """Returns the environment of a process with `devices` virtual CPU devices."""
-  flags = f'--xla_force_host_platform_device_count={devices}'
-  return os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  flags = os.environ.get('XLA_FLAGS', ''), f'--xla_force_host_platform_device_count={devices}'
+  return os.environ | {'XLA_FLAGS': ' '.join(flags), 'JAX_PLATFORMS': 'cpu'}
 
 
 def run_program(name, *arguments, devices=1):
