@@ -2,8 +2,9 @@
 # .venv first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# Files of tests run in parallel, each in one process.
-PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations=15
+# Files of tests run in parallel, each in one process, in the order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile \
+  --no-loadscope-reorder --durations=15
 
 .PHONY: quickstart test test-faults test-stores test-all soak lint docs docs-serve notebook
 .PHONY: reference stores clean

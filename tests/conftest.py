@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import os
+import pathlib
 import shutil
 import signal
 import tempfile
@@ -34,6 +35,25 @@ import pytest  # noqa: E402
 from tests.support import shape_checks  # noqa: E402
 
 shape_checks.install()
+
+# Files whose tests take longest. They start first, so that all processes end at the same time.
+_LONG = (
+  'jobs/test_distill.py',
+  'nn/test_scaling.py',
+  'evaluation/test_training_fidelity.py',
+  'training/test_start.py',
+  'training/test_loop.py',
+  'training/test_extension.py',
+  'jobs/test_export.py',
+  'jobs/test_sample.py',
+  'ops/test_guidance.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+  folder = pathlib.Path(__file__).parent
+  places = {folder / name: place for place, name in enumerate(_LONG)}
+  items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope='module')
