@@ -52,8 +52,10 @@ def save_run(workdir, config=CONFIG):
   if config.teacher is not None:
     record = {'step': 3, 'config': layout.read_config(config.teacher)}
     layout.write_json(claimed / teacher.RECORD_FILE, record)
-  zeros = jax.tree.map(jnp.zeros_like, params)
-  state = step_lib.TrainState(jnp.int32(3), zeros, optimizer_lib.create(config).init(zeros), params)
+  # Without `jit`, JAX compiles a program for each array.
+  zeros = jax.tree.map(lambda a: jnp.asarray(np.zeros_like(a)), params)
+  opt_state = jax.jit(optimizer_lib.create(config).init)(zeros)
+  state = step_lib.TrainState(jnp.int32(3), zeros, opt_state, params)
   iterator = pipeline.TrainIterator(resources.train, config.data, config.train.batch_size, 0)
   checkpointer = checkpoints.Checkpointer(claimed, config.train)
   checkpointer.restore_latest(state, iterator)
