@@ -58,12 +58,12 @@ def total_variation(draws, log_unnormalized):
 
 @functools.partial(jax.jit, static_argnames=('settings', 'sizes'))
 def resampled(scale, settings=PLAIN, sizes=(256, 256)):
-  """DRAWS tokens, each from its own candidates, in parts that fit in memory."""
+  """DRAWS // 2 tokens, each from its own candidates, in parts that fit in memory."""
 
   def draw(key):
     return guidance.resample(key, MIXTURES, scale, settings, sizes)[0][0, 0]
 
-  keys = jax.random.split(jax.random.key(3), (DRAWS // 2000, 2000))
+  keys = jax.random.split(jax.random.key(3), (DRAWS // 4000, 2000))
   return jax.lax.map(jax.vmap(draw), keys).reshape(-1)
 
 
