@@ -17,13 +17,10 @@ NAMES = [f'classifier_{name}' for name in ('frechet_distance', 'precision', 'rec
 
 
 def tiny(**train):
-  changes = dict(
-    steps=processes.STEPS, ema_decay=0.9, validate_every=4, checkpoint_every=2, keep_checkpoints=1
-  )
-  changes |= dict(fidelity_every=2, fidelity_count=50, fidelity_scales='0,1.5', keep_best=1)
+  changes = dict(keep_checkpoints=1, keep_best=1, best_metric='fidelity')
+  changes |= dict(fidelity_every=2, fidelity_count=50, fidelity_scales='0,1.5') | train
   settings = dict(batch_size=20, inverse='sequential')
-  changes |= dict(best_metric='fidelity') | train
-  return models.replace(runs.CONFIG, train=changes, sampling=settings)
+  return models.replace(runs.training_config(**changes), sampling=settings)
 
 
 @pytest.fixture(scope='module', autouse=True)
