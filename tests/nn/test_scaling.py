@@ -23,7 +23,9 @@ def make_config(width, kind, **changes):
   stack = dict(width=width, head_dim=16, layers=2)
   optimizer = dict(kind=kind, learning_rate=3e-3, warmup_steps=0, clip_norm=0) | changes
   train = config_lib.Train(steps=100, optimizer=config_lib.Optimizer(**optimizer))
-  return models.replace(runs.CONFIG, model=dict(flow=stack, prior=stack), train=train)
+  # Loops over layers and blocks compile faster than unrolled layers.
+  model = dict(flow=stack, prior=stack, scan_unroll=1)
+  return models.replace(runs.CONFIG, model=model, train=train)
 
 
 def outputs(model, params, images, labels):
@@ -44,8 +46,16 @@ def outputs(model, params, images, labels):
 
 
 @functools.cache
-def programs(width, kind):
-  """Returns compiled functions: initial parameters, update, and outputs."""
+def model_programs(width):
+  """Returns compiled functions: initial parameters, and outputs."""
+  model = farmer.build(make_config(width, 'adamw'))
+  init = functools.partial(farmer.init_params, model=model)
+  return jax.jit(init), jax.jit(functools.partial(outputs, model))
+
+
+@functools.cache
+def optimizer_programs(width, kind):
+  """Returns compiled functions: initial state, and update."""
   config = make_config(width, kind)
   model, optimizer = farmer.build(config), optimizer_lib.create(config)
   loss = functools.partial(losses.nll_loss, model=model, config=config)
@@ -61,11 +71,7 @@ def programs(width, kind):
       updates, state = optimizer.update(gradients, state, params, loss=value)
     return optax.apply_updates(params, updates), state
 
-  def init(key):
-    params = farmer.init_params(key, model)
-    return params, optimizer.init(params)
-
-  return jax.jit(init), jax.jit(update), jax.jit(functools.partial(outputs, model))
+  return jax.jit(optimizer.init), jax.jit(update)
 
 
 def changes(width, kind, seed=0, exponent=1.0):
@@ -73,11 +79,13 @@ def changes(width, kind, seed=0, exponent=1.0):
 
   The learning rates have the factors of `scaling` to the power of `exponent`.
   """
-  init, update, evaluate = programs(width, kind)
+  init, evaluate = model_programs(width)
+  init_state, update = optimizer_programs(width, kind)
   rng = np.random.default_rng(seed)
   images = rng.integers(0, 17, (16, 8, 8, 1)) * 15  # Random images: no width can predict them.
   batch = {'image': jnp.asarray(images, jnp.uint8), 'label': jnp.arange(16) % 10}
-  params, state = init(jax.random.key(seed))
+  params = init(jax.random.key(seed))
+  state = init_state(params)
   evaluated, found = [jnp.asarray(images / 127.5 - 1), batch['label']], {}
   first = evaluate(params, *evaluated)
   for step in range(max(STEPS)):
@@ -94,7 +102,7 @@ def spread(found):
 
 
 @pytest.mark.parametrize(
-  'widths, seeds', [((64, 512), 1), pytest.param((64, 128, 256, 512), 3, marks=pytest.mark.slow)]
+  'widths, seeds', [((64, 256), 1), pytest.param((64, 128, 256, 512), 3, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize('kind', ['muon', 'adamw'])
 def test_updates_change_outputs_equally_at_all_widths(kind, widths, seeds):
@@ -150,8 +158,7 @@ def test_factors_of_a_student_are_those_of_its_own_width():
 
 @pytest.fixture(scope='module')
 def params():
-  model = farmer.build(make_config(scaling.BASE_WIDTH, 'adamw'))
-  return jax.jit(functools.partial(farmer.init_params, model=model))(KEY)
+  return model_programs(scaling.BASE_WIDTH)[0](KEY)
 
 
 def random_gradients(params, seed=0):
