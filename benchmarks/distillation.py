@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import sample_quality, timing
+from benchmarks import sample_quality, shared_flags, timing
 from farmer_jax import api, noise, sampling
 from farmer_jax import config as config_lib
 from farmer_jax.ops import units
@@ -81,7 +81,7 @@ def compare_inverses(run, evaluate, reconstruct, labels):
       name: functools.partial(sampler.images, run.params, z, labels[:batch])
       for name, sampler in noisy.items()
     }
-    for name, seconds in timing.medians(calls, _REPEATS.value).items():
+    for name, seconds in timing.medians(calls, _REPEATS.value, shared_flags.clock()).items():
       times[name][f'ms/image, batch {batch}'] = f'{1e3 * seconds / batch:.2f}'
   for name, sampler in make_samplers(run).items():
     psnr, passes = reconstruct(noisy[name], run.params)

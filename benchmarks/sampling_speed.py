@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import timing
+from benchmarks import shared_flags, timing
 from configs import fashion_mnist
 from farmer_jax import api, sampling
 from farmer_jax import config as config_lib
@@ -28,11 +28,12 @@ _BATCHES = flags.DEFINE_list('batches', ['1', '8', '64'], 'Batch sizes, with --r
 def inverses_of_run(run):
   """Yields one table row per batch size and inverse of the flow."""
   model, params, blocks = run.model, run.params, run.config.model.flow.blocks
+  config = run.config.with_sampling(denoise=False)  # Denoising is no part of the inverse.
   for batch in map(int, _BATCHES.value):
     indices = np.arange(batch)
     labels = indices % max(run.config.data.num_classes, 1)
-    z = sampling.Sampler(model, run.config).latents(params, labels, indices)
-    auto = run.config.with_sampling(inverse='auto')
+    z = sampling.Sampler(model, config).latents(params, labels, indices)
+    auto = config.with_sampling(inverse='auto')
     plan = sampling.plan_inverse(model, auto, params, z, labels)
     chunk_sizes = {
       'sequential': [1] * blocks,
@@ -41,11 +42,11 @@ def inverses_of_run(run):
       f'auto {plan["chunk_sizes"]}': plan['chunk_sizes'],
     }
     calls = {
-      name: functools.partial(sampling.Sampler(model, run.config, sizes).images, params, z, labels)
+      name: functools.partial(sampling.Sampler(model, config, sizes).images, params, z, labels)
       for name, sizes in chunk_sizes.items()
     }
     exact = calls['sequential']().values
-    for name, seconds in timing.medians(calls, _REPEATS.value).items():
+    for name, seconds in timing.medians(calls, _REPEATS.value, shared_flags.clock()).items():
       samples = calls[name]()
       passes = '–' if name == 'sequential' else ', '.join(f'{p:.1f}' for p in samples.passes.max(1))
       difference = float((abs(samples.values - exact) / (1 + abs(exact))).max())
@@ -68,7 +69,7 @@ def guidance_of_run(run):
       config = run.config.with_sampling(guidance=guidance)
       sampler = sampling.Sampler(run.model, config)
       calls[method] = functools.partial(sampler.latents, run.params, indices % 10, indices)
-    for name, seconds in timing.medians(calls, _REPEATS.value).items():
+    for name, seconds in timing.medians(calls, _REPEATS.value, shared_flags.clock()).items():
       milliseconds = f'{1e3 * seconds / batch:.2f}'
       yield {'batch': batch, 'guidance': name, 'prior, ms/image': milliseconds}
 
@@ -105,7 +106,7 @@ def random_weights():
   batch, large = 8, dict(layers=3, width=256)
   built = random_model(64, dict(blocks=4, **large), dict(large, informative_channels=24))
   millions = sum(leaf.size for leaf in jax.tree.leaves(built[2])) / 1e6
-  times = timing.medians(prior_and_inverse(*built, batch), _REPEATS.value)
+  times = timing.medians(prior_and_inverse(*built, batch), _REPEATS.value, shared_flags.clock())
   seconds = ', '.join(f'{name} {value / batch:.3f}' for name, value in times.items())
   print(f'64×64×3, patch size 4, {millions:.1f} M parameters, batch size 8, s/image: {seconds}\n')
   small = dict(layers=2, width=128)
@@ -124,7 +125,7 @@ def random_weights():
       'ms/(image · block · token)': f'{milliseconds / blocks / tokens:.4f}',
     }
 
-  medians = timing.medians(calls, _REPEATS.value)
+  medians = timing.medians(calls, _REPEATS.value, shared_flags.clock())
   timing.print_table(row(*variant, seconds) for variant, seconds in medians.items())
 
 

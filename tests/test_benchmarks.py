@@ -1,12 +1,23 @@
-"""The benchmark of accelerators runs with tiny models, so that no device time is lost."""
+"""Benchmarks: what they measure, and that those of accelerators run with tiny models."""
 
 import json
 import subprocess
 import sys
+import time
 
 import pytest
+from absl.testing import flagsaver
 
+from benchmarks import shared_flags, timing
 from tests.support import processes
+
+
+@pytest.mark.parametrize('processor_time', [False, True])
+def test_only_elapsed_time_contains_waiting(processor_time):
+  with flagsaver.as_parsed(processor_time=str(processor_time)):
+    clock = shared_flags.clock()
+  seconds = timing.medians({'wait': lambda: time.sleep(0.2)}, 3, clock)['wait']
+  assert seconds < 0.1 if processor_time else seconds >= 0.2
 
 
 @pytest.mark.slow
