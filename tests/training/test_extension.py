@@ -207,7 +207,7 @@ def test_extend_applies_once(run, finished, tmp_path):
 def claimed(workdir, **train):
   """Claims the workdir as training does."""
   config = training_run.with_extensions(tiny(**train), workdir)
-  return training_run.claim_workdir(config, workdir)
+  return training_run.prepare_workdir(config, workdir)
 
 
 def test_extend_without_more_steps_says_what_to_change(run, caplog):
