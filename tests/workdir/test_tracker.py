@@ -211,7 +211,7 @@ def test_unreachable_service_records_offline(claimed, monkeypatch, caplog):
 def test_unreachable_service_leaves_other_runs_of_the_process(
   claimed, monkeypatch, caplog, tmp_path
 ):
-  caplog.set_level('INFO')
+  caplog.set_level('INFO', 'absl')
   use_server(monkeypatch, 'http://127.0.0.1:1')
   monkeypatch.setenv('WANDB_INIT_TIMEOUT', '1')
   (tmp_path / 'other').mkdir()
