@@ -10,9 +10,9 @@ minutes. No photograph has crops in both splits. A variant is <image size>-p<pat
 the default is 32-p4.
 
 Hardware: one CPU core, about five minutes (32-p4) or ten (64-p8).
-Result: 3.01 bits/dim (32-p4) on 850 crops of 5 held-out photographs, with 2.23 million parameters,
-after 250 steps of 64 images, and 2.83 after 1,800 (docs/recipe.md, "Photo crops"). 64-p8 reached
-3.06 with model.neighborhood=False. It has not been trained with True.
+Result: 3.01 (32-p4) and 3.03 bits/dim (64-p8) on 850 crops of 5 held-out photographs, with 2.24 and
+7.31 million parameters, after 250 steps of 64 images, and 2.83 (32-p4) after 1,800 (docs/recipe.md,
+"Photo crops").
 """
 
 from ml_collections import ConfigDict
