@@ -43,8 +43,7 @@ FLOW = ('kind', 'blocks', *SIZES, 'final_permutation', 'class_conditional', 'max
 PRIOR = ('kind', *SIZES, 'condition_copies', 'components', 'informative_channels', 'scale_floor')
 REDUNDANT = ('redundant_kind', 'redundant_components')
 KEYS = {
-  *('patch_size', 'patch_basis', 'label_dropout', 'dtype', 'mlp', 'qk_norm'),
-  'neighborhood',
+  *('patch_size', 'patch_basis', 'label_dropout', 'dtype', 'mlp', 'qk_norm', 'neighborhood'),
   *('attention', 'remat', 'scan_unroll'),  # without effect here
   *(f'flow.{key}' for key in FLOW),
   *(f'prior.{key}' for key in (*PRIOR, *REDUNDANT)),
@@ -204,10 +203,11 @@ def row_length(model: dict[str, Any], tokens: int) -> int:
 
 
 def neighborhoods(x: Tensor, row: int, count: int) -> Tensor:
-  """Concatenates the last `count` tokens [B, n, d] with neighbors of the tokens after them.
+  """Returns the inputs of a causal transformer at the last `count` of the tokens x [B, n, d].
 
-  The neighbors are in the row before. Tokens before the first token are zeros. With row = 0, there
-  are no neighbors.
+  If `row` is 0, the inputs are these tokens, [B, count, d]. Otherwise `row` is the number of tokens
+  per row of the image. Each input then also has three neighbors of the token after it, in the row
+  above: [B, count, 4·d]. Tokens before the first one are zeros.
   """
   if not row:
     return x[:, x.shape[1] - count :]

@@ -110,7 +110,8 @@ def _fidelity_hook(
   measure = training_fidelity.FidelityEvaluator(
     config, model, resources.mesh, resources.train.class_names, workdir
   )
-  # Errors are found before training. A finished run measures nothing.
+  # Errors are found before training. A finished run measures nothing, unless its last checkpoint is
+  # corrupt and it trains again. Then the first measurement loads the network.
   if processes.gather(checkpoints.newest_step(workdir))[0] < config.train.steps:
     measure.load()
   return hooks.Validation(

@@ -116,7 +116,8 @@ class FlowBlock(AffineBlock):
 
   @property
   def causal_inputs(self) -> transformer.CausalInputs:
-    if not self.causal:  # The transformer of a student reads all tokens.
+    """What the transformer reads. That of a student reads all tokens, so it needs no neighbors."""
+    if not self.causal:
       return transformer.CausalInputs(0)
     return transformer.CausalInputs.create(self.stack_config, self.num_tokens)
 
@@ -148,7 +149,8 @@ class FlowBlock(AffineBlock):
     layer_params = self.transformer.layer_params()
 
     def solve_chunk(carry: Any, inputs: Any) -> Any:
-      past, cache = carry  # the tokens before the chunk; the cache of all earlier tokens
+      # The tokens before the chunk that its inputs contain; the cache of all earlier tokens.
+      past, cache = carry
       z, x, positions, is_token, first = inputs
 
       def update(x: Array, cache: Any) -> tuple[Array, Any]:

@@ -90,6 +90,7 @@ class Prior(nn.Module):
 
   @property
   def causal_inputs(self) -> transformer.CausalInputs:
+    """What the transformer reads at each token. It also reads copies of the class embedding."""
     return transformer.CausalInputs.create(self.stack_config, self.num_tokens)
 
   @property

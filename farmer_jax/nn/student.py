@@ -180,7 +180,7 @@ def from_teacher(key: PRNGKeyArray, flow_params: PyTree, model: StudentFarmer) -
       return box
     if 'transformer' in path and student.layers != teacher.layers:
       a = a[:, chosen]
-    if 'in_proj' in path and path[-1] == 'kernel':  # without the neighbors that the teacher reads
+    if 'in_proj' in path and path[-1] == 'kernel':  # The student does not read neighbors.
       a = a[:, : box.unbox().shape[1]]
     if path[-1] == 'positions':
       a = jnp.concatenate([a, box.unbox()[:, a.shape[1] :]], axis=1)

@@ -37,7 +37,7 @@ class StackConfig:
   in_loop: bool = False  # whether a compiled loop applies the stack
   gated: bool = False  # whether MLPs are gated
   qk_norm: bool = False  # whether queries and keys are normalized
-  neighborhood: bool = False  # whether the input for a token contains neighbors, see `CausalInputs`
+  neighborhood: bool = False  # whether `CausalInputs` contain neighbors
 
   @classmethod
   def create(
@@ -61,12 +61,16 @@ class StackConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CausalInputs:
-  """What a causal transformer reads at a token: the token, and neighbors of the next token."""
+  """What a causal transformer reads at a token to predict the token after it.
+
+  This is the token alone, or also the three neighbors of the predicted token in the row above.
+  """
 
   row: int  # tokens per row of the image, or 0 without neighbors
 
   @classmethod
   def create(cls, stack: StackConfig, num_tokens: int) -> 'CausalInputs':
+    """Returns the inputs of a transformer for square images of `num_tokens` tokens."""
     return cls(math.isqrt(num_tokens) if stack.neighborhood else 0)
 
   def pad(self, tokens: Float[Array, 'B n d']) -> Float[Array, 'B M d']:
@@ -74,7 +78,7 @@ class CausalInputs:
     return jnp.pad(tokens, ((0, 0), (self.row, 0), (0, 0)))
 
   def read(self, tokens: Float[Array, 'B M d']) -> Float[Array, 'B n inputs']:
-    """Returns the inputs at the last n tokens."""
+    """Returns the inputs at the last n tokens. The tokens before them are neighbors only."""
     return patches.neighborhoods(tokens, self.row) if self.row else tokens
 
 

@@ -23,12 +23,13 @@ def unpatchify(
 
 
 def neighborhoods(tokens: Float[Array, 'B M d'], row: int) -> Float[Array, 'B n 4*d']:
-  """Returns the known neighbors of the tokens that follow each of the last n tokens.
+  """Returns, for each of the last n tokens, the known neighbors of the token after it.
 
-  `row` is the number of tokens per row of the image, and the first `row` of the M = row + n tokens
-  are those before the n tokens. In raster order, the neighbors of token i are the tokens i - 1
-  (on its left), i - row + 1, i - row, and i - row - 1 (above it). At the ends of a row, some of
-  these tokens belong to other rows.
+  The tokens are in raster order, `row` is the number of tokens per row of the image, and the first
+  `row` of the M = row + n tokens are those before the n tokens. The neighbors of token i
+  are, in this order, the tokens i - 1 (left), i - row + 1 (above on the right), i - row
+  (above), and i - row - 1 (above on the left). At the ends of a row, some of these tokens belong
+  to other rows.
   """
   n = tokens.shape[1] - row
   starts = (row, min(row, 2), 1, 0)

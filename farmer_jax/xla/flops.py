@@ -88,14 +88,17 @@ def training_step(config: config_lib.Config) -> int:
 
 
 def _neighbors(model: config_lib.Model) -> int:
-  """Returns the number of tokens in an input of a causal transformer."""
+  """Returns the number of tokens that a causal transformer reads at each token."""
   return 4 if model.neighborhood else 1
 
 
 def _flow(
   config: config_lib.Config, flow: config_lib.Flow, neighbors: int = 1, all_tokens: bool = False
 ) -> int:
-  """Returns the FLOPs of one pass of a flow, or of a student that has the sizes `flow`."""
+  """Returns the FLOPs of one pass of a flow, or of a student that has the sizes `flow`.
+
+  `neighbors` is the number of tokens that the transformers read at each token.
+  """
   tokens, channels = config.num_tokens, config.token_channels
   # The tokens and the channels that the transformer of a block reads, and those that it transforms.
   inputs, read, changed = tokens - (not all_tokens), neighbors * channels, channels

@@ -85,8 +85,8 @@ def calls(program: hlo.Program) -> collections.Counter:
 
 def family(names: collections.Counter) -> str:
   """Returns the attention kernels of a program: cudnn, splash, or xla if there are none."""
-  starts = [s for s in ('cudnn', 'splash') if any(kernel.startswith(s) for kernel in names)]
-  return [*starts, 'xla'][0]
+  kinds = ('cudnn', 'splash')
+  return next((kind for kind in kinds if any(name.startswith(kind) for name in names)), 'xla')
 
 
 def seconds(program: hlo.Program, chip: flops.Chip) -> tuple[float, int]:

@@ -240,7 +240,8 @@ def test_teacher_with_another_model_or_without_checkpoint(student, tmp_path):
   wider = replace(settings, model=dict(flow=dict(width=64)))
   text = message(distill.run, wider, tmp_path / 'new')
   assert 'model.flow.width' in text and '32' in text and '64' in text
-  for name, value in (('patch_basis', 'pixels'), ('mlp', 'gated'), ('qk_norm', True)):
+  others = dict(patch_basis='pixels', mlp='gated', qk_norm=True, neighborhood=True)
+  for name, value in others.items():
     text = message(distill.run, replace(settings, model={name: value}), tmp_path / 'new')
     assert f'model.{name}' in text and repr(value) in text
   shutil.rmtree(student.parent / 'teacher' / 'checkpoints')

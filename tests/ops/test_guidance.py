@@ -11,7 +11,7 @@ from scipy import integrate, special, stats
 from farmer_jax import config
 from farmer_jax.ops import guidance, mixture
 
-DRAWS = 100_000
+DRAWS, RESAMPLED = 100_000, 50_000
 # p_c and p_u: weights, means, standard deviations.
 CONDITIONAL = ([0.6, 0.3, 0.1], [-1.0, 1.2, 3.0], [0.5, 0.7, 0.4])
 UNCONDITIONAL = ([0.3, 0.4, 0.3], [-1.2, 0.8, 2.5], [0.9, 1.2, 1.0])
@@ -58,12 +58,12 @@ def total_variation(draws, log_unnormalized):
 
 @functools.partial(jax.jit, static_argnames=('settings', 'sizes'))
 def resampled(scale, settings=PLAIN, sizes=(256, 256)):
-  """DRAWS // 2 tokens, each from its own candidates, in parts that fit in memory."""
+  """RESAMPLED tokens, each from its own candidates, in parts that fit in memory."""
 
   def draw(key):
     return guidance.resample(key, MIXTURES, scale, settings, sizes)[0][0, 0]
 
-  keys = jax.random.split(jax.random.key(3), (DRAWS // 4000, 2000))
+  keys = jax.random.split(jax.random.key(3), (RESAMPLED // 2000, 2000))
   return jax.lax.map(jax.vmap(draw), keys).reshape(-1)
 
 

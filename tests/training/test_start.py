@@ -281,6 +281,7 @@ def test_source_is_read_until_the_first_checkpoint(source, tuned, tmp_path):
     (dict(model=dict(flow=dict(width=8))), 'model.flow.width is 16 there and 8 here'),
     (dict(model=dict(prior=dict(layers=2))), 'model.prior.layers is 1 there and 2 here'),
     (dict(model=dict(patch_basis='pixels')), "model.patch_basis is 'dct' there"),
+    (dict(model=dict(neighborhood=True)), 'model.neighborhood is False there and True here'),
     (dict(model=dict(dtype='float64')), "model.dtype is 'float32' there and 'float64' here"),
     (dict(model=dict(patch_size=4), data=dict(image_size=16)), 'model.patch_size is 2 there'),
     (dict(data=dict(channels=3)), 'data.channels is 1 there and 3 here'),

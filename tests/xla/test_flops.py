@@ -65,6 +65,16 @@ def test_coupling_block_by_hand():
   assert one - none == 2 * 16 * (matrices + 2 * 2 * 16 * 128)
 
 
+def test_neighborhoods_by_hand():
+  """Three more tokens at each input: 48 channels in the flow, 20 in the prior. Not in students."""
+  near = models.replace(CONFIG, model=dict(neighborhood=True))
+  flow, prior = 3 * 2 * 15 * 3 * 48 * 128, 2 * 16 * 3 * 20 * 192
+  assert flops.forward(near) - flops.forward(CONFIG) == flow + prior
+  distill = dict(job='distill', train=dict(batch_size=10))
+  step, near_step = (flops.training_step(models.replace(c, **distill)) for c in (CONFIG, near))
+  assert near_step - step == 10 * flow
+
+
 def test_distillation_by_hand():
   """A student of one layer of width 64 reads 15 or all 16 tokens of 48 channels."""
   teacher, prior = (
